@@ -1,0 +1,37 @@
+"""Federated learning of Neural ODE image classifiers with different iteration counts, in JAX."""
+
+from jfed import data, models
+from jfed.errors import (
+    ConfigError,
+    DataError,
+    DataNotFoundError,
+    DivergedError,
+    JfedError,
+    RunFolderError,
+)
+from jfed.federation import tiers
+from jfed.federation.client import ClientConfig
+from jfed.federation.server import ServerConfig
+from jfed.metrics import Evaluation, Record
+from jfed.simulation import Augmentation, EvaluationConfig, Result, simulate
+
+__version__ = "0.1.0"
+__all__ = [
+    "Augmentation",
+    "ClientConfig",
+    "ConfigError",
+    "DataError",
+    "DataNotFoundError",
+    "DivergedError",
+    "Evaluation",
+    "EvaluationConfig",
+    "JfedError",
+    "Record",
+    "Result",
+    "RunFolderError",
+    "ServerConfig",
+    "data",
+    "models",
+    "simulate",
+    "tiers",
+]

@@ -1,0 +1,201 @@
+"""The command line: `jfed run | models | prepare`."""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import jax
+import tyro
+from tabulate import tabulate
+from tqdm import tqdm
+
+import jfed
+from jfed import runs
+from jfed.config import RUN_PRESETS, RunConfig, run_preset
+from jfed.errors import DivergedError, JfedError
+from jfed.federation import tiers as tiers_lib
+from jfed.federation.communication import tree_bytes, tree_size
+from jfed.flops import forward_flops
+from jfed.metrics import Record
+from jfed.models.presets import PRESETS, ModelConfig, ODENetConfig, build, twin
+
+_USAGE = """usage: jfed COMMAND [options]
+
+Federated learning of Neural ODE image classifiers with different iteration counts.
+
+commands:
+  run      train a federation and write a run folder
+  models   list the model presets: parameters, bytes, FLOPs
+  prepare  download and prepare a data set with TFDS
+
+`jfed COMMAND --help` documents every option."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status.
+
+    0: done. 1: the run diverged; what it recorded is kept. 2: a setting, a data set or a run folder
+    that cannot be used; nothing was written.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    commands = {"run": _run, "models": _models, "prepare": _prepare}
+    if not args or args[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    if args[0] == "--version":
+        print(jfed.__version__)
+        return 0
+    try:
+        jfed.errors.one_of("command", args[0], tuple(commands))
+        commands[args[0]](args[1:])
+    except DivergedError as error:
+        print(f"jfed: {error}", file=sys.stderr)
+        return 1
+    except JfedError as error:
+        print(f"jfed: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(args: list[str]) -> None:
+    preset, args = _take_preset(args)
+    base = run_preset(preset)
+
+    def command(
+        config: Annotated[RunConfig, tyro.conf.arg(name="")] = base,
+        preset: str = preset,
+        workdir: pathlib.Path | None = None,
+    ) -> tuple[RunConfig, pathlib.Path | None]:
+        """Trains a federation and writes a run folder.
+
+        Args:
+          config: of the run.
+          preset: where settings start from: digits, cifar10-flexible or cifar10-resnet.
+          workdir: the run folder; runs/PRESET-DATE-TIME where not given.
+        """
+        return config, workdir
+
+    config, workdir = _parse(command, "jfed run", args)
+    if workdir is None:
+        workdir = pathlib.Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    runs.check_folder(workdir)
+    with _Progress(config.rounds) as progress:
+        result, table = runs.run(config, workdir, on_round=progress.show)
+    compiling = sum(result.compile_seconds.values())
+    print(f"\n{runs.format_table(table)}\n")
+    print(
+        f"{config.rounds} rounds in {result.history[-1].seconds:.1f} s, "
+        f"of which {compiling:.1f} s compiling. Run folder: {workdir}"
+    )
+
+
+def _take_preset(args: list[str]) -> tuple[str, list[str]]:
+    """Finds --preset, which decides the defaults that all other options change."""
+    for i, arg in enumerate(args):
+        if arg == "--preset" and i + 1 < len(args):
+            return args[i + 1], args[:i] + args[i + 2 :]
+        if arg.startswith("--preset="):
+            return arg.partition("=")[2], args[:i] + args[i + 1 :]
+    return next(iter(RUN_PRESETS)), args
+
+
+def _parse(command: Any, prog: str, args: list[str]) -> Any:
+    return tyro.cli(command, prog=prog, args=args)
+
+
+class _Progress:
+    """A progress bar of rounds, with the latest loss and accuracies."""
+
+    def __init__(self, rounds: int) -> None:
+        self._bar = tqdm(total=rounds, unit="round", dynamic_ncols=True, smoothing=0.1)
+        self._bar.set_postfix_str("compiling")
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def show(self, record: Record) -> None:
+        parts = [f"loss {record.train_loss:.3f}", f"train {record.train_accuracy:.1%}"]
+        if record.evaluations:
+            tested = [f"{name}: {e.accuracy:.1%}" for name, e in record.evaluations.items()]
+            self._tested = "test " + " ".join(tested)
+        parts.append(getattr(self, "_tested", ""))
+        self._bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
+        self._bar.update()
+
+
+def _models(args: list[str]) -> None:
+    def command(size: int = 32, iterations: tuple[int, ...] = (1, 2, 4, 8)) -> tuple[int, Any]:
+        """Lists the model presets for 10 classes.
+
+        Args:
+          size: height and width of the images; FLOPs depend on it.
+          iterations: counts, the same in every stage, to give the FLOPs of ODENets at.
+        """
+        return size, iterations
+
+    size, iterations = _parse(command, "jfed models", args)
+    print(model_table(size, iterations))
+
+
+def model_table(size: int, iterations: Sequence[int]) -> str:
+    """Parameters, bytes of one upload, forward FLOPs an image, reduction, of every preset."""
+    rows = []
+    for name, config in PRESETS.items():
+        shapes = _shapes(config)
+        row: dict[str, str] = {
+            "model": name,
+            "parameters": f"{tree_size(shapes):,}",
+            "upload bytes": f"{tree_bytes(shapes):,}",
+            "MFLOPs": f"{_flops(config, size) / 1e6:,.1f}",
+        }
+        if isinstance(config, ODENetConfig):
+            row["iterations"] = tiers_lib.tier_name(config.iterations)
+            for count in iterations:
+                at = dataclasses.replace(config, iterations=count)
+                row[f"MFLOPs at {count}"] = f"{_flops(at, size) / 1e6:,.1f}"
+            row["twin"], twin_config = twin(name, config)
+            row["reduction"] = f"{1 - tree_bytes(shapes) / tree_bytes(_shapes(twin_config)):.1%}"
+        rows.append(row)
+    order = ["model", "iterations", "parameters", "upload bytes", "MFLOPs"]
+    order += [f"MFLOPs at {count}" for count in iterations] + ["twin", "reduction"]
+    table = [[row.get(key, "") for key in order] for row in rows]
+    return tabulate(table, headers=order, disable_numparse=True, stralign="right")
+
+
+def _shapes(config: ModelConfig) -> Any:
+    return jax.eval_shape(build(config).init, jax.random.key(0))
+
+
+@functools.cache
+def _flops(config: ModelConfig, size: int) -> int:
+    changes: dict[str, Any] = {"conv": "xla"}
+    if isinstance(config, ODENetConfig):
+        changes["unroll"] = False
+    model = build(dataclasses.replace(config, **changes))
+    return forward_flops(model, (size, size, config.channels))
+
+
+def _prepare(args: list[str]) -> None:
+    def command(
+        name: tyro.conf.Positional[str],
+        data_dir: pathlib.Path | None = None,
+        archive: pathlib.Path | None = None,
+    ) -> tuple[str, pathlib.Path | None, pathlib.Path | None]:
+        """Downloads a data set and prepares it with TFDS; TensorFlow is not needed.
+
+        Args:
+          name: cifar10, cifar100, mnist or fashion_mnist.
+          data_dir: where to; the variable TFDS_DATA_DIR, or TFDS's own default, if not given.
+          archive: the official archive, or the folder of official files, downloaded before.
+        """
+        return name, data_dir, archive
+
+    name, data_dir, archive = _parse(command, "jfed prepare", args)
+    print(f"{name} is prepared in {jfed.data.prepare(name, data_dir=data_dir, archive=archive)}")

@@ -1,0 +1,27 @@
+"""Data sets, and how their examples are dealt out to the clients."""
+
+from jfed.data.partition import check as check_partition
+from jfed.data.partition import (
+    class_counts,
+    dirichlet,
+    iid,
+    partition,
+    quantity_skew,
+    shards,
+)
+from jfed.data.prepare import prepare
+from jfed.data.sources import Dataset, Split, load
+
+__all__ = [
+    "Dataset",
+    "Split",
+    "check_partition",
+    "class_counts",
+    "dirichlet",
+    "iid",
+    "load",
+    "partition",
+    "prepare",
+    "quantity_skew",
+    "shards",
+]

@@ -1,0 +1,294 @@
+"""Dealing the training examples out to the clients.
+
+A partition is a tuple with one array of example indices, `[examples of the client]` int64 and
+sorted, per client. Every example belongs to exactly one client. All functions are deterministic
+in `seed`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jfed.errors import ConfigError, DataError, one_of
+
+SCHEMES = ("iid", "dirichlet", "shards", "quantity")
+"""The names that `partition` knows."""
+
+Partition = tuple[np.ndarray, ...]
+
+
+def partition(
+    scheme: str,
+    labels: np.ndarray,
+    clients: int,
+    *,
+    alpha: float,
+    shards_per_client: int,
+    min_examples: int,
+    seed: int,
+) -> Partition:
+    """Partitions by the name of a scheme, which ignores the settings that are not its own.
+
+    Args:
+      scheme: `iid`, `dirichlet`, `shards` or `quantity` (`quantity_skew`).
+      labels: `[N]` integers.
+      clients: the number of clients, from 1 to N.
+      alpha: the concentration of `dirichlet` and `quantity`.
+      shards_per_client: of `shards`.
+      min_examples: the fewest examples of a client, whatever the scheme.
+      seed: of every random choice.
+
+    Returns:
+      The partition.
+
+    Raises:
+      ConfigError: if the scheme is unknown or cannot do what the settings ask for.
+    """
+    one_of("partition", scheme, SCHEMES)
+    _check_counts(labels, clients, min_examples)
+    if scheme == "dirichlet":
+        return dirichlet(labels, clients, alpha=alpha, min_examples=min_examples, seed=seed)
+    if scheme == "quantity":
+        return quantity_skew(labels, clients, alpha=alpha, min_examples=min_examples, seed=seed)
+    if scheme == "iid":
+        return iid(labels, clients, seed=seed)
+    parts = shards(labels, clients, shards_per_client=shards_per_client, seed=seed)
+    smallest = min(map(len, parts))
+    if smallest < min_examples:  # shards differ in size by one, so a client's by several
+        raise ConfigError(
+            f"{shards_per_client} shards per client leave one of {clients} clients with "
+            f"{smallest} examples, but min_examples is {min_examples}. Lower one of the three."
+        )
+    return parts
+
+
+def iid(labels: np.ndarray, clients: int, *, seed: int) -> Partition:
+    """Deals shuffled examples out evenly; the sizes differ by one at most.
+
+    Args:
+      labels: `[N]` integers.
+      clients: the number of clients, from 1 to N.
+      seed: of the shuffle.
+
+    Returns:
+      The partition.
+
+    Raises:
+      ConfigError: if `clients` is out of range.
+    """
+    _check_counts(labels, clients)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    return _sorted(np.array_split(order, clients))
+
+
+def dirichlet(
+    labels: np.ndarray,
+    clients: int,
+    *,
+    alpha: float,
+    min_examples: int = 1,
+    max_tries: int = 1000,
+    seed: int,
+) -> Partition:
+    """Gives the clients different mixtures of classes, and different numbers of examples.
+
+    For each class, the clients' shares of its examples are drawn from a symmetric Dirichlet
+    distribution: the "distribution-based label imbalance" of Li et al., "Federated Learning on
+    Non-IID Data Silos" (ICDE 2022, arXiv 2102.02079, section IV-A), after Yurochkin et al. (ICML
+    2019) and Hsu et al. (arXiv 1909.06335). Shares are drawn anew until every client has
+    `min_examples`.
+
+    Args:
+      labels: `[N]` integers.
+      clients: the number of clients, from 1 to N.
+      alpha: the concentration, above 0. Near 0 a class belongs to one client; towards infinity the
+        classes are spread evenly.
+      min_examples: the fewest examples of a client, at least 1.
+      max_tries: how often the shares are drawn before giving up.
+      seed: of the shares, and of which examples they consist of.
+
+    Returns:
+      The partition.
+
+    Raises:
+      ConfigError: if a setting is out of range, or no try gave every client `min_examples`.
+    """
+    _check_counts(labels, clients, min_examples)
+    rng = np.random.default_rng(seed)
+    classes, totals = np.unique(labels, return_counts=True)
+    counts = _draw_counts(totals, clients, alpha, min_examples, max_tries, rng)
+    # [classes] lists of [clients] arrays
+    dealt = [
+        np.split(rng.permutation(np.flatnonzero(labels == label)), np.cumsum(row)[:-1])
+        for label, row in zip(classes, counts, strict=True)
+    ]
+    return _sorted([np.concatenate(parts) for parts in zip(*dealt, strict=True)])
+
+
+def shards(labels: np.ndarray, clients: int, *, shards_per_client: int = 2, seed: int) -> Partition:
+    """Sorts the examples by class, cuts them into equal shards, and deals these out.
+
+    The "pathological" partition of McMahan et al., "Communication-Efficient Learning of Deep
+    Networks from Decentralized Data" (AISTATS 2017, arXiv 1602.05629, section 3). A client sees
+    `shards_per_client` classes where shards do not straddle classes, and otherwise a few more.
+
+    Args:
+      labels: `[N]` integers.
+      clients: the number of clients, from 1 to N.
+      shards_per_client: how many shards each client gets, at least 1.
+      seed: of the order within each class, and of who gets which shard.
+
+    Returns:
+      The partition.
+
+    Raises:
+      ConfigError: if a setting is out of range, or there are more shards than examples.
+    """
+    _check_counts(labels, clients)
+    if shards_per_client < 1:
+        raise ConfigError(f"shards_per_client is {shards_per_client}; expected at least 1.")
+    total = clients * shards_per_client
+    if total > len(labels):
+        raise ConfigError(
+            f"{clients} clients with {shards_per_client} shards each need {total} examples; "
+            f"there are {len(labels)}."
+        )
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(labels))
+    pieces = np.array_split(order[np.argsort(labels[order], kind="stable")], total)
+    owned = rng.permutation(total).reshape(clients, shards_per_client)
+    return _sorted([np.concatenate([pieces[shard] for shard in row]) for row in owned])
+
+
+def quantity_skew(
+    labels: np.ndarray,
+    clients: int,
+    *,
+    alpha: float,
+    min_examples: int = 1,
+    max_tries: int = 1000,
+    seed: int,
+) -> Partition:
+    """Gives the clients the same mixture of classes, but different numbers of examples.
+
+    The clients' shares of all examples are drawn from a symmetric Dirichlet distribution: the
+    "quantity skew" of Li et al. (arXiv 2102.02079, section IV-C). Shares are drawn anew until
+    every client has `min_examples`.
+
+    Args:
+      labels: `[N]` integers.
+      clients: the number of clients, from 1 to N.
+      alpha: the concentration, above 0. Near 0 one client has nearly everything; towards infinity
+        all have the same.
+      min_examples: the fewest examples of a client, at least 1.
+      max_tries: how often the shares are drawn before giving up.
+      seed: of the shares, and of which examples they consist of.
+
+    Returns:
+      The partition.
+
+    Raises:
+      ConfigError: if a setting is out of range, or no try gave every client `min_examples`.
+    """
+    _check_counts(labels, clients, min_examples)
+    rng = np.random.default_rng(seed)
+    totals = np.array([len(labels)])
+    (counts,) = _draw_counts(totals, clients, alpha, min_examples, max_tries, rng)
+    return _sorted(np.split(rng.permutation(len(labels)), np.cumsum(counts)[:-1]))
+
+
+def class_counts(labels: np.ndarray, parts: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
+    """Counts the examples of each class that each client has.
+
+    Args:
+      labels: `[N]` integers in [0, num_classes).
+      parts: the partition.
+      num_classes: the number of classes.
+
+    Returns:
+      `[clients, num_classes]` int64.
+
+    Raises:
+      DataError: if a label is out of range.
+    """
+    if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise DataError(
+            f"labels go from {labels.min()} to {labels.max()}; expected [0, {num_classes})."
+        )
+    return np.stack([np.bincount(labels[part], minlength=num_classes) for part in parts])
+
+
+def check(parts: Sequence[np.ndarray], num_examples: int) -> None:
+    """Checks that a partition gives every example to exactly one client, and each client some.
+
+    Args:
+      parts: the partition.
+      num_examples: N; the indices are in [0, N).
+
+    Raises:
+      ConfigError: naming the first client or example for which that does not hold.
+    """
+    for client, part in enumerate(parts):
+        if not len(part):
+            raise ConfigError(f"client {client} has no examples.")
+        outside = part[(part < 0) | (part >= num_examples)]
+        if outside.size:
+            raise ConfigError(
+                f"client {client} has example {outside[0]}; expected [0, {num_examples})."
+            )
+    owners = np.zeros(num_examples, np.int64)
+    for part in parts:
+        np.add.at(owners, part, 1)  # unlike `+=`, counts a repeated index each time
+    wrong = np.flatnonzero(owners != 1)
+    if wrong.size:
+        raise ConfigError(
+            f"example {wrong[0]} is dealt out {owners[wrong[0]]} times; expected once "
+            f"({wrong.size} such examples)."
+        )
+
+
+def _check_counts(labels: np.ndarray, clients: int, min_examples: int = 1) -> None:
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"labels have shape {labels.shape} and type {labels.dtype}; expected [N] integers."
+        )
+    if not 1 <= clients <= len(labels):
+        raise ConfigError(f"clients is {clients}; expected 1 to {len(labels)}, one per example.")
+    if min_examples < 1:
+        raise ConfigError(f"min_examples is {min_examples}; expected at least 1.")
+    if min_examples * clients > len(labels):
+        raise ConfigError(
+            f"{clients} clients with min_examples {min_examples} need {min_examples * clients} "
+            f"examples; there are {len(labels)}."
+        )
+
+
+def _draw_counts(
+    totals: np.ndarray,
+    clients: int,
+    alpha: float,
+    min_examples: int,
+    max_tries: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Splits each of `totals` `[K]` by Dirichlet shares, into counts `[K, clients]`."""
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ConfigError(f"alpha is {alpha}; expected a finite number above 0.")
+    if max_tries < 1:
+        raise ConfigError(f"max_tries is {max_tries}; expected at least 1.")
+    for _ in range(max_tries):
+        shares = rng.dirichlet(np.full(clients, alpha), len(totals))
+        # Cutting at the rounded running shares keeps each sum, unlike rounding each share.
+        inner = np.rint(np.cumsum(shares, axis=1)[:, :-1] * totals[:, None]).astype(np.int64)
+        counts = np.diff(inner, axis=1, prepend=0, append=totals[:, None])
+        if counts.sum(axis=0).min() >= min_examples:
+            return counts
+    raise ConfigError(
+        f"{max_tries} draws with alpha {alpha} left one of {clients} clients below min_examples "
+        f"{min_examples} each time. Raise alpha, or lower clients or min_examples."
+    )
+
+
+def _sorted(parts: Sequence[np.ndarray]) -> Partition:
+    return tuple(np.sort(part).astype(np.int64) for part in parts)

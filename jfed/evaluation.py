@@ -1,0 +1,101 @@
+"""Test accuracy of a tier, with batch-norm statistics measured for that tier."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jfed.federation.client import Metrics, Preprocess, cross_entropy
+from jfed.federation.engine import gather
+from jfed.federation.tiers import Tier
+from jfed.models.model import Model, Moments, Params, Statistics
+
+
+class Examples(NamedTuple):
+    """A set of examples on the device, cut into batches.
+
+    Attributes:
+      images: `[N, H, W, C]` uint8.
+      labels: `[N]` int32.
+      batches: `[K, B]` int32 indices, -1 for padding.
+    """
+
+    images: Array
+    labels: Array
+    batches: Int[Array, "K B"]
+
+
+def in_batches(chosen: Int[np.ndarray, " N"], size: int) -> Int[np.ndarray, "K B"]:
+    """Cuts indices into batches of `size`, the last padded with -1."""
+    batches = np.full((-(-len(chosen) // size), size), -1, np.int32)
+    batches.reshape(-1)[: len(chosen)] = chosen
+    return batches
+
+
+def pool(measured: Statistics, counts: Float[Array, " K"]) -> Statistics:
+    """Mean and variance over all examples from those of K batches, `[K, ...]` each.
+
+    The variance is the mean of the batches' variances plus the variance of their means (Chan et
+    al. 1979).
+    """
+    share = counts / counts.sum()
+
+    def mean(x: Array) -> Array:
+        return jnp.tensordot(share, x, axes=1)
+
+    def pooled(moments: Moments) -> Moments:
+        centre = mean(moments.mean)
+        spread = jnp.square(moments.mean - centre[None])
+        return Moments(centre, mean(moments.var) + mean(spread))
+
+    return jax.tree.map(pooled, measured, is_leaf=lambda x: isinstance(x, Moments))
+
+
+def recalibrate(
+    model: Model, params: Params, calibration: Examples, preprocess: Preprocess
+) -> Statistics | None:
+    """Batch-norm statistics for evaluation, or None for a model without batch norm.
+
+    One pass over the calibration examples, each batch normalised by its own statistics as in
+    training. Works for any iteration count, also one that no client trained.
+    """
+    measure = model.measure
+    if measure is None:
+        return None
+
+    def one(_: None, examples: Array) -> tuple[None, tuple[Statistics, Array]]:
+        batch = gather(calibration.images, calibration.labels, examples, preprocess, None)
+        return None, (measure(params, batch.images, batch.mask), batch.mask.sum())
+
+    _, (measured, counts) = jax.lax.scan(one, None, calibration.batches)
+    return pool(measured, counts)
+
+
+Evaluator = Callable[[Params, Examples, Examples], Metrics]
+
+
+def make_evaluator(tier: Tier, preprocess: Preprocess) -> Evaluator:
+    """A jitted `evaluate(variables, calibration, test) -> Metrics` for one tier."""
+    model = tier.model
+
+    @jax.jit
+    def evaluate(variables: Params, calibration: Examples, test: Examples) -> Metrics:
+        params = tier.extract(variables)
+        statistics = recalibrate(model, params, calibration, preprocess)
+
+        def one(total: Metrics, examples: Array) -> tuple[Metrics, None]:
+            batch = gather(test.images, test.labels, examples, preprocess, None)
+            if statistics is None:
+                logits = model.apply(params, batch.images)
+            else:
+                logits = model.apply(params, batch.images, None, statistics)
+            _, metrics = cross_entropy(logits, batch)
+            return jax.tree.map(jnp.add, total, metrics), None
+
+        nothing = Metrics(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
+        return jax.lax.scan(one, nothing, test.batches)[0]
+
+    return evaluate

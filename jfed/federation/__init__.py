@@ -1,0 +1,1 @@
+"""Federated learning over pytrees: tiers, local training, the engine, the merge, the server."""

@@ -1,0 +1,52 @@
+"""The heterogeneous merge: one weighted mean for every entry, over the clients that own it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jfed.federation.tiers import Tier
+from jfed.models.model import Params
+
+
+class TierUpdate(NamedTuple):
+    """What the clients of one tier deliver together.
+
+    Attributes:
+      total: the sum of weight * update over the tier's clients, shaped as the tier's variables. An
+        update is what local training added to the variables.
+      weight: the sum of the weights (a client's weight is its number of examples).
+    """
+
+    total: Params
+    weight: Float[Array, ""]
+
+
+def merge(variables: Params, tiers: Sequence[Tier], updates: Sequence[TierUpdate]) -> Params:
+    """The mean update of every global entry.
+
+    For each entry `sum_k w_k m_k u_k / sum_k w_k m_k`, where m_k tells whether client k's tier owns
+    it, and 0 where no client does. Adding it to `variables` gives the weighted mean of the clients'
+    values, and the old value where nobody owns the entry.
+
+    Args:
+      variables: global ones; only shapes and dtypes matter.
+      tiers: of the clients that took part.
+      updates: one for each of `tiers`.
+    """
+    totals = [tier.embed(u.total, variables) for tier, u in zip(tiers, updates, strict=True)]
+    weights = [
+        jax.tree.map(lambda owned, w=u.weight: owned * w, tier.owned(variables))
+        for tier, u in zip(tiers, updates, strict=True)
+    ]
+
+    def mean(total: Array, weight: Array) -> Array:
+        return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
+
+    return jax.tree.map(mean, _sum(totals), _sum(weights))
+
+
+def _sum(trees: list[Params]) -> Params:
+    return jax.tree.map(lambda *leaves: sum(leaves[1:], start=leaves[0]), *trees)

@@ -1,0 +1,208 @@
+"""Local training: what one client does with one batch, and how it is configured."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jfed.errors import ConfigError, one_of
+from jfed.models.model import Model, Params
+
+SCHEDULES = ("constant", "cosine", "step")
+# The learning rate is that of the round, a traced scalar.
+MakeOptimizer = Callable[[Any], optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientConfig:
+    """How clients train.
+
+    Attributes:
+      epochs: passes over the client's examples in a round.
+      steps: batches in a round instead of whole epochs; None goes by `epochs`.
+      batch_size: examples in a batch. The last batch of an epoch holds what is left.
+      optimizer: an Optax optimizer by name, such as "sgd" or "adamw", or a function from the
+        learning rate to an `optax.GradientTransformation`. Its state starts anew each round.
+      learning_rate: in the first round.
+      schedule: the learning rate over rounds: "constant", "cosine" (to 0 after the last round), or
+        "step" (a tenth of it after half of the rounds, a hundredth after three quarters).
+      momentum: of optimizers that have one; None leaves Optax's default.
+      weight_decay: added to the gradient as weight_decay * params (an L2 penalty); 0 for none.
+      clip_norm: gradients of a larger global norm are scaled down to it; None for no clipping.
+    """
+
+    epochs: int = 1
+    steps: int | None = None
+    batch_size: int = 32
+    optimizer: str | MakeOptimizer = "sgd"
+    learning_rate: float = 0.1
+    schedule: str = "constant"
+    momentum: float | None = None
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be 1 or more, got {value!r}.")
+        check_number("learning_rate", self.learning_rate, above=0.0)
+        check_number("weight_decay", self.weight_decay, least=0.0)
+        check_number("clip_norm", self.clip_norm, above=0.0)
+        check_number("momentum", self.momentum, least=0.0)
+        one_of("schedule", self.schedule, SCHEDULES)
+        make_optimizer(self)(self.learning_rate)
+
+
+def check_number(
+    name: str, value: float | None, *, above: float = -math.inf, least: float = -math.inf
+) -> None:
+    if value is None:
+        return
+    if not math.isfinite(value) or value <= above or value < least:
+        bound = f"above {above:g}" if above > -math.inf else f"{least:g} or more"
+        raise ConfigError(f"{name} must be {bound}, got {value!r}.")
+
+
+def named_optimizer(name: str, momentum: float | None = None) -> MakeOptimizer:
+    """An Optax optimizer as a function of the learning rate."""
+    makers = {
+        key: value
+        for key, value in vars(optax).items()
+        if inspect.isfunction(value)
+        and next(iter(inspect.signature(value).parameters), "") == "learning_rate"
+    }
+    maker = makers[one_of("optimizer", name, tuple(sorted(makers)))]
+    options = {}
+    if momentum is not None:
+        if "momentum" not in inspect.signature(maker).parameters:
+            raise ConfigError(f"optimizer {name!r} has no momentum, got momentum={momentum!r}.")
+        options["momentum"] = momentum
+    return lambda learning_rate: maker(learning_rate, **options)
+
+
+def make_optimizer(config: ClientConfig) -> MakeOptimizer:
+    """The client's optimizer, clipping and weight decay included."""
+    maker = config.optimizer
+    if isinstance(maker, str):
+        maker = named_optimizer(maker, config.momentum)
+
+    def make(learning_rate: Any) -> optax.GradientTransformation:
+        parts = [maker(learning_rate)]
+        if config.weight_decay:
+            parts.insert(0, optax.add_decayed_weights(config.weight_decay))
+        if config.clip_norm is not None:
+            parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+        return optax.chain(*parts)
+
+    return make
+
+
+def learning_rate(config: ClientConfig, round_: int, rounds: int) -> float:
+    """The learning rate of round `round_` (from 0) of `rounds`."""
+    done = round_ / rounds
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    if config.schedule == "step":
+        return config.learning_rate * 0.1 ** ((done >= 0.5) + (done >= 0.75))
+    return config.learning_rate
+
+
+class Batch(NamedTuple):
+    """One batch; `mask` is 1 for real examples, 0 for padding."""
+
+    images: Float[Array, "B H W C"]
+    labels: Int[Array, " B"]
+    mask: Float[Array, " B"]
+
+
+class Metrics(NamedTuple):
+    """Sums over examples, float32 scalars; divide by `examples` for means."""
+
+    loss: Float[Array, ""]
+    correct: Float[Array, ""]
+    examples: Float[Array, ""]
+
+
+def cross_entropy(
+    logits: Float[Array, "B classes"], batch: Batch
+) -> tuple[Float[Array, ""], Metrics]:
+    """Mean cross-entropy of the real examples, and the sums that metrics are made of."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    right = (jnp.argmax(logits, -1) == batch.labels).astype(jnp.float32)
+    count = batch.mask.sum()
+    total = (losses * batch.mask).sum()
+    metrics = Metrics(total, (right * batch.mask).sum(), count)
+    return total / jnp.maximum(count, 1), metrics
+
+
+def make_step(model: Model) -> Callable:
+    """One step of local training.
+
+    Returns:
+      `step(optimizer, params, state, batch) -> (params, state, metrics)`.
+    """
+
+    def loss(params: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        if model.measure is None:
+            logits = model.apply(params, batch.images)
+        else:
+            logits = model.apply(params, batch.images, batch.mask)
+        return cross_entropy(logits, batch)
+
+    def step(
+        optimizer: optax.GradientTransformation, params: Params, state: Any, batch: Batch
+    ) -> tuple[Params, Any, Metrics]:
+        gradient, metrics = jax.grad(loss, has_aux=True)(params, batch)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, metrics
+
+    return step
+
+
+Preprocess = Callable[[Array, Array | None], Float[Array, "B H W C"]]
+
+
+def make_preprocess(
+    mean: tuple[float, ...], std: tuple[float, ...], *, pad: int, flip: bool
+) -> Preprocess:
+    """uint8 images -> standardised float32 images, augmented if a key is given.
+
+    Args:
+      mean: of each channel, in units of 0 to 255.
+      std: of each channel, likewise.
+      pad: zeros around an image before a random crop of its old size; 0 for no crop.
+      flip: mirror half of the images left to right.
+
+    Returns:
+      `preprocess(images, key)`; the key is consumed; without one nothing is augmented.
+    """
+    centre, scale = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+
+    def preprocess(images: Array, key: Array | None) -> Float[Array, "B H W C"]:
+        x = (images.astype(jnp.float32) - centre[None, None, None]) / scale[None, None, None]
+        if key is None:
+            return x
+        crop_key, flip_key = jax.random.split(key)
+        if pad:
+            x = _random_crop(x, pad, crop_key)
+        if flip:
+            mirrored = jax.random.bernoulli(flip_key, shape=(x.shape[0], 1, 1, 1))
+            x = jnp.where(mirrored, x[:, :, ::-1], x)
+        return x
+
+    return preprocess
+
+
+def _random_crop(x: Float[Array, "B H W C"], pad: int, key: Array) -> Float[Array, "B H W C"]:
+    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    offsets = jax.random.randint(key, (x.shape[0], 2), 0, 2 * pad + 1)
+    return jax.vmap(lambda image, o: jax.lax.dynamic_slice(image, (o[0], o[1], 0), x.shape[1:]))(
+        padded, offsets
+    )

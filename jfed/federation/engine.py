@@ -1,0 +1,231 @@
+"""The engine: one compiled program per tier trains all of its clients of a round.
+
+Clients are packed on lanes. A lane is one loop over batches that trains client after client without
+pause: where a client starts, weights and optimizer are reset to the server's; where it finishes,
+its weighted update is added to the lane's sum. So clients of different sizes cost no padding, and
+memory does not grow with the number of clients.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jfed.errors import ConfigError, one_of
+from jfed.federation.aggregation import TierUpdate
+from jfed.federation.client import (
+    Batch,
+    ClientConfig,
+    Metrics,
+    Preprocess,
+    make_optimizer,
+    make_step,
+)
+from jfed.federation.tiers import Tier
+from jfed.models.model import Params
+
+MAPPINGS = ("vmap", "map", "unroll")
+IntArray = Int[Array, "..."] | Int[np.ndarray, "..."]
+
+
+class Work(NamedTuple):
+    """One client's work in a round.
+
+    Attributes:
+      client: its number, part of the random keys.
+      batches: `[steps, B]` indices of examples, -1 for padding.
+      weight: of its update in the mean.
+    """
+
+    client: int
+    batches: Int[np.ndarray, "steps B"]
+    weight: float
+
+
+class Schedule(NamedTuple):
+    """What each lane does at each step, with axes lane and step.
+
+    Attributes:
+      examples: `[L, S, B]` indices, -1 for padding.
+      client: `[L, S]` which client.
+      step: `[L, S]` which of the client's steps, from 0.
+      start: `[L, S]` True at a client's first step.
+      weight: `[L, S]` the client's weight at its last step, 0 elsewhere.
+      length: `[L]` how many steps the longest lane does; the rest is padding.
+    """
+
+    examples: Int[np.ndarray, "L S B"] | Int[Array, "L S B"]
+    client: IntArray
+    step: IntArray
+    start: Bool[np.ndarray, "..."] | Bool[Array, "..."]
+    weight: Float[np.ndarray, "..."] | Float[Array, "..."]
+    length: IntArray
+
+
+def client_batches(
+    examples: Int[np.ndarray, " N"], config: ClientConfig, rng: np.random.Generator
+) -> Int[np.ndarray, "steps B"]:
+    """A client's batches of one round: each epoch shuffled anew, every example once an epoch."""
+    size = config.batch_size
+    per_epoch = -(-len(examples) // size)
+    epochs = config.epochs if config.steps is None else -(-config.steps // per_epoch)
+    batches = np.full((epochs, per_epoch * size), -1, np.int32)
+    for epoch in batches:
+        epoch[: len(examples)] = rng.permutation(examples)
+    return batches.reshape(-1, size)[: config.steps]
+
+
+def pack(work: Sequence[Work], lanes: int, batch_size: int) -> Schedule:
+    """Packs clients on lanes, longest first, each on the lane with the least work so far.
+
+    The step axis is padded to one of few lengths, so that rounds of other cohorts reuse the
+    compiled program; a lane does not run the padding.
+    """
+    if lanes < 1:
+        raise ConfigError(f"lanes must be 1 or more, got {lanes!r}.")
+    queues: list[list[Work]] = [[] for _ in range(lanes)]
+    loads = [(0, lane) for lane in range(lanes)]
+    for item in sorted(work, key=lambda w: (-len(w.batches), w.client)):
+        load, lane = heapq.heappop(loads)
+        queues[lane].append(item)
+        heapq.heappush(loads, (load + len(item.batches), lane))
+    length = max(load for load, _ in loads)
+    shape = (lanes, _bucket(length))
+    schedule = Schedule(
+        examples=np.full((*shape, batch_size), -1, np.int32),
+        client=np.zeros(shape, np.int32),
+        step=np.zeros(shape, np.int32),
+        start=np.zeros(shape, bool),
+        weight=np.zeros(shape, np.float32),
+        length=np.full(lanes, length, np.int32),
+    )
+    for lane, queue in enumerate(queues):
+        at = 0
+        for item in queue:
+            end = at + len(item.batches)
+            schedule.examples[lane, at:end] = item.batches
+            schedule.client[lane, at:end] = item.client
+            schedule.step[lane, at:end] = np.arange(end - at)
+            schedule.start[lane, at] = True
+            schedule.weight[lane, end - 1] = item.weight
+            at = end
+    return schedule
+
+
+def _bucket(length: int) -> int:
+    """The next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: at most a quarter more."""
+    unit = 1 << max(0, max(length, 1).bit_length() - 3)
+    return -(-max(length, 1) // unit) * unit
+
+
+class Carry(NamedTuple):
+    """What a lane carries from step to step."""
+
+    params: Params
+    optimizer: Any
+    total: Params
+    weight: Float[Array, ""]
+    metrics: Metrics
+
+
+Trainer = Callable[..., tuple[TierUpdate, Metrics]]
+
+
+def make_trainer(
+    tier: Tier, config: ClientConfig, preprocess: Preprocess, *, mapping: str = "vmap"
+) -> Trainer:
+    """The program that trains one tier's clients of a round.
+
+    Args:
+      tier: which submodel.
+      config: of local training.
+      preprocess: uint8 images and a key -> the model's input.
+      mapping: how several lanes run on a device: "vmap" all at once, "map" or "unroll" one after
+        another.
+
+    Returns:
+      A jitted `train(variables, images, labels, schedule, key, learning_rate)` that returns the
+      tier's `TierUpdate` and the `Metrics` summed over all steps. `images` `[N, H, W, C]` uint8 and
+      `labels` `[N]` int32 are the whole training set; `key` belongs to the round.
+    """
+    one_of("mapping", mapping, MAPPINGS)
+    make, step = make_optimizer(config), make_step(tier.model)
+
+    @jax.jit
+    def train(
+        variables: Params,
+        images: Array,
+        labels: Array,
+        schedule: Schedule,
+        key: Array,
+        learning_rate: Array,
+    ) -> tuple[TierUpdate, Metrics]:
+        server = tier.extract(variables)
+        optimizer = make(learning_rate)
+        fresh = optimizer.init(server)
+        longest = schedule.length[0]
+
+        def one_step(i: Array, carry: Carry, lane: Schedule) -> Carry:
+            row = jax.tree.map(lambda a: a[i], lane._replace(length=None))
+            params, state = jax.lax.cond(
+                row.start, lambda: (server, fresh), lambda: (carry.params, carry.optimizer)
+            )
+            step_key = jax.random.fold_in(jax.random.fold_in(key, row.client), row.step)
+            batch = gather(images, labels, row.examples, preprocess, step_key)
+            params, state, metrics = step(optimizer, params, state, batch)
+            total = jax.lax.cond(
+                row.weight > 0,
+                lambda: _add_weighted(carry.total, params, server, row.weight),
+                lambda: carry.total,
+            )
+            metrics = jax.tree.map(jnp.add, carry.metrics, metrics)
+            return Carry(params, state, total, carry.weight + row.weight, metrics)
+
+        def run_lane(lane: Schedule) -> Carry:
+            zeros = jax.tree.map(jnp.zeros_like, server)
+            nothing = Metrics(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
+            start = Carry(server, fresh, zeros, jnp.zeros(()), nothing)
+            return jax.lax.fori_loop(0, longest, lambda i, c: one_step(i, c, lane), start)
+
+        return _sum_of_lanes(run_lane, schedule, mapping)
+
+    return train
+
+
+def _sum_of_lanes(
+    run_lane: Callable[[Schedule], Carry], schedule: Schedule, mapping: str
+) -> tuple[TierUpdate, Metrics]:
+    """Runs every lane and adds up what they deliver."""
+
+    def deliver(lane: Schedule) -> tuple[TierUpdate, Metrics]:
+        end = run_lane(lane)
+        return TierUpdate(end.total, end.weight), end.metrics
+
+    lanes = schedule.start.shape[0]
+    if lanes == 1 or mapping == "unroll":
+        # One lane is not vmapped: batching its kernels would make other programs of them.
+        ends = [deliver(jax.tree.map(lambda a, i=i: a[i], schedule)) for i in range(lanes)]
+        return jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *ends)
+    mapped = jax.vmap(deliver)(schedule) if mapping == "vmap" else jax.lax.map(deliver, schedule)
+    return jax.tree.map(lambda x: x.sum(0), mapped)
+
+
+def _add_weighted(total: Params, params: Params, server: Params, weight: Array) -> Params:
+    return jax.tree.map(lambda t, p, s: t + weight * (p - s), total, params, server)
+
+
+def gather(
+    images: Array,
+    labels: Array,
+    examples: Int[Array, " B"],
+    preprocess: Preprocess,
+    key: Array | None,
+) -> Batch:
+    """The batch of the given examples; -1 stands for padding."""
+    at = jnp.maximum(examples, 0)
+    mask = (examples >= 0).astype(jnp.float32)
+    return Batch(preprocess(images[at], key), labels[at], mask)

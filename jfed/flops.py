@@ -1,0 +1,50 @@
+"""Floating-point operations of a model, counted from its traced program."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from jfed.models.model import Model
+
+
+def forward_flops(model: Model, image_shape: tuple[int, int, int]) -> int:
+    """FLOPs of classifying one image: two for each multiply-add of convolutions and products.
+
+    Element-wise work is not counted, as is usual. Build the model with `conv="xla"`: other forms of
+    a convolution do the same work with other operations.
+
+    Args:
+      model: any model.
+      image_shape: `(H, W, C)`.
+    """
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return _count(jax.make_jaxpr(model.apply)(params, image).jaxpr)
+
+
+def _count(jaxpr: Jaxpr) -> int:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: JaxprEqn) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        outputs = params["dimension_numbers"].rhs_spec[0]
+        each = math.prod(kernel) // kernel[outputs]
+        return 2 * equation.outvars[0].aval.size * each
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return 2 * equation.outvars[0].aval.size * math.prod(left[d] for d in contracted)
+    repeats = params["length"] if name == "scan" else 1
+    return repeats * sum(_count(inner) for value in params.values() for inner in _jaxprs(value))
+
+
+def _jaxprs(value: Any) -> list[Jaxpr]:
+    if isinstance(value, ClosedJaxpr):
+        return [value.jaxpr]
+    return [value] if isinstance(value, Jaxpr) else []

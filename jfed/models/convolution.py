@@ -1,0 +1,557 @@
+"""Convolutions whose gradients stay fast inside loops and under `vmap` over per-client kernels.
+
+Local training is a loop (`lax.scan` over batches) around a model that may loop again (ODE steps),
+mapped over clients that each own their kernels. XLA's convolution suits neither: on the CPU its
+weight gradient inside any loop runs about a hundred times too slow (jax issue 12868), and `vmap`
+over kernels makes it a grouped convolution (jax issues 13800, 26568). The forms below compute the
+same numbers by other means; `conv(form="auto")` picks one from a measured table.
+
+Layouts are NHWC for images and HWIO for kernels. Reverse mode only, as `jax.custom_vjp` demands.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from jfed.errors import ConfigError, one_of
+
+PADDINGS = ("SAME", "VALID")
+
+Matrix = tuple[tuple[float, ...], ...]
+Pads = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
+
+
+class _Form(NamedTuple):
+    """One way to convolve: `forward(x, kernel, stride, pads)` and its two gradients.
+
+    `backward(x, kernel, g, stride, pads)` returns the gradients of x and of the kernel. Whichever
+    the caller does not use costs nothing under `jit`.
+    """
+
+    forward: Callable[..., Array]
+    backward: Callable[..., tuple[Array, Array]]
+
+
+# ---------------------------------------------------------------------------- public functions
+
+
+def conv(
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "kh kw I O"],
+    *,
+    stride: int = 1,
+    padding: str = "SAME",
+    groups: int = 1,
+    form: str = "auto",
+) -> Float[Array, "B Ho Wo O"]:
+    """Two-dimensional cross-correlation, equal to `lax.conv_general_dilated` up to rounding.
+
+    Args:
+      x: images, channels last.
+      kernel: [kh, kw, C, O], or [kh, kw, 1, C] for a depthwise convolution (`groups=C`).
+      stride: the same in both directions.
+      padding: "SAME" (Ho = ceil(H / stride)) or "VALID" (Ho = ceil((H - kh + 1) / stride)).
+      groups: 1 (dense) or C (depthwise).
+      form: one of `FORMS`; "auto" asks `choose_form`.
+
+    Raises:
+      ConfigError: shapes, dtypes or settings that do not fit together, or a form that cannot
+        compute this convolution.
+
+    """
+    _check(x, kernel, stride, padding, groups)
+    if one_of("convolution form", form, FORMS) == "auto":
+        form = choose_form(
+            kernel.shape, stride=stride, groups=groups, size=x.shape[1:3], dtype=x.dtype
+        )
+    _check_form(form, kernel, stride, groups, x.dtype)
+    pads = _pads(x.shape[1:3], kernel.shape[:2], stride, padding)
+    if form == "xla":
+        return _xla(x, kernel, stride, pads, groups)
+    x, kernel = _same_variance(x, kernel)
+    return _conv(_FORMS[form], stride, pads, x, kernel)
+
+
+def time_conv(
+    x: Float[Array, "B H W C"],
+    t: Float[Array, ""] | float,
+    kernel: Float[Array, "kh kw I O"],
+    *,
+    stride: int = 1,
+    padding: str = "SAME",
+    form: str = "auto",
+) -> Float[Array, "B Ho Wo O"]:
+    """Convolves x with the scalar time t as one more input channel, placed first: I = C + 1.
+
+    Equal to `conv(concatenate([full_like(x[..., :1], t), x], -1), kernel)`. A constant channel
+    contributes t times a plane that only depends on the position (it differs at padded borders), so
+    it is added as that plane, once for the whole batch, and the convolution keeps its C channels.
+    """
+    kh, kw, inputs, outputs = kernel.shape
+    if inputs != x.shape[-1] + 1:
+        raise ConfigError(
+            f"time_conv needs a kernel of C + 1 = {x.shape[-1] + 1} input channels (time first); "
+            f"got kernel {kernel.shape} for x {x.shape}."
+        )
+    y = conv(x, kernel[:, :, 1:], stride=stride, padding=padding, form=form)
+    pads = _pads(x.shape[1:3], (kh, kw), stride, padding)
+    # Which taps of the kernel lie inside the image, for every output position: [Ho * Wo, kh * kw].
+    ones = np.pad(np.ones(x.shape[1:3]), pads)
+    ho, wo = y.shape[1:3]
+    inside = np.stack(
+        [
+            ones[i : i + (ho - 1) * stride + 1 : stride, j : j + (wo - 1) * stride + 1 : stride]
+            for i in range(kh)
+            for j in range(kw)
+        ],
+        axis=-1,
+    )
+    taps = kernel[:, :, 0].reshape(kh * kw, outputs)
+    plane = jnp.asarray(inside.reshape(ho * wo, kh * kw), x.dtype) @ taps
+    plane = plane * jnp.asarray(t).astype(x.dtype)
+    return y + plane.reshape(1, ho, wo, outputs)
+
+
+# ------------------------------------------------------------------------------- the custom_vjp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _conv(form: _Form, stride: int, pads: Pads, x: Array, kernel: Array) -> Array:
+    return form.forward(x, kernel, stride, pads)
+
+
+def _conv_fwd(
+    form: _Form, stride: int, pads: Pads, x: Array, kernel: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    # The residuals are the operands themselves: tiles and patches are recomputed, because storing
+    # them would multiply the memory of every ODE step.
+    return form.forward(x, kernel, stride, pads), (x, kernel)
+
+
+def _conv_bwd(
+    form: _Form, stride: int, pads: Pads, residuals: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
+    x, kernel = residuals
+    return form.backward(x, kernel, g, stride, pads)
+
+
+_conv.defvjp(_conv_fwd, _conv_bwd)
+
+
+def _same_variance(x: Array, kernel: Array) -> tuple[Array, Array]:
+    """Inside `shard_map`, gives both operands the mesh axes over which either one varies.
+
+    `lax` operations do so implicitly; a `custom_vjp` has to be told.
+    """
+    axes = [jax.typeof(a).manual_axis_type.varying for a in (x, kernel)]
+    missing = [tuple((axes[0] | axes[1]) - own) for own in axes]
+    x, kernel = (
+        lax.pcast(a, names, to="varying") if names else a
+        for a, names in zip((x, kernel), missing, strict=True)
+    )
+    return x, kernel
+
+
+# ------------------------------------------------------------------------------------- "xla"
+
+
+def _xla(x: Array, kernel: Array, stride: int, pads: Pads, groups: int = 1) -> Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        pads,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+# -------------------------------------------------------------------------------- "transposed"
+
+
+def _transposed_backward(
+    x: Array, kernel: Array, g: Array, stride: int, pads: Pads
+) -> tuple[Array, Array]:
+    """XLA's input gradient, and the weight gradient as a convolution of transposed operands.
+
+    Channels of x act as the batch and the batch acts as the channels: [C, H, W, B] convolved with
+    [Ho, Wo, B, O] gives [C, kh, kw, O]. XLA's own weight gradient expresses the same by dimension
+    numbers, which its CPU loops only know a naive kernel for.
+    """
+    (dx,) = jax.linear_transpose(lambda x: _xla(x, kernel, stride, pads), x)(g)
+    kh, kw = kernel.shape[:2]
+    dk = lax.conv_general_dilated(
+        _pad(x, pads).transpose(3, 1, 2, 0),
+        g.transpose(1, 2, 0, 3),
+        (1, 1),
+        "VALID",
+        rhs_dilation=(stride, stride),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    # With a stride, rows that no output reached may be left over at the end.
+    return dx, dk[:, :kh, :kw].transpose(1, 2, 0, 3)
+
+
+# ------------------------------------------------------------------------------------ "im2col"
+
+
+def _pad(x: Array, pads: Pads) -> Array:
+    return jnp.pad(x, ((0, 0), *pads, (0, 0)))
+
+
+def _shifted(padded: Array, i: int, j: int, stride: int, size: tuple[int, int]) -> Array:
+    """What kernel tap (i, j) sees at every output position: [B, Ho, Wo, C]."""
+    (b, _, _, c), (ho, wo) = padded.shape, size
+    return lax.slice(
+        padded,
+        (0, i, j, 0),
+        (b, i + (ho - 1) * stride + 1, j + (wo - 1) * stride + 1, c),
+        (1, stride, stride, 1),
+    )
+
+
+def _unshifted(g: Array, i: int, j: int, stride: int, shape: tuple[int, ...], pads: Pads) -> Array:
+    """The transpose of `_shifted` after `_pad`: [B, Ho, Wo, C] -> [B, H, W, C]."""
+    edges = []
+    for n, size, (low, _), start in zip(g.shape[1:3], shape[1:3], pads, (i, j), strict=True):
+        low_edge = start - low
+        edges.append((low_edge, size - low_edge - ((n - 1) * stride + 1), stride - 1))
+    return lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+
+
+def _taps(kernel: Array) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
+
+
+def _output_size(x: Array, kernel: Array, stride: int, pads: Pads) -> tuple[int, int]:
+    ho, wo = (
+        (n + sum(pad) - k) // stride + 1
+        for n, pad, k in zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)
+    )
+    return ho, wo
+
+
+def _patches(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
+    """[B * Ho * Wo, kh * kw * C]: one row per output position, in the order of the kernel."""
+    size = _output_size(x, kernel, stride, pads)
+    padded = _pad(x, pads)
+    columns = [_shifted(padded, i, j, stride, size) for i, j in _taps(kernel)]
+    return jnp.concatenate(columns, axis=-1).reshape(x.shape[0] * size[0] * size[1], -1)
+
+
+def _im2col_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
+    y = _patches(x, kernel, stride, pads) @ kernel.reshape(-1, kernel.shape[-1])
+    return y.reshape(x.shape[0], *_output_size(x, kernel, stride, pads), -1)
+
+
+def _im2col_backward(
+    x: Array, kernel: Array, g: Array, stride: int, pads: Pads
+) -> tuple[Array, Array]:
+    g_rows = g.reshape(-1, g.shape[-1])
+    dk = (_patches(x, kernel, stride, pads).T @ g_rows).reshape(kernel.shape)
+    columns = (g_rows @ kernel.reshape(-1, kernel.shape[-1]).T).reshape(*g.shape[:3], -1)
+    dx = sum(
+        _unshifted(part.astype(_sum_dtype(x)), i, j, stride, x.shape, pads)
+        for part, (i, j) in zip(
+            jnp.split(columns, len(_taps(kernel)), axis=-1), _taps(kernel), strict=True
+        )
+    )
+    return jnp.asarray(dx).astype(x.dtype), dk
+
+
+def _sum_dtype(x: Array) -> jnp.dtype:
+    """Sums of many terms are formed in float32 at least."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+# --------------------------------------------------------------------------------- "depthwise"
+
+
+def _depthwise_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
+    """Computes kh * kw shifted multiplications, in place of a grouped convolution."""
+    size, padded = _output_size(x, kernel, stride, pads), _pad(x, pads)
+    wide = _sum_dtype(x)
+    y = sum(
+        _shifted(padded, i, j, stride, size).astype(wide) * _tap(kernel, i, j).astype(wide)
+        for i, j in _taps(kernel)
+    )
+    return jnp.asarray(y).astype(x.dtype)
+
+
+def _depthwise_backward(
+    x: Array, kernel: Array, g: Array, stride: int, pads: Pads
+) -> tuple[Array, Array]:
+    size, padded = g.shape[1:3], _pad(x, pads)
+    wide = _sum_dtype(x)
+    dx = sum(
+        _unshifted(g.astype(wide) * _tap(kernel, i, j).astype(wide), i, j, stride, x.shape, pads)
+        for i, j in _taps(kernel)
+    )
+    dk = [
+        jnp.sum(_shifted(padded, i, j, stride, size) * g, axis=(0, 1, 2), dtype=wide)
+        for i, j in _taps(kernel)
+    ]
+    return (
+        jnp.asarray(dx).astype(x.dtype),
+        jnp.stack(dk).reshape(kernel.shape).astype(kernel.dtype),
+    )
+
+
+def _tap(kernel: Array, i: int, j: int) -> Array:
+    """One tap of a depthwise kernel, [1, 1, 1, C]."""
+    return kernel[i, j].reshape(1, 1, 1, -1)
+
+
+# --------------------------------------------------------------------------------- "winograd"
+
+
+class _Winograd(NamedTuple):
+    """F(m x m, r x r): m x m outputs from a tile of n x n inputs, n = m + r - 1, by n * n products.
+
+    In one direction y = outputs @ ((kernels @ k) * (inputs @ d)) for a tile d and kernel row k:
+    Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308, section 4
+    (their A^T, G and B^T).
+    """
+
+    inputs: Matrix  # [n, n]
+    kernels: Matrix  # [n, r]
+    outputs: Matrix  # [m, n]
+
+
+_POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
+
+
+@functools.cache
+def _winograd(m: int, r: int) -> _Winograd:
+    """The Cook-Toom matrices: polynomials multiplied by their values at n - 1 points and infinity.
+
+    Small points keep rounding low: relative errors near 1e-6 with 4, 1e-5 with 6.
+    """
+    n = m + r - 1
+    points = np.array(_POINTS[: n - 1])
+    others = [np.delete(points, j) for j in range(n - 1)]
+    # Row j: coefficients, constant first, of the product of (x - p) over the other points.
+    inputs = np.zeros((n, n))
+    inputs[:-1, :-1] = [np.poly(rest)[::-1] for rest in others]
+    inputs[-1] = np.poly(points)[::-1]
+    scales = np.array([np.prod(p - rest) for p, rest in zip(points, others, strict=True)])
+    kernels = np.zeros((n, r))
+    kernels[:-1] = np.vander(points, r, increasing=True) / scales[:, None]
+    kernels[-1, -1] = 1
+    outputs = np.zeros((m, n))
+    outputs[:, :-1] = np.vander(points, m, increasing=True).T
+    outputs[-1, -1] = 1
+    return _Winograd(*(tuple(map(tuple, matrix.tolist())) for matrix in (inputs, kernels, outputs)))
+
+
+def _combine(row: tuple[float, ...], terms: list[Array]) -> Array:
+    """The linear combination of equally shaped arrays, without multiplying by 0 and 1."""
+    total = None
+    for factor, term in zip(row, terms, strict=True):
+        if factor == 0:
+            continue
+        part = term if abs(factor) == 1 else abs(factor) * term
+        if total is None:
+            total = part if factor > 0 else -part
+        else:
+            total = total + part if factor > 0 else total - part
+    return jnp.asarray(total)
+
+
+def _tile(matrix: Matrix, padded: Array, step: int, counts: tuple[int, int]) -> list[Array]:
+    """Matrix @ tile @ matrix^T for every tile: a list of [B * Th * Tw, C], one per position.
+
+    The tiles start `step` apart and are as wide as the matrix. Rows first, for whole image rows at
+    a time; the barrier keeps XLA from fusing both directions, which recomputes the first for every
+    output of the second (half the speed).
+    """
+    (b, _, w, c), (th, tw), n = padded.shape, counts, len(matrix[0])
+    rows = [
+        lax.slice(padded, (0, i, 0, 0), (b, i + (th - 1) * step + 1, w, c), (1, step, 1, 1))
+        for i in range(n)
+    ]
+    mixed = lax.optimization_barrier([_combine(row, rows) for row in matrix])
+    return [
+        _combine(row, [_columns(line, j, step, tw) for j in range(n)]).reshape(b * th * tw, c)
+        for line in mixed
+        for row in matrix
+    ]
+
+
+def _columns(line: Array, j: int, step: int, tw: int) -> Array:
+    b, th, _, c = line.shape
+    return lax.slice(line, (0, 0, j, 0), (b, th, j + (tw - 1) * step + 1, c), (1, 1, step, 1))
+
+
+def _untile(matrix: Matrix, tiles: list[Array], shape: tuple[int, int, int]) -> Array:
+    """Matrix @ tile @ matrix^T laid side by side: the list of `_tile` -> [B, Th * m, Tw * m, O]."""
+    (b, th, tw), n, o = shape, len(matrix[0]), tiles[0].shape[-1]
+    lines = []
+    for i in range(n):
+        terms = [tile.reshape(b, th, tw, o) for tile in tiles[i * n : (i + 1) * n]]
+        mixed = jnp.stack([_combine(row, terms) for row in matrix], axis=3)
+        lines.append(mixed.reshape(b, th, -1, o))
+    lines = lax.optimization_barrier(lines)
+    y = jnp.stack([_combine(row, lines) for row in matrix], axis=2)
+    return y.reshape(b, th * len(matrix), -1, o)
+
+
+def _kernel_transform(matrix: Matrix, entries: list[Array]) -> list[Array]:
+    """Matrix @ entries @ matrix^T for a square of small arrays, listed row by row."""
+    n = len(matrix[0])
+    lines = [entries[i * n : (i + 1) * n] for i in range(n)]
+    mixed = [[_combine(row, list(column)) for column in zip(*lines, strict=True)] for row in matrix]
+    return [_combine(row, line) for line in mixed for row in matrix]
+
+
+def _swap(matrix: Matrix) -> Matrix:
+    return tuple(zip(*matrix, strict=True))
+
+
+def _tile_counts(f: _Winograd, size: tuple[int, ...]) -> tuple[int, int]:
+    m = len(f.outputs)
+    return -(-size[0] // m), -(-size[1] // m)
+
+
+def _input_tiles(f: _Winograd, x: Array, pads: Pads, size: tuple[int, ...]) -> list[Array]:
+    """The transformed tiles from which `size` outputs are computed, padded to whole tiles."""
+    m, counts = len(f.outputs), _tile_counts(f, size)
+    halo = len(f.inputs) - m
+    top, left = (
+        (low, count * m + halo - n - low)
+        for count, n, (low, _) in zip(counts, x.shape[1:3], pads, strict=True)
+    )
+    return _tile(f.inputs, _pad(x, (top, left)), m, counts)
+
+
+def _products(lefts: list[Array], rights: list[Array]) -> list[Array]:
+    """One matrix product per position of a tile; faster on XLA:CPU than one batched product.
+
+    Transforms amplify rounding: no reduced-precision passes of an accelerator's matrix unit.
+    """
+    return [
+        jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+        for a, b in zip(lefts, rights, strict=True)
+    ]
+
+
+def _winograd_forward(m: int, x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
+    del stride  # 1
+    f, size = _winograd(m, kernel.shape[0]), _output_size(x, kernel, 1, pads)
+    taps = _kernel_transform(f.kernels, [kernel[i, j] for i, j in _taps(kernel)])
+    products = _products(_input_tiles(f, x, pads, size), taps)
+    y = _untile(f.outputs, products, (x.shape[0], *_tile_counts(f, size)))
+    return y[:, : size[0], : size[1]]
+
+
+def _winograd_backward(
+    m: int, x: Array, kernel: Array, g: Array, stride: int, pads: Pads
+) -> tuple[Array, Array]:
+    f, edge, size = _winograd(m, kernel.shape[0]), kernel.shape[0] - 1, g.shape[1:3]
+    (top, bottom), (left, right) = pads
+    # The input gradient is the full correlation of g with the flipped, transposed kernel.
+    full = ((edge - top, edge - bottom), (edge - left, edge - right))
+    dx = _winograd_forward(m, g, kernel[::-1, ::-1].swapaxes(2, 3), stride, full)
+    th, tw = _tile_counts(f, size)
+    whole = _pad(g, ((0, th * m - size[0]), (0, tw * m - size[1])))
+    g_tiles = _tile(_swap(f.outputs), whole, m, (th, tw))
+    x_tiles = [tile.T for tile in _input_tiles(f, x, pads, size)]
+    taps = _kernel_transform(_swap(f.kernels), _products(x_tiles, g_tiles))
+    return dx, jnp.stack(taps).reshape(kernel.shape)
+
+
+# -------------------------------------------------------------------------------------- checks
+
+
+def _check(x: Array, kernel: Array, stride: int, padding: str, groups: int) -> None:
+    one_of("padding", padding, PADDINGS)
+    if x.ndim != 4 or kernel.ndim != 4:
+        raise ConfigError(
+            f"conv needs x [B, H, W, C] and a kernel [kh, kw, I, O]; got {x.shape}, {kernel.shape}."
+        )
+    if stride < 1:
+        raise ConfigError(f"stride must be at least 1; got {stride}.")
+    if x.dtype != kernel.dtype:
+        raise ConfigError(f"x and kernel must share a dtype; got {x.dtype} and {kernel.dtype}.")
+    channels, (kh, kw, inputs, outputs) = x.shape[-1], kernel.shape
+    if groups not in (1, channels):
+        raise ConfigError(f"groups must be 1 or the channel count {channels}; got {groups}.")
+    if inputs != channels // groups:
+        raise ConfigError(
+            f"a kernel for x {x.shape} with groups={groups} needs {channels // groups} input "
+            f"channels; got kernel {kernel.shape}."
+        )
+    if groups > 1 and outputs != channels:
+        raise ConfigError(
+            f"a depthwise kernel must be [kh, kw, 1, {channels}]; got {kernel.shape}."
+        )
+    if padding == "VALID" and (x.shape[1] < kh or x.shape[2] < kw):
+        raise ConfigError(
+            f"a {kh}x{kw} kernel with VALID padding does not fit into {x.shape[1]}x{x.shape[2]}."
+        )
+
+
+def _check_form(form: str, kernel: Array, stride: int, groups: int, dtype: jnp.dtype) -> None:
+    if (form == "depthwise") != (groups > 1) and form != "xla":
+        raise ConfigError(
+            f"form {form!r} cannot compute groups={groups}; depthwise convolutions (groups=C > 1) "
+            f"take 'depthwise' or 'xla', dense ones (groups=1) the others."
+        )
+    if form.startswith("winograd") and (
+        stride != 1 or kernel.shape[:2] not in ((3, 3), (5, 5)) or dtype.itemsize < 4
+    ):
+        raise ConfigError(
+            f"form {form!r} takes stride 1, a 3x3 or 5x5 kernel and float32 or float64; got stride "
+            f"{stride}, kernel {kernel.shape}, {dtype}."
+        )
+
+
+def _pads(size: tuple[int, ...], window: tuple[int, ...], stride: int, padding: str) -> Pads:
+    """XLA's padding: for SAME as even as possible, the odd row at the end."""
+    if padding == "VALID":
+        return (0, 0), (0, 0)
+    totals = [
+        max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip(size, window, strict=True)
+    ]
+    top, left = (total // 2 for total in totals)
+    return (top, totals[0] - top), (left, totals[1] - left)
+
+
+# --------------------------------------------------------------------------------- the choice
+
+_FORMS = {
+    "transposed": _Form(_xla, _transposed_backward),
+    "im2col": _Form(_im2col_forward, _im2col_backward),
+    **{
+        f"winograd{m}": _Form(
+            functools.partial(_winograd_forward, m), functools.partial(_winograd_backward, m)
+        )
+        for m in (2, 4)
+    },
+    "depthwise": _Form(_depthwise_forward, _depthwise_backward),
+}
+
+FORMS = ("auto", "xla", *_FORMS)
+
+
+def choose_form(
+    kernel_shape: tuple[int, ...],
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    size: tuple[int, ...] = (32, 32),
+    dtype: jnp.dtype | type = jnp.float32,
+    backend: str | None = None,
+) -> str:
+    """The form that "auto" takes for a kernel [kh, kw, I, O] on images of `size` (H, W)."""
+    if (backend or jax.default_backend()) != "cpu":
+        return "xla"
+    if groups > 1:
+        return "depthwise"
+    return "im2col"

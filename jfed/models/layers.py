@@ -1,0 +1,255 @@
+"""Layers shared by the ResNet and the ODENet: convolution, norm, the residual block, the head.
+
+Norms are functional: a layer returns the moments that it used beside its output, and takes moments
+to use instead of the batch's own. So training is a pure function, and any iteration count can get
+statistics of its own.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jfed.errors import ConfigError
+from jfed.models.convolution import conv, time_conv
+from jfed.models.model import Mask, Model, Moments, Params, Statistics, functional
+
+NORMS = ("batch", "group")
+SHORTCUTS = ("pad", "projection")
+DTYPES = ("float32", "bfloat16")
+
+_he_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+class Style(NamedTuple):
+    """What all layers of a network have in common."""
+
+    norm: str = "batch"
+    dtype: str = "float32"
+    form: str = "auto"
+
+
+class Conv(nnx.Module):
+    """A convolution without bias, SAME padding; kernel `[k, k, C, O]` float32."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        style: Style,
+        rngs: nnx.Rngs,
+        *,
+        size: int = 3,
+        stride: int = 1,
+    ) -> None:
+        self.kernel = nnx.Param(_he_normal(rngs.params(), (size, size, inputs, outputs)))
+        self.stride, self.dtype, self.form = stride, style.dtype, style.form
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo O"]:
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        return conv(x, kernel, stride=self.stride, form=self.form)
+
+
+class TimeConv(nnx.Module):
+    """A 3x3 convolution that sees the time t as one more input channel; `[3, 3, 1 + C, O]`."""
+
+    def __init__(self, channels: int, style: Style, rngs: nnx.Rngs) -> None:
+        self.kernel = nnx.Param(_he_normal(rngs.params(), (3, 3, 1 + channels, channels)))
+        self.dtype, self.form = style.dtype, style.form
+
+    def __call__(self, t: Any, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        return time_conv(x, jnp.asarray(t, self.dtype), kernel, form=self.form)
+
+
+class SeparableTimeConv(nnx.Module):
+    """`TimeConv` as a depthwise 3x3 and a pointwise convolution (dsODENet, arXiv 2107.12824)."""
+
+    def __init__(self, channels: int, style: Style, rngs: nnx.Rngs) -> None:
+        # A depthwise kernel sees nine inputs; He's fan-in is that of the pair's second half.
+        depthwise = nnx.initializers.normal(1 / 3)
+        self.depthwise = nnx.Param(depthwise(rngs.params(), (3, 3, 1, 1 + channels)))
+        self.pointwise = nnx.Param(_he_normal(rngs.params(), (1, 1, 1 + channels, channels)))
+        self.dtype, self.form = style.dtype, style.form
+
+    def __call__(self, t: Any, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        x = x.astype(self.dtype)
+        time = jnp.broadcast_to(jnp.asarray(t, self.dtype), (*x.shape[:3], 1))
+        x = jnp.concatenate([time, x], axis=-1)
+        x = conv(x, self.depthwise[...].astype(self.dtype), groups=x.shape[-1], form=self.form)
+        return conv(x, self.pointwise[...].astype(self.dtype), form=self.form)
+
+
+class Norm(nnx.Module):
+    """Batch or group norm with a learned scale and offset per channel, computed in float32."""
+
+    EPSILON = 1e-5
+    MAX_GROUPS = 8
+
+    def __init__(self, channels: int, style: Style) -> None:
+        self.scale = nnx.Param(jnp.ones((channels,)))
+        self.offset = nnx.Param(jnp.zeros((channels,)))
+        self.kind, self.dtype = style.norm, style.dtype
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Moments | None
+    ) -> tuple[Float[Array, "B H W C"], Moments | None]:
+        if x.dtype == jnp.bfloat16:
+            x = x.astype(jnp.float32)
+        used = None
+        if self.kind == "batch":
+            used = batch_moments(x, mask) if given is None else given
+            x = _normalise(x, used.mean, used.var)
+        else:
+            x = group_normalise(x, _groups(x.shape[-1], self.MAX_GROUPS))
+        return x * _channels(self.scale[...]) + _channels(self.offset[...]), used
+
+
+def batch_moments(x: Float[Array, "B H W C"], mask: Mask | None) -> Moments:
+    """Mean and biased variance over the examples where `mask` is 1 (all, without a mask)."""
+    if mask is None:
+        return Moments(x.mean((0, 1, 2)), x.var((0, 1, 2)))
+    weight = mask.astype(x.dtype)[:, None, None, None]
+    # A lane that has run out of batches trains on none; its result is thrown away but stays finite.
+    count = jnp.maximum(weight.sum(), 1) * (x.shape[1] * x.shape[2])
+    mean = (x * weight).sum((0, 1, 2)) / count
+    return Moments(mean, (jnp.square(x - _channels(mean)) * weight).sum((0, 1, 2)) / count)
+
+
+def group_normalise(x: Float[Array, "B H W C"], groups: int) -> Float[Array, "B H W C"]:
+    """Normalises each example over space and each of `groups` groups of neighbouring channels."""
+    grouped = x.reshape(*x.shape[:3], groups, -1)
+    mean, var = grouped.mean((1, 2, 4), keepdims=True), grouped.var((1, 2, 4), keepdims=True)
+    return ((grouped - mean) * jax.lax.rsqrt(var + Norm.EPSILON)).reshape(x.shape)
+
+
+def _normalise(x: Array, mean: Array, var: Array) -> Array:
+    return (x - _channels(mean)) * _channels(jax.lax.rsqrt(var + Norm.EPSILON))
+
+
+def _channels(a: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:
+    return a[None, None, None, :]
+
+
+def _groups(channels: int, most: int) -> int:
+    return max(g for g in range(1, most + 1) if channels % g == 0)
+
+
+class ConvNorm(nnx.Module):
+    """Convolution, then norm."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        style: Style,
+        rngs: nnx.Rngs,
+        *,
+        size: int = 3,
+        stride: int = 1,
+    ) -> None:
+        self.conv = Conv(inputs, outputs, style, rngs, size=size, stride=stride)
+        self.norm = Norm(outputs, style)
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Moments | None
+    ) -> tuple[Float[Array, "B Ho Wo O"], Moments | None]:
+        return self.norm(self.conv(x), mask, given)
+
+
+class ResidualBlock(nnx.Module):
+    """relu(shortcut(z) + f(z)) with f a chain of convolutions and norms (He et al. 2016).
+
+    f is 3x3, 3x3, or with `bottleneck` 1x1, 3x3, 1x1 with a fourth of the outputs inside. Where the
+    shape changes, the shortcut is a strided 1x1 convolution with norm ("projection"), or strided
+    slicing with zeros for the new channels ("pad", option A, no parameters).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        style: Style,
+        rngs: nnx.Rngs,
+        *,
+        stride: int = 1,
+        shortcut: str = "projection",
+        bottleneck: bool = False,
+    ) -> None:
+        self.outputs, self.stride = outputs, stride
+        inner = outputs // 4 if bottleneck else outputs
+        if bottleneck:
+            plan = [(inputs, inner, 1, 1), (inner, inner, 3, stride), (inner, outputs, 1, 1)]
+        else:
+            plan = [(inputs, inner, 3, stride), (inner, outputs, 3, 1)]
+        self.layers = nnx.List(
+            [ConvNorm(i, o, style, rngs, size=k, stride=s) for i, o, k, s in plan]
+        )
+        changes = stride != 1 or inputs != outputs
+        self.projection = (
+            ConvNorm(inputs, outputs, style, rngs, size=1, stride=stride)
+            if changes and shortcut == "projection"
+            else None
+        )
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+    ) -> tuple[Float[Array, "B Ho Wo O"], Any]:
+        used, y = {}, x
+        for i, layer in enumerate(self.layers):
+            y, used[f"layer{i}"] = layer(
+                nnx.relu(y) if i else y, mask, given and given[f"layer{i}"]
+            )
+        if self.projection is None:
+            x = _pad_shortcut(x, self.outputs, self.stride)
+        else:
+            x, used["projection"] = self.projection(x, mask, given and given["projection"])
+        return nnx.relu(x + y), used
+
+
+def _pad_shortcut(x: Array, outputs: int, stride: int) -> Array:
+    return jnp.pad(x[:, ::stride, ::stride], ((0, 0),) * 3 + ((0, outputs - x.shape[-1]),))
+
+
+class Classifier(nnx.Module):
+    """Mean over space, then a linear layer in float32."""
+
+    def __init__(self, inputs: int, classes: int, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(inputs, classes, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B classes"]:
+        return self.linear(x.mean((1, 2)))
+
+
+def network(create: Callable[[nnx.Rngs], nnx.Module], norm: str) -> Model:
+    """A `Model` of a module called as `module(images, mask, given) -> (logits, used)`.
+
+    Args:
+      create: builds the module from its random streams.
+      norm: "batch" or "group"; a group norm needs neither masks nor statistics.
+    """
+    init, bind = functional(create)
+
+    def apply(
+        params: Params,
+        images: Float[Array, "B H W C"],
+        mask: Mask | None = None,
+        statistics: Statistics | None = None,
+    ) -> Float[Array, "B classes"]:
+        return bind(params)(images, mask, statistics)[0].astype(jnp.float32)
+
+    def measure(params: Params, images: Float[Array, "B H W C"], mask: Mask) -> Statistics:
+        return bind(params)(images, mask, None)[1]
+
+    return Model(init, apply, measure if norm == "batch" else None)
+
+
+def check_positive(**values: int | tuple[int, ...]) -> None:
+    """Raises ConfigError unless each value is a positive integer or a non-empty tuple of them."""
+    for name, value in values.items():
+        items = value if isinstance(value, tuple) else (value,)
+        if not items or any(not isinstance(i, int) or i < 1 for i in items):
+            raise ConfigError(f"{name} must be positive integers, got {value!r}.")

@@ -1,0 +1,75 @@
+"""What jfed asks of a model: pure functions over a pytree of parameters."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Params = Any  # a pytree of floating-point arrays
+Statistics = Any  # a pytree of `Moments`, one for each batch norm
+Mask = Float[Array, " B"]  # 1 for the examples of a batch that count, 0 for padding
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance, what a batch norm normalises with (float32)."""
+
+    mean: Float[Array, "*steps C"]
+    var: Float[Array, "*steps C"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A classifier.
+
+    A user's own model needs `init` and `apply` only. A model with batch norm brings `measure` too,
+    and its `apply` takes two more arguments.
+
+    Attributes:
+      init: `init(key) -> params`.
+      apply: `apply(params, images) -> logits`, with images `[B, H, W, C]` float32 and logits
+        `[B, classes]` float32. With `measure`, `apply(params, images, mask=None, statistics=None)`:
+        batch norms use `statistics` if given, else those of the batch's examples where `mask` is 1.
+      measure: `measure(params, images, mask) -> statistics` of this one batch, or None for a model
+        without batch norm. Statistics of several batches are pooled by
+        `jfed.evaluation.recalibrate`.
+    """
+
+    init: Callable[[Array], Params]
+    apply: Callable[..., Float[Array, "B classes"]]
+    measure: Callable[[Params, Float[Array, "B H W C"], Mask], Statistics] | None = None
+
+
+def from_nnx(create: Callable[[nnx.Rngs], nnx.Module]) -> Model:
+    """Makes a `Model` of a Flax NNX module.
+
+    Args:
+      create: builds the module from its random streams. The module is called as `module(images)`
+        and returns logits; its `nnx.Param`s are what is trained, and it may hold no other state.
+    """
+    init, bind = functional(create)
+
+    def apply(params: Params, images: Float[Array, "B H W C"]) -> Float[Array, "B classes"]:
+        return bind(params)(images).astype(jnp.float32)
+
+    return Model(init, apply)
+
+
+def functional(
+    create: Callable[[nnx.Rngs], nnx.Module],
+) -> tuple[Callable[[Array], Params], Callable[[Params], Any]]:
+    """Splits a module into `init(key) -> params` and `bind(params) -> module`."""
+    graph, empty = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))), nnx.Param)
+
+    def init(key: Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(create(nnx.Rngs(key)), nnx.Param))
+
+    def bind(params: Params) -> Any:
+        state = jax.tree.map(lambda leaf: leaf, empty)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state)
+
+    return init, bind

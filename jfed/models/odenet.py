@@ -1,0 +1,171 @@
+"""Neural ODE image classifiers: ODENet (rODENet, arXiv 2012.15465) and dsODENet (arXiv 2107.12824).
+
+A stage of a ResNet is z <- z + f_k(z) for k = 1..C, each f_k with weights of its own. An ODE block
+keeps one f and integrates dz/dt = f(t, z) in C solver steps, so its size does not depend on C.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jfed.errors import ConfigError, one_of
+from jfed.models.integrate import HORIZONS, check_solver, integrate
+from jfed.models.layers import (
+    DTYPES,
+    NORMS,
+    SHORTCUTS,
+    Classifier,
+    ConvNorm,
+    Norm,
+    ResidualBlock,
+    SeparableTimeConv,
+    Style,
+    TimeConv,
+    check_positive,
+    network,
+)
+from jfed.models.model import Mask, Model
+
+Iterations = int | tuple[int, ...]
+FUNCTIONS = ("preactivation", "postactivation")
+
+
+@dataclasses.dataclass(frozen=True)
+class ODENetConfig:
+    """An ODENet.
+
+    Attributes:
+      widths: channels of each stage. A stage is an ODE block; stages are joined by residual blocks
+        that halve height and width.
+      iterations: solver steps of each stage's ODE block, or one number for all. 0 leaves the ODE
+        blocks out, the control that shows what they contribute.
+      solver: one of `jfed.models.integrate.SOLVERS`, by diffrax's name.
+      horizon: "fixed" integrates over [0, 1] with step 1/C: more iterations approximate the same
+        flow better. "proportional" integrates over [0, C] with step 1: with Euler, a ResNet with
+        tied weights and C blocks.
+      function: f is norm, relu, convolution, twice ("preactivation"), or convolution, norm, relu,
+        twice ("postactivation").
+      separable: f's convolutions are depthwise-separable (dsODENet).
+      shortcut: of the residual blocks between stages, "projection" or "pad".
+      norm: "batch" or "group".
+      unroll: trace every solver step, or scan over them (see `jfed.models.integrate.integrate`).
+      dtype: what convolutions compute in, "float32" or "bfloat16"; parameters and z stay float32.
+      conv: the convolutions' form, see `jfed.models.convolution.conv`.
+      classes: how many logits.
+      channels: of the images.
+    """
+
+    widths: tuple[int, ...] = (16, 32, 64)
+    iterations: Iterations = 4
+    solver: str = "Euler"
+    horizon: str = "fixed"
+    function: str = "preactivation"
+    separable: bool = False
+    shortcut: str = "pad"
+    norm: str = "batch"
+    unroll: bool = True
+    dtype: str = "float32"
+    conv: str = "auto"
+    classes: int = 10
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        check_positive(widths=self.widths, classes=self.classes, channels=self.channels)
+        check_solver(self.solver)
+        one_of("horizon", self.horizon, HORIZONS)
+        one_of("function", self.function, FUNCTIONS)
+        one_of("shortcut", self.shortcut, SHORTCUTS)
+        one_of("norm", self.norm, NORMS)
+        one_of("dtype", self.dtype, DTYPES)
+        per_stage(self.iterations, len(self.widths))
+
+
+def per_stage(iterations: Iterations, stages: int) -> tuple[int, ...]:
+    """Iterations of each stage; raises ConfigError if they do not fit `stages` or are negative."""
+    counts = iterations if isinstance(iterations, tuple) else (iterations,) * stages
+    if any(not isinstance(c, int) or isinstance(c, bool) or c < 0 for c in counts):
+        raise ConfigError(f"iterations must be integers of 0 or more, got {iterations!r}.")
+    if len(counts) != stages:
+        raise ConfigError(f"iterations {iterations!r} do not fit a network of {stages} stages.")
+    return counts
+
+
+class ODEFunction(nnx.Module):
+    """f(t, z) of an ODE block: two 3x3 convolutions that see t, two norms."""
+
+    def __init__(self, channels: int, config: ODENetConfig, style: Style, rngs: nnx.Rngs) -> None:
+        kind = SeparableTimeConv if config.separable else TimeConv
+        self.conv1, self.conv2 = kind(channels, style, rngs), kind(channels, style, rngs)
+        self.norm1, self.norm2 = Norm(channels, style), Norm(channels, style)
+        self.norm_first = config.function == "preactivation"
+
+    def __call__(
+        self, t: Any, z: Float[Array, "B H W C"], mask: Mask | None, given: Any
+    ) -> tuple[Float[Array, "B H W C"], Any]:
+        used = {}
+        x = z
+        for name, conv, norm in (
+            ("norm1", self.conv1, self.norm1),
+            ("norm2", self.conv2, self.norm2),
+        ):
+            if not self.norm_first:
+                x = conv(t, x)
+            x, used[name] = norm(x, mask, given and given[name])
+            x = nnx.relu(x)
+            if self.norm_first:
+                x = conv(t, x)
+        return x.astype(z.dtype), used
+
+
+class ODENet(nnx.Module):
+    """Stem, ODE blocks joined by down-sampling residual blocks, classifier."""
+
+    def __init__(self, config: ODENetConfig, rngs: nnx.Rngs) -> None:
+        style = Style(config.norm, config.dtype, config.conv)
+        widths = config.widths
+        self.config = config
+        self.stem = ConvNorm(config.channels, widths[0], style, rngs)
+        self.functions = nnx.List([ODEFunction(width, config, style, rngs) for width in widths])
+        self.downs = nnx.List(
+            [
+                ResidualBlock(i, o, style, rngs, stride=2, shortcut=config.shortcut)
+                for i, o in itertools.pairwise(widths)
+            ]
+        )
+        # The state of a flow whose f ends in a convolution is not normalised by anything else.
+        self.norm = Norm(widths[-1], style) if config.function == "preactivation" else None
+        self.classifier = Classifier(widths[-1], config.classes, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+    ) -> tuple[Float[Array, "B classes"], Any]:
+        used: dict[str, Any] = {}
+        z, used["stem"] = self.stem(x, mask, given and given["stem"])
+        z = nnx.relu(z)
+        steps = per_stage(self.config.iterations, len(self.config.widths))
+        for k, function in enumerate(self.functions):
+            if k > 0:
+                name = f"down{k}"
+                z, used[name] = self.downs[k - 1](z, mask, given and given[name])
+            name = f"ode{k}"
+            z, used[name] = integrate(
+                lambda t, z, m, function=function: function(t, z, mask, m),
+                z,
+                steps=steps[k],
+                horizon=self.config.horizon,
+                solver=self.config.solver,
+                unroll=self.config.unroll,
+                moments=given and given[name],
+            )
+        if self.norm is not None:
+            z, used["norm"] = self.norm(z, mask, given and given["norm"])
+            z = nnx.relu(z)
+        return self.classifier(z), used
+
+
+def odenet(config: ODENetConfig) -> Model:
+    """The ODENet as pure functions."""
+    return network(lambda rngs: ODENet(config, rngs), config.norm)

@@ -1,0 +1,108 @@
+"""Residual networks for small images (He et al. 2016, arXiv 1512.03385)."""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jfed.errors import ConfigError, one_of
+from jfed.models.layers import (
+    DTYPES,
+    NORMS,
+    SHORTCUTS,
+    Classifier,
+    ConvNorm,
+    ResidualBlock,
+    Style,
+    check_positive,
+    network,
+)
+from jfed.models.model import Mask, Model
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig:
+    """A ResNet.
+
+    Attributes:
+      widths: output channels of each stage; each stage but the first halves height and width.
+      blocks: residual blocks in each stage.
+      bottleneck: blocks of 1x1, 3x3, 1x1 convolutions instead of 3x3, 3x3.
+      shortcut: "projection" or "pad", see `ResidualBlock`.
+      stem: channels of the first convolution (3x3, stride 1); None: those of the first stage.
+      norm: "batch" or "group".
+      dtype: what convolutions compute in, "float32" or "bfloat16"; parameters stay float32.
+      conv: the convolutions' form, see `jfed.models.convolution.conv`.
+      classes: how many logits.
+      channels: of the images.
+    """
+
+    widths: tuple[int, ...] = (16, 32, 64)
+    blocks: tuple[int, ...] = (3, 3, 3)
+    bottleneck: bool = False
+    shortcut: str = "pad"
+    stem: int | None = None
+    norm: str = "batch"
+    dtype: str = "float32"
+    conv: str = "auto"
+    classes: int = 10
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        check_positive(
+            widths=self.widths, blocks=self.blocks, classes=self.classes, channels=self.channels
+        )
+        one_of("shortcut", self.shortcut, SHORTCUTS)
+        one_of("norm", self.norm, NORMS)
+        one_of("dtype", self.dtype, DTYPES)
+        if len(self.widths) != len(self.blocks):
+            raise ConfigError(
+                f"widths {self.widths} and blocks {self.blocks} must name as many stages."
+            )
+
+
+class ResNet(nnx.Module):
+    """Stem, stages of residual blocks, classifier."""
+
+    def __init__(self, config: ResNetConfig, rngs: nnx.Rngs) -> None:
+        style = Style(config.norm, config.dtype, config.conv)
+        channels = config.stem or config.widths[0]
+        self.stem = ConvNorm(config.channels, channels, style, rngs)
+        stages = []
+        for k, (width, count) in enumerate(zip(config.widths, config.blocks, strict=True)):
+            blocks = []
+            for i in range(count):
+                stride = 2 if k > 0 and i == 0 else 1
+                blocks.append(
+                    ResidualBlock(
+                        channels,
+                        width,
+                        style,
+                        rngs,
+                        stride=stride,
+                        shortcut=config.shortcut,
+                        bottleneck=config.bottleneck,
+                    )
+                )
+                channels = width
+            stages.append(nnx.List(blocks))
+        self.stages = nnx.List(stages)
+        self.classifier = Classifier(channels, config.classes, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+    ) -> tuple[Float[Array, "B classes"], Any]:
+        used: dict[str, Any] = {}
+        x, used["stem"] = self.stem(x, mask, given and given["stem"])
+        x = nnx.relu(x)
+        for k, stage in enumerate(self.stages):
+            for i, block in enumerate(stage):
+                name = f"stage{k}_block{i}"
+                x, used[name] = block(x, mask, given and given[name])
+        return self.classifier(x), used
+
+
+def resnet(config: ResNetConfig) -> Model:
+    """The ResNet as pure functions."""
+    return network(lambda rngs: ResNet(config, rngs), config.norm)

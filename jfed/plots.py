@@ -1,0 +1,81 @@
+"""Figures of a run, as matplotlib figures that the caller shows or saves."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from jfed.metrics import Record
+
+
+def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _curves(history: Sequence[Record]) -> dict[str, list[tuple[Record, float]]]:
+    curves: dict[str, list[tuple[Record, float]]] = {}
+    for record in history:
+        for name, evaluation in record.evaluations.items():
+            curves.setdefault(name, []).append((record, evaluation.accuracy))
+    return curves
+
+
+def accuracy(history: Sequence[Record]) -> Figure:
+    """Test accuracy over rounds, one line a tier."""
+    figure, axes = _axes("round", "test accuracy")
+    for name, points in _curves(history).items():
+        axes.plot([r.round for r, _ in points], [a for _, a in points], marker=".", label=name)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(title="iterations")
+    return figure
+
+
+def accuracy_by_bytes(history: Sequence[Record]) -> Figure:
+    """Test accuracy against all bytes sent so far in both directions, one line a tier."""
+    figure, axes = _axes("communication [MB]", "test accuracy")
+    for name, points in _curves(history).items():
+        sent = [(r.bytes_down_total + r.bytes_up_total) / 1e6 for r, _ in points]
+        axes.plot(sent, [a for _, a in points], marker=".", label=name)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend(title="iterations")
+    return figure
+
+
+def accuracy_by_iterations(accuracies: Mapping[int, float], trained: Sequence[int]) -> Figure:
+    """Test accuracy against the iterations of all ODE blocks, trained counts marked.
+
+    Args:
+      accuracies: from 0 to 1, by total number of iterations.
+      trained: the totals that clients trained.
+    """
+    figure, axes = _axes("iterations of all ODE blocks", "test accuracy")
+    counts = sorted(accuracies)
+    axes.plot(counts, [accuracies[c] for c in counts], color="C0", label="evaluated")
+    marked = [c for c in counts if c in set(trained)]
+    axes.plot(marked, [accuracies[c] for c in marked], "o", color="C1", label="trained")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    return figure
+
+
+def classes_by_client(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """How many examples of each class each client holds, `counts` `[clients, classes]`."""
+    figure, axes = _axes("client", "examples")
+    left = np.zeros(len(counts))
+    for label, name in enumerate(class_names):
+        colour = f"C{label}" if len(class_names) <= 10 else None
+        axes.bar(np.arange(len(counts)), counts[:, label], bottom=left, color=colour, label=name)
+        left += counts[:, label]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(class_names) <= 20:
+        figure.legend(loc="outside right upper", fontsize="small")
+    return figure

@@ -1,0 +1,223 @@
+"""A run on disk: the folder it writes, and the table it ends with."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from tabulate import tabulate
+
+from jfed import data as data_lib
+from jfed import plots
+from jfed.config import RunConfig, parse_iterations, set_up
+from jfed.errors import RunFolderError
+from jfed.federation.communication import traffic, tree_bytes, tree_size
+from jfed.metrics import CsvWriter, Record
+from jfed.models.odenet import ODENetConfig, per_stage
+from jfed.models.presets import ModelConfig, build, twin
+from jfed.simulation import Federation, Result
+
+
+@dataclasses.dataclass(frozen=True)
+class TierSummary:
+    """One line of the table that ends a run.
+
+    Attributes:
+      tier: its name: the iteration count.
+      trained: whether clients ran it, or it was only evaluated.
+      accuracy: on the test set, from 0 to 1.
+      loss: on the test set, in nats.
+      parameters: of the tier's submodel.
+      bytes_down: to one client in one round.
+      bytes_up: from one client in one round.
+      twin: the ResNet it is compared with; None where the model is itself a ResNet.
+      twin_bytes: one upload of the twin.
+      reduction: 1 - bytes_up / twin_bytes.
+    """
+
+    tier: str
+    trained: bool
+    accuracy: float
+    loss: float
+    parameters: int
+    bytes_down: int
+    bytes_up: int
+    twin: str | None
+    twin_bytes: int | None
+    reduction: float | None
+
+
+def run(
+    config: RunConfig,
+    workdir: str | os.PathLike[str],
+    *,
+    on_start: Callable[[Federation], None] | None = None,
+    on_round: Callable[[Record], None] | None = None,
+) -> tuple[Result, list[TierSummary]]:
+    """Runs a federation and writes its folder.
+
+    The folder holds `config.json`, `metrics.csv` (a line a round, written as rounds end),
+    `summary.json` and figures. It is made only after all settings and the data were checked.
+
+    Args:
+      config: of the run.
+      workdir: the folder, which must not exist, or be empty.
+      on_start: called before the first round.
+      on_round: called after each round.
+
+    Raises:
+      RunFolderError: the folder holds something already, or cannot be made.
+      JfedError: see `jfed.config.set_up` and `jfed.simulate`.
+    """
+    folder = pathlib.Path(workdir)
+    check_folder(folder)
+    federation, data, network = set_up(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"cannot make the run folder {str(folder)!r}: {error}.") from error
+    write_json(folder / "config.json", dataclasses.asdict(config))
+    counts = data_lib.class_counts(data.train.labels, federation.partition, data.num_classes)
+    save(plots.classes_by_client(counts, data.class_names), folder / "clients.png")
+    if on_start is not None:
+        on_start(federation)
+    names = [tier.name for tier in federation.evaluated]
+    with CsvWriter(folder / "metrics.csv", names) as writer:
+
+        def record(row: Record) -> None:
+            writer.write(row)
+            if on_round is not None:
+                on_round(row)
+
+        result = federation.run(record)
+    table = summarise(config, network, result)
+    write_json(folder / "summary.json", summary(config, data, result, table))
+    save_figures(folder, network, result)
+    return result, table
+
+
+def check_folder(folder: pathlib.Path) -> None:
+    """Raises RunFolderError if the folder is in use."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(
+            f"the run folder {str(folder)!r} exists already and is not empty; "
+            "choose another one with --workdir, or remove it."
+        )
+
+
+def summarise(config: RunConfig, network: ModelConfig, result: Result) -> list[TierSummary]:
+    """What the table at the end of a run says, one entry for each evaluated tier."""
+    twin_name, twin_bytes = None, None
+    if isinstance(network, ODENetConfig):
+        deepest = max(config.iterations, key=lambda c: sum(per_stage(c, len(network.widths))))
+        twin_name, twin_config = twin(config.model, network, deepest)
+        twin_bytes = tree_bytes(jax.eval_shape(build(twin_config).init, jax.random.key(0)))
+    last, lines = result.history[-1].evaluations, []
+    for tier in result.evaluated:
+        bytes_ = traffic(tier, result.variables)
+        lines.append(
+            TierSummary(
+                tier=tier.name,
+                trained=tier.name in result.traffic,
+                accuracy=last[tier.name].accuracy,
+                loss=last[tier.name].loss,
+                parameters=tree_size(tier.shapes(result.variables)),
+                bytes_down=bytes_.down,
+                bytes_up=bytes_.up,
+                twin=twin_name,
+                twin_bytes=twin_bytes,
+                reduction=None if twin_bytes is None else 1 - bytes_.up / twin_bytes,
+            )
+        )
+    return lines
+
+
+def format_table(lines: list[TierSummary]) -> str:
+    """The table that ends a run, as text."""
+    rows = [
+        {
+            "iterations": line.tier if line.trained else f"{line.tier} (not trained)",
+            "accuracy": f"{line.accuracy:.2%}",
+            "parameters": f"{line.parameters:,}",
+            "bytes down": f"{line.bytes_down:,}",
+            "bytes up": f"{line.bytes_up:,}",
+            **(
+                {
+                    f"{line.twin} bytes": f"{line.twin_bytes:,}",
+                    "reduction": f"{line.reduction:.1%}",
+                }
+                if line.twin is not None
+                else {}
+            ),
+        }
+        for line in lines
+    ]
+    return tabulate(rows, headers="keys", disable_numparse=True, stralign="right")
+
+
+def summary(
+    config: RunConfig, data: data_lib.Dataset, result: Result, table: list[TierSummary]
+) -> dict[str, Any]:
+    """What `summary.json` holds."""
+    last = result.history[-1]
+    return {
+        "rounds": last.round,
+        "train_loss": last.train_loss,
+        "train_examples": len(data.train),
+        "test_examples": len(data.test),
+        "tiers": [dataclasses.asdict(line) for line in table],
+        "bytes_down_total": last.bytes_down_total,
+        "bytes_up_total": last.bytes_up_total,
+        "seconds": last.seconds,
+        "compile_seconds": result.compile_seconds,
+        "seed": config.seed,
+        "hardware": hardware(),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """Where and with what a run was made."""
+    return {
+        "devices": [device.device_kind for device in jax.devices()],
+        "platform": jax.default_backend(),
+        "machine": platform.machine(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def save_figures(folder: pathlib.Path, network: ModelConfig, result: Result) -> None:
+    """Accuracy over rounds, over bytes, and over iteration counts."""
+    save(plots.accuracy(result.history), folder / "accuracy.png")
+    save(plots.accuracy_by_bytes(result.history), folder / "accuracy_by_bytes.png")
+    if isinstance(network, ODENetConfig):
+        totals = {
+            tier.name: sum(per_stage(parse_iterations(tier.name), len(network.widths)))
+            for tier in result.evaluated
+        }
+        figure = plots.accuracy_by_iterations(
+            {totals[name]: accuracy for name, accuracy in result.accuracies.items()},
+            [totals[name] for name in result.traffic],
+        )
+        save(figure, folder / "accuracy_by_iterations.png")
+
+
+def save(figure: Any, path: pathlib.Path) -> None:
+    """Writes a figure as PNG."""
+    figure.savefig(path, dpi=150)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON that a reader never sees half of."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)

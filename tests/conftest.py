@@ -1,0 +1,10 @@
+"""Strict JAX settings and checked array shapes for every test."""
+
+import jax
+import jaxtyping
+
+jaxtyping.install_import_hook("jfed", "beartype.beartype")
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
