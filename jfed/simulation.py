@@ -17,7 +17,15 @@ from jfed.federation import tiers as tiers_lib
 from jfed.federation.aggregation import TierUpdate
 from jfed.federation.client import ClientConfig, Metrics, learning_rate, make_preprocess
 from jfed.federation.communication import Traffic, traffic
-from jfed.federation.engine import Trainer, Work, client_batches, make_trainer, pack
+from jfed.federation.engine import (
+    Trainer,
+    Work,
+    capacity,
+    client_batches,
+    client_steps,
+    make_trainer,
+    pack,
+)
 from jfed.federation.server import (
     ServerConfig,
     ServerState,
@@ -240,7 +248,8 @@ class Federation:
             check_model(tier, like, data)
         self.traffic = {tier.name: traffic(tier, like) for tier in members}
         self.compile_seconds: dict[str, float] = {}
-        self._compiled: set[Any] = set()
+        steps = [client_steps(len(examples), self.client) for examples in partition]
+        self._capacity = capacity(steps, self.cohort, self.lanes)
 
         augmentation = augmentation or Augmentation()
         mean, std = _channel_moments(data.train.images)
@@ -344,11 +353,11 @@ class Federation:
             if not len(clients):
                 updates.append(self._no_update[tier.name])
                 continue
-            schedule = pack(self._work(number, clients), self.lanes, self.client.batch_size)
+            work = self._work(number, clients)
+            schedule = pack(work, self.lanes, self.client.batch_size, self._capacity)
             update, sums = self._call(
                 f"train {tier.name}",
                 self._trainers[tier.name],
-                schedule.examples.shape,
                 state.variables,
                 *self._train,
                 schedule,
@@ -357,7 +366,7 @@ class Federation:
             )
             updates.append(update)
             metrics.append(sums)
-        state = self._call("server", self._server_step, None, state, updates)
+        state = self._call("server", self._server_step, state, updates)
         under_way = UnderWay(
             number=number,
             clients=self.cohort,
@@ -372,19 +381,16 @@ class Federation:
         """Test metrics of each evaluated tier, device arrays, by name."""
         return {
             name: self._call(
-                f"evaluate {name}", run, None, state.variables, self._calibration, self._test
+                f"evaluate {name}", run, state.variables, self._calibration, self._test
             )
             for name, run in self._evaluators.items()
         }
 
-    def _call(self, name: str, program: Callable, shape: Any, *args: Any) -> Any:
-        """Calls a jitted program; the first call of a shape is tracing and compiling."""
+    def _call(self, name: str, program: Callable, *args: Any) -> Any:
+        """Calls a jitted program; the first call returns once it is traced and compiled."""
         began = time.perf_counter()
         out = program(*args)
-        if (name, shape) not in self._compiled:
-            self._compiled.add((name, shape))
-            spent = time.perf_counter() - began
-            self.compile_seconds[name] = self.compile_seconds.get(name, 0.0) + spent
+        self.compile_seconds.setdefault(name, time.perf_counter() - began)
         return out
 
     def _sample(self, number: int) -> dict[str, np.ndarray]:

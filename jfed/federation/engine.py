@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jfed.errors import ConfigError, one_of
+from jfed.errors import one_of
 from jfed.federation.aggregation import TierUpdate
 from jfed.federation.client import (
     Batch,
@@ -66,27 +66,30 @@ class Schedule(NamedTuple):
     length: IntArray
 
 
+def client_steps(examples: int, config: ClientConfig) -> int:
+    """How many batches a client with that many examples trains on in a round."""
+    return config.steps or config.epochs * -(-examples // config.batch_size)
+
+
 def client_batches(
     examples: Int[np.ndarray, " N"], config: ClientConfig, rng: np.random.Generator
 ) -> Int[np.ndarray, "steps B"]:
     """A client's batches of one round: each epoch shuffled anew, every example once an epoch."""
     size = config.batch_size
     per_epoch = -(-len(examples) // size)
-    epochs = config.epochs if config.steps is None else -(-config.steps // per_epoch)
+    epochs = -(-client_steps(len(examples), config) // per_epoch)
     batches = np.full((epochs, per_epoch * size), -1, np.int32)
     for epoch in batches:
         epoch[: len(examples)] = rng.permutation(examples)
     return batches.reshape(-1, size)[: config.steps]
 
 
-def pack(work: Sequence[Work], lanes: int, batch_size: int) -> Schedule:
+def pack(work: Sequence[Work], lanes: int, batch_size: int, steps: int) -> Schedule:
     """Packs clients on lanes, longest first, each on the lane with the least work so far.
 
-    The step axis is padded to one of few lengths, so that rounds of other cohorts reuse the
-    compiled program; a lane does not run the padding.
+    The step axis is padded to `steps`, see `capacity`, so that every round runs the same compiled
+    program; a lane does not run the padding.
     """
-    if lanes < 1:
-        raise ConfigError(f"lanes must be 1 or more, got {lanes!r}.")
     queues: list[list[Work]] = [[] for _ in range(lanes)]
     loads = [(0, lane) for lane in range(lanes)]
     for item in sorted(work, key=lambda w: (-len(w.batches), w.client)):
@@ -94,7 +97,7 @@ def pack(work: Sequence[Work], lanes: int, batch_size: int) -> Schedule:
         queues[lane].append(item)
         heapq.heappush(loads, (load + len(item.batches), lane))
     length = max(load for load, _ in loads)
-    shape = (lanes, _bucket(length))
+    shape = (lanes, steps)
     schedule = Schedule(
         examples=np.full((*shape, batch_size), -1, np.int32),
         client=np.zeros(shape, np.int32),
@@ -116,10 +119,16 @@ def pack(work: Sequence[Work], lanes: int, batch_size: int) -> Schedule:
     return schedule
 
 
-def _bucket(length: int) -> int:
-    """The next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: at most a quarter more."""
-    unit = 1 << max(0, max(length, 1).bit_length() - 3)
-    return -(-max(length, 1) // unit) * unit
+def capacity(steps: Sequence[int], cohort: int, lanes: int) -> int:
+    """The most steps that a lane can be given in any round: `pack` is at most that uneven.
+
+    Args:
+      steps: of each client of the population in a round.
+      cohort: how many of them train in a round.
+      lanes: that they are packed on.
+    """
+    largest = sorted(steps, reverse=True)[:cohort]
+    return -(-sum(largest) // lanes) + (largest[0] if lanes > 1 else 0)
 
 
 class Carry(NamedTuple):

@@ -287,7 +287,7 @@ def _depthwise_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> Arra
 def _depthwise_backward(
     x: Array, kernel: Array, g: Array, stride: int, pads: Pads
 ) -> tuple[Array, Array]:
-    size, padded = g.shape[1:3], _pad(x, pads)
+    size, padded = (g.shape[1], g.shape[2]), _pad(x, pads)
     wide = _sum_dtype(x)
     dx = sum(
         _unshifted(g.astype(wide) * _tap(kernel, i, j).astype(wide), i, j, stride, x.shape, pads)

@@ -1,0 +1,216 @@
+"""Times every form of `jfed.models.convolution` where training uses it: inside a `lax.scan`.
+
+    python experiments/convolution_forms.py --output convolution_forms.csv
+
+One step computes a convolution and both its gradients and updates the images and the kernel in the
+scan's carry. Rates are effective GFLOP/s, 2 * B * Ho * Wo * kh * kw * I * O * 3 / time: a form that
+multiplies less (Winograd) may exceed the machine's peak. `vmap` is the same scan vmapped over four
+clients' kernels. Rows of kind "time" have the time as one more input channel: "concat" concatenates
+it, "time_conv" is jfed's. PyTorch's convolution is timed beside them where it is installed. The
+runs of one row are interleaved and their medians shown, as other load on the machine moves them.
+All rows take about four minutes on two cores. The CPU table in `choose_form` was read off this
+script's output.
+"""
+
+import argparse
+import csv
+import functools
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tabulate import tabulate
+
+from jfed.errors import ConfigError
+from jfed.models.convolution import FORMS, choose_form, conv, time_conv
+
+CLIENTS = 4
+RATE = 1e-6  # learning rate: small enough that values stay where they are
+WORK = 3e9  # floating-point operations in one timed run, at least two steps
+SLOW = ("xla", "xla vmap", "transposed vmap")  # XLA's gradients in loops and grouped convolutions:
+SMALL = 5e8  # timed on small layers only, up to this many operations a step
+
+
+Pair = tuple[jax.Array, jax.Array]  # images and kernel
+
+
+class Layer(NamedTuple):
+    kind: str  # "dense", "depthwise" or "time"
+    size: int  # H = W
+    inputs: int
+    outputs: int
+    window: int = 3
+    stride: int = 1
+    padding: str = "SAME"
+
+    def flops(self, batch: int) -> int:
+        """Multiplications and additions of the forward pass and both gradients."""
+        valid = self.size if self.padding == "SAME" else self.size - self.window + 1
+        inputs = 1 if self.kind == "depthwise" else self.inputs
+        return 6 * batch * (-(-valid // self.stride)) ** 2 * self.window**2 * inputs * self.outputs
+
+
+LAYERS = (
+    *(Layer("dense", 32, 3, o) for o in (16, 64)),
+    *(Layer("dense", h, c, c) for h, c in ((32, 16), (32, 32), (32, 64), (16, 16), (16, 32))),
+    *(Layer("dense", h, c, c) for h, c in ((16, 64), (16, 128), (8, 32), (8, 64), (8, 128))),
+    *(Layer("dense", h, c, c) for h, c in ((8, 256), (4, 128), (4, 256))),
+    *(Layer("time", h, c + 1, c) for h, c in ((32, 16), (16, 32), (16, 64), (8, 128), (8, 256))),
+    *(Layer("dense", h, c, 2 * c, 3, 2) for h, c in ((32, 16), (32, 64), (16, 128))),
+    *(Layer("dense", h, c, 2 * c, 1, 2) for h, c in ((32, 16), (32, 64), (16, 128))),
+    *(Layer("dense", h, c, c, 1) for h, c in ((32, 16), (16, 64), (8, 256))),
+    *(Layer("depthwise", h, c, c, 3, s) for h, c, s in ((32, 16, 1), (16, 64, 1), (32, 64, 2))),
+    *(Layer("dense", h, i, o, 5, 1, "VALID") for h, i, o in ((32, 3, 32), (14, 32, 64))),
+)
+
+
+def operations(layer: Layer) -> dict[str, Callable[[jax.Array, jax.Array], jax.Array]]:
+    """The functions of (images, kernel) to compare on this layer."""
+    if layer.kind == "time":
+        return {
+            "concat": lambda x, k: conv(
+                jnp.pad(x, ((0, 0),) * 3 + ((1, 0),), constant_values=0.5), k
+            ),
+            "time_conv": lambda x, k: time_conv(x, jnp.float32(0.5), k),
+        }
+    groups = layer.inputs if layer.kind == "depthwise" else 1
+    return {
+        form: functools.partial(
+            conv, stride=layer.stride, padding=layer.padding, groups=groups, form=form
+        )
+        for form in FORMS
+        if form != "auto" and _fits(layer, form, groups)
+    }
+
+
+def _fits(layer: Layer, form: str, groups: int) -> bool:
+    x = jax.ShapeDtypeStruct((1, layer.size, layer.size, layer.inputs), jnp.float32)
+    k = jax.ShapeDtypeStruct(_kernel_shape(layer), jnp.float32)
+    try:
+        jax.eval_shape(functools.partial(conv, stride=layer.stride, groups=groups, form=form), x, k)
+    except ConfigError:
+        return False
+    return True
+
+
+def _kernel_shape(layer: Layer) -> tuple[int, int, int, int]:
+    inputs = 1 if layer.kind == "depthwise" else layer.inputs
+    return layer.window, layer.window, inputs, layer.outputs
+
+
+def jax_run(
+    operation: Callable[..., jax.Array], x: np.ndarray, kernel: np.ndarray, steps: int, clients: int
+) -> Callable[[], object]:
+    """A compiled scan of training steps; with clients, one for each of them under `vmap`."""
+
+    def step(carry: Pair, _: None) -> tuple[Pair, None]:
+        y, gradient = jax.vjp(operation, *carry)
+        dx, dk = gradient(RATE * y)
+        return (carry[0] - dx, carry[1] - dk), None
+
+    def train(x: jax.Array, kernel: jax.Array) -> Pair:
+        return jax.lax.scan(step, (x, kernel), None, length=steps)[0]
+
+    operands = [jnp.asarray(x), jnp.asarray(kernel)]
+    if clients > 1:
+        operands = [jnp.stack([a] * clients) for a in operands]
+    compiled = jax.jit(jax.vmap(train) if clients > 1 else train).lower(*operands).compile()
+    return lambda: jax.block_until_ready(compiled(*operands))
+
+
+def torch_run(
+    layer: Layer, x: np.ndarray, kernel: np.ndarray, steps: int, channels_last: bool
+) -> Callable[[], None]:
+    """The same steps with PyTorch, padded alike but for the side of an odd row."""
+    import torch
+
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images = torch.tensor(x).permute(0, 3, 1, 2).contiguous(memory_format=layout)
+    weights = torch.tensor(kernel).permute(3, 2, 0, 1).contiguous(memory_format=layout)
+    padding = layer.window // 2 if layer.padding == "SAME" else 0
+    groups = layer.inputs if layer.kind == "depthwise" else 1
+
+    def run() -> None:
+        a, k = images, weights
+        for _ in range(steps):
+            a, k = a.detach().requires_grad_(), k.detach().requires_grad_()
+            y = torch.nn.functional.conv2d(a, k, None, layer.stride, padding, 1, groups)
+            da, dk = torch.autograd.grad(y, (a, k), RATE * y.detach())
+            a, k = a.detach() - da, k.detach() - dk
+
+    return run
+
+
+def measure(layer: Layer, batch: int, repeats: int) -> dict[str, str | float]:
+    """One row of the table: the layer and the rates of everything that can compute it."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(batch, layer.size, layer.size, layer.inputs)).astype(np.float32)
+    shape = _kernel_shape(layer)
+    kernel = (rng.normal(size=shape) / np.sqrt(np.prod(shape[:3]))).astype(np.float32)
+    flops = layer.flops(batch)
+    steps = max(2, min(10, int(WORK / flops)))
+    runs: dict[str, Callable[[], object]] = {}
+    work: dict[str, int] = {}
+    images = x[..., 1:] if layer.kind == "time" else x
+    for name, operation in operations(layer).items():
+        for column, clients in ((name, 1), (f"{name} vmap", CLIENTS)):
+            if column in SLOW and flops > SMALL:
+                continue
+            count = 2 if column in SLOW else steps
+            work[column] = flops * count * clients
+            runs[column] = jax_run(operation, images, kernel, count, clients)
+    if importlib.util.find_spec("torch"):
+        for name, last in (("torch", False), ("torch nhwc", True)):
+            runs[name] = torch_run(layer, x, kernel, steps, last)
+            work[name] = flops * steps
+    seconds = interleaved(runs, repeats)
+    row: dict[str, str | float] = {k: str(v) for k, v in layer._asdict().items()}
+    if layer.kind != "time":
+        groups = layer.inputs if layer.kind == "depthwise" else 1
+        size = (layer.size, layer.size)
+        row["auto"] = choose_form(shape, stride=layer.stride, groups=groups, size=size)
+    for name, value in seconds.items():
+        row[name] = round(work[name] / value / 1e9, 1)
+    return row
+
+
+def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each run, after one warm-up, in rounds of one run each."""
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for name in list(runs) * repeats:
+        start = time.perf_counter()
+        runs[name]()
+        seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--kind", choices=("dense", "depthwise", "time"), help="only these rows")
+    parser.add_argument("--output", help="CSV file to write")
+    options = parser.parse_args()
+    rows: list[dict[str, str | float]] = []
+    for layer in LAYERS:
+        if options.kind in (None, layer.kind):
+            rows.append(measure(layer, options.batch, options.repeats))
+            print(" ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
+    print(tabulate(rows, headers="keys"))
+    if options.output:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        with open(options.output, "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

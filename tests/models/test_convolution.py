@@ -1,0 +1,263 @@
+"""Every form against `lax.conv_general_dilated` and XLA's own gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from jfed.errors import ConfigError
+from jfed.models.convolution import FORMS, choose_form, conv, time_conv
+
+# (H, W), C, O, kernel size, stride, padding
+SHAPES = {
+    "odd": ((9, 11), 5, 6, 3, 1, "SAME"),
+    "valid": ((10, 7), 4, 6, 3, 1, "VALID"),
+    "stem": ((8, 8), 3, 16, 3, 1, "SAME"),
+    "smaller than a tile": ((3, 3), 4, 4, 3, 1, "SAME"),
+    "strided": ((8, 9), 4, 6, 3, 2, "SAME"),
+    "strided valid": ((10, 9), 4, 6, 3, 2, "VALID"),
+    "5x5": ((14, 13), 3, 8, 5, 1, "VALID"),
+    "even": ((7, 8), 3, 5, 2, 1, "SAME"),
+    "1x1": ((6, 6), 4, 6, 1, 1, "SAME"),
+    "1x1 strided": ((7, 6), 4, 6, 1, 2, "SAME"),
+}
+WINOGRAD = ("odd", "valid", "stem", "smaller than a tile", "5x5")
+DENSE = tuple(form for form in FORMS if form not in ("xla", "depthwise"))
+CASES = [
+    (form, name)
+    for form in DENSE
+    for name in SHAPES
+    if not form.startswith("winograd") or name in WINOGRAD
+]
+
+
+def reference(x, kernel, *, stride=1, padding="SAME", groups=1):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def operands(size, c, inputs, o, k, dtype=jnp.float32, lead=()):
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (*lead, 2, *size, c), dtype)
+    return x, jax.random.normal(keys[1], (*lead, k, k, inputs, o), dtype) / k
+
+
+def with_gradients(function, *args):
+    """The output and its gradients against a fixed, uneven cotangent."""
+
+    @jax.jit
+    def run(*args):
+        y, pull = jax.vjp(function, *args)
+        return y, *pull(
+            jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape).astype(y.dtype)
+        )
+
+    return run(*args)
+
+
+def assert_close(got, want, tolerance=3e-5):
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+@pytest.mark.parametrize(("form", "name"), CASES)
+def test_dense_forms_equal_xla(form, name):
+    size, c, o, k, stride, padding = SHAPES[name]
+    args = operands(size, c, c, o, k)
+    options = {"stride": stride, "padding": padding}
+    got = with_gradients(functools.partial(conv, form=form, **options), *args)
+    assert_close(got, with_gradients(functools.partial(reference, **options), *args))
+
+
+@pytest.mark.parametrize("form", ["auto", "xla", "depthwise"])
+@pytest.mark.parametrize("name", ["odd", "strided", "valid", "5x5"])
+def test_depthwise_equals_xla(form, name):
+    size, c, _, k, stride, padding = SHAPES[name]
+    args = operands(size, c, 1, c, k)
+    options = {"stride": stride, "padding": padding, "groups": c}
+    got = with_gradients(functools.partial(conv, form=form, **options), *args)
+    assert_close(got, with_gradients(functools.partial(reference, **options), *args))
+
+
+@pytest.mark.parametrize("form", [*DENSE, "depthwise"])
+def test_vmap_over_images_and_kernels(form):
+    groups = 4 if form == "depthwise" else 1
+    args = operands((6, 7), 4, 4 // groups, 4, 3, lead=(3,))
+    got = with_gradients(jax.vmap(functools.partial(conv, form=form, groups=groups)), *args)
+    each = [
+        with_gradients(functools.partial(reference, groups=groups), x, k)[0]
+        for x, k in zip(*args, strict=True)
+    ]
+    assert_close(got[:1], [jnp.stack(each)])
+    want = with_gradients(jax.vmap(functools.partial(reference, groups=groups)), *args)
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("form", [*DENSE, "depthwise"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_training_in_a_scan_with_checkpoints(form, mapped):
+    groups = 4 if form == "depthwise" else 1
+    xs, kernels = operands((6, 6), 4, 4 // groups, 4, 3, lead=(2,))
+
+    def train(convolve, x, kernel):
+        def loss(kernel):
+            z = x
+            for _ in range(2):
+                z = z + 0.1 * jnp.tanh(jax.checkpoint(convolve)(z, kernel))
+            return jnp.mean(z**2)
+
+        def step(kernel, _):
+            return kernel - 0.1 * jax.grad(loss)(kernel), None
+
+        return lax.scan(step, kernel, None, length=3)[0]
+
+    def run(convolve):
+        one = functools.partial(train, convolve)
+        if mapped:
+            return jax.jit(lambda *args: lax.map(lambda pair: one(*pair), args))(xs, kernels)
+        return jax.jit(one)(xs[0], kernels[0])
+
+    got = run(functools.partial(conv, form=form, groups=groups))
+    assert_close([got], [run(functools.partial(reference, groups=groups))])
+
+
+@pytest.mark.parametrize("form", [*DENSE, "depthwise"])
+def test_float64(form):
+    groups = 4 if form == "depthwise" else 1
+    with jax.enable_x64(True):
+        args = operands((6, 7), 4, 4 // groups, 4, 3, jnp.float64)
+        got = with_gradients(functools.partial(conv, form=form, groups=groups), *args)
+        want = with_gradients(functools.partial(reference, groups=groups), *args)
+        assert got[0].dtype == jnp.float64
+        assert_close(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("form", ["auto", "transposed", "im2col", "depthwise"])
+def test_bfloat16(form):
+    groups = 4 if form == "depthwise" else 1
+    args = operands((6, 7), 4, 4 // groups, 4, 3, jnp.bfloat16)
+    got = with_gradients(functools.partial(conv, form=form, groups=groups), *args)
+    exact = with_gradients(
+        functools.partial(reference, groups=groups), *(a.astype(jnp.float32) for a in args)
+    )
+    assert all(a.dtype == jnp.bfloat16 for a in got)
+    assert_close([a.astype(jnp.float32) for a in got], exact, 2e-2)
+
+
+@pytest.mark.parametrize("form", ["im2col", "winograd4", "transposed"])
+@pytest.mark.parametrize("check", [False, True])
+def test_shard_map(form, check):
+    """A shared kernel's gradient sums over devices if JAX checks variance, like that of `lax`."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("clients",), axis_types=(AxisType.Auto,))
+    args = operands((6, 6), 4, 4, 4, 3)
+    gradient = jax.grad(lambda x, k: jnp.sum(conv(x, k, form=form) ** 2), (0, 1))
+    sharded = jax.jit(
+        jax.shard_map(
+            gradient,
+            mesh=mesh,
+            in_specs=(P("clients"), P()),
+            out_specs=(P("clients"), P()),
+            check_vma=check,
+        )
+    )
+    assert_close(sharded(*args), jax.jit(gradient)(*args))
+
+
+@pytest.mark.parametrize("form", ["im2col", "winograd2"])
+def test_second_order_is_right(form):
+    x, kernel = operands((5, 5), 3, 3, 3, 3)
+
+    def penalty(convolve):
+        return jax.grad(
+            lambda k: jnp.sum(jax.grad(lambda x: jnp.sum(jnp.tanh(convolve(x, k))))(x) ** 2)
+        )(kernel)
+
+    assert_close([penalty(functools.partial(conv, form=form))], [penalty(reference)])
+
+
+@pytest.mark.parametrize("form", ["auto", "im2col", "winograd4"])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_time_is_one_more_channel(form, padding):
+    x, _ = operands((6, 7), 4, 4, 6, 3)
+    _, kernel = operands((6, 7), 5, 5, 6, 3)
+    t = jnp.float32(0.7)
+
+    def concatenated(x, t, kernel):
+        plane = jnp.broadcast_to(t.reshape(1, 1, 1, 1), (*x.shape[:3], 1))
+        return reference(jnp.concatenate([plane, x], -1), kernel, padding=padding)
+
+    got = with_gradients(functools.partial(time_conv, padding=padding, form=form), x, t, kernel)
+    assert_close(got, with_gradients(concatenated, x, t, kernel), 1e-4)
+
+
+def test_time_may_be_a_number_and_strides_work():
+    x, _ = operands((6, 7), 4, 4, 6, 3)
+    _, kernel = operands((6, 7), 5, 5, 6, 3)
+    with_time = jnp.concatenate([jnp.full((2, 6, 7, 1), 0.5), x], -1)
+    want = reference(with_time, kernel, stride=2)
+    assert_close([time_conv(x, 0.5, kernel, stride=2)], [want])
+
+
+def test_time_under_vmap_over_kernels_and_times():
+    xs, _ = operands((6, 6), 4, 4, 4, 3, lead=(3,))
+    _, kernels = operands((6, 6), 5, 5, 4, 3, lead=(3,))
+    ts = jnp.array([0.0, 0.5, 1.0])
+    each = [time_conv(x, t, k) for x, t, k in zip(xs, ts, kernels, strict=True)]
+    assert_close([jax.vmap(time_conv)(xs, ts, kernels)], [jnp.stack(each)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 0}, "stride must be at least 1; got 0"),
+        ({"padding": "same"}, "unknown padding 'same'"),
+        ({"form": "winograd"}, "unknown convolution form 'winograd'. Did you mean 'winograd"),
+        ({"groups": 2}, "groups must be 1 or the channel count 4; got 2"),
+        ({"groups": 4}, "needs 1 input"),
+        ({"form": "depthwise"}, "cannot compute groups=1"),
+        ({"form": "winograd4", "stride": 2}, "got stride 2"),
+    ],
+)
+def test_errors_quote_the_setting(options, message):
+    x, kernel = operands((6, 6), 4, 4, 4, 3)
+    with pytest.raises(ConfigError, match=message):
+        conv(x, kernel, **options)
+
+
+def test_errors_quote_the_shapes():
+    x, kernel = operands((6, 6), 4, 4, 4, 3)
+    with pytest.raises(ConfigError, match="needs 4 input channels"):
+        conv(x, kernel[:, :, :3])
+    with pytest.raises(ConfigError, match="does not fit into 2x6"):
+        conv(x[:, :2], kernel, padding="VALID")
+    with pytest.raises(ConfigError, match="share a dtype; got float32 and bfloat16"):
+        conv(x, kernel.astype(jnp.bfloat16))
+    with pytest.raises(ConfigError, match=r"C \+ 1 = 5 input channels"):
+        time_conv(x, 0.0, kernel)
+    with pytest.raises(ConfigError, match=r"\[kh, kw, 1, 4\]"):
+        conv(x, kernel[:, :, :1, :2], groups=4)
+    with pytest.raises(ConfigError, match="float32 or float64"):
+        conv(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), form="winograd2")
+
+
+def test_choice():
+    assert choose_form((3, 3, 64, 64), size=(16, 16), backend="cpu") == "winograd4"
+    assert choose_form((3, 3, 64, 64), size=(16, 16), dtype=jnp.bfloat16, backend="cpu") == "im2col"
+    assert choose_form((3, 3, 3, 64), size=(32, 32), backend="cpu") == "im2col"
+    assert choose_form((3, 3, 64, 64), stride=2, size=(16, 16), backend="cpu") == "im2col"
+    assert choose_form((3, 3, 1, 64), groups=64, size=(16, 16), backend="cpu") == "depthwise"
+    assert choose_form((3, 3, 64, 64), size=(16, 16), backend="gpu") == "xla"
