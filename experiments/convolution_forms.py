@@ -31,7 +31,7 @@ from jfed.models.convolution import FORMS, choose_form, conv, time_conv
 
 CLIENTS = 4
 RATE = 1e-6  # learning rate: small enough that values stay where they are
-WORK = 3e9  # floating-point operations in one timed run, at least two steps
+WORK = 1.5e9  # floating-point operations in one timed run, at least two steps
 SLOW = ("xla", "xla vmap", "transposed vmap")  # XLA's gradients in loops and grouped convolutions:
 SMALL = 5e8  # timed on small layers only, up to this many operations a step
 
@@ -57,9 +57,8 @@ class Layer(NamedTuple):
 
 LAYERS = (
     *(Layer("dense", 32, 3, o) for o in (16, 64)),
-    *(Layer("dense", h, c, c) for h, c in ((32, 16), (32, 32), (32, 64), (16, 16), (16, 32))),
-    *(Layer("dense", h, c, c) for h, c in ((16, 64), (16, 128), (8, 32), (8, 64), (8, 128))),
-    *(Layer("dense", h, c, c) for h, c in ((8, 256), (4, 128), (4, 256))),
+    *(Layer("dense", h, c, c) for h, c in ((32, 16), (32, 32), (32, 64), (16, 32), (16, 64))),
+    *(Layer("dense", h, c, c) for h, c in ((16, 128), (8, 64), (8, 128), (8, 256), (4, 256))),
     *(Layer("time", h, c + 1, c) for h, c in ((32, 16), (16, 32), (16, 64), (8, 128), (8, 256))),
     *(Layer("dense", h, c, 2 * c, 3, 2) for h, c in ((32, 16), (32, 64), (16, 128))),
     *(Layer("dense", h, c, 2 * c, 1, 2) for h, c in ((32, 16), (32, 64), (16, 128))),

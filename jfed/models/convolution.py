@@ -267,7 +267,7 @@ def _im2col_backward(
 
 def _sum_dtype(x: Array) -> jnp.dtype:
     """Sums of many terms are formed in float32 at least."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.dtype(jnp.float32) if x.dtype.itemsize < 4 else x.dtype
 
 
 # --------------------------------------------------------------------------------- "depthwise"
@@ -364,50 +364,47 @@ def _combine(row: tuple[float, ...], terms: list[Array]) -> Array:
     return jnp.asarray(total)
 
 
-def _tile(matrix: Matrix, padded: Array, step: int, counts: tuple[int, int]) -> list[Array]:
-    """Matrix @ tile @ matrix^T for every tile: a list of [B * Th * Tw, C], one per position.
+def _mix(matrix: Matrix, terms: list[Array], axis: int) -> Array:
+    """The rows of matrix @ terms, stacked along a new axis."""
+    return jnp.stack([_combine(row, terms) for row in matrix], axis=axis)
+
+
+def _tile(matrix: Matrix, padded: Array, step: int, counts: tuple[int, int]) -> Array:
+    """The product matrix @ tile @ matrix^T of every tile: [rows * rows, B * Th * Tw, C].
 
     The tiles start `step` apart and are as wide as the matrix. Rows first, for whole image rows at
     a time; the barrier keeps XLA from fusing both directions, which recomputes the first for every
-    output of the second (half the speed).
+    output of the second (twice the time).
     """
-    (b, _, w, c), (th, tw), n = padded.shape, counts, len(matrix[0])
+    (b, _, w, c), (th, tw), q = padded.shape, counts, len(matrix)
+    window = range(len(matrix[0]))
     rows = [
         lax.slice(padded, (0, i, 0, 0), (b, i + (th - 1) * step + 1, w, c), (1, step, 1, 1))
-        for i in range(n)
+        for i in window
     ]
-    mixed = lax.optimization_barrier([_combine(row, rows) for row in matrix])
-    return [
-        _combine(row, [_columns(line, j, step, tw) for j in range(n)]).reshape(b * th * tw, c)
-        for line in mixed
-        for row in matrix
+    mixed = lax.optimization_barrier(_mix(matrix, rows, 0))  # [q, B, Th, W, C]
+    columns = [
+        lax.slice(
+            mixed, (0, 0, 0, j, 0), (q, b, th, j + (tw - 1) * step + 1, c), (1, 1, 1, step, 1)
+        )
+        for j in window
     ]
+    return _mix(matrix, columns, 1).reshape(q * q, b * th * tw, c)
 
 
-def _columns(line: Array, j: int, step: int, tw: int) -> Array:
-    b, th, _, c = line.shape
-    return lax.slice(line, (0, 0, j, 0), (b, th, j + (tw - 1) * step + 1, c), (1, 1, step, 1))
+def _untile(matrix: Matrix, tiles: Array, shape: tuple[int, int, int]) -> Array:
+    """The product matrix @ tile @ matrix^T of every tile, side by side: [B, Th * m, Tw * m, O]."""
+    (b, th, tw), o, (m, n) = shape, tiles.shape[-1], (len(matrix), len(matrix[0]))
+    grid = tiles.reshape(n, n, b, th, tw, o)
+    mixed = _mix(matrix, [grid[:, j] for j in range(n)], 4).reshape(n, b, th, tw * m, o)
+    mixed = lax.optimization_barrier(mixed)
+    return _mix(matrix, list(mixed), 2).reshape(b, th * m, tw * m, o)
 
 
-def _untile(matrix: Matrix, tiles: list[Array], shape: tuple[int, int, int]) -> Array:
-    """Matrix @ tile @ matrix^T laid side by side: the list of `_tile` -> [B, Th * m, Tw * m, O]."""
-    (b, th, tw), n, o = shape, len(matrix[0]), tiles[0].shape[-1]
-    lines = []
-    for i in range(n):
-        terms = [tile.reshape(b, th, tw, o) for tile in tiles[i * n : (i + 1) * n]]
-        mixed = jnp.stack([_combine(row, terms) for row in matrix], axis=3)
-        lines.append(mixed.reshape(b, th, -1, o))
-    lines = lax.optimization_barrier(lines)
-    y = jnp.stack([_combine(row, lines) for row in matrix], axis=2)
-    return y.reshape(b, th * len(matrix), -1, o)
-
-
-def _kernel_transform(matrix: Matrix, entries: list[Array]) -> list[Array]:
-    """Matrix @ entries @ matrix^T for a square of small arrays, listed row by row."""
-    n = len(matrix[0])
-    lines = [entries[i * n : (i + 1) * n] for i in range(n)]
-    mixed = [[_combine(row, list(column)) for column in zip(*lines, strict=True)] for row in matrix]
-    return [_combine(row, line) for line in mixed for row in matrix]
+def _taps_transform(matrix: Matrix, taps: Array) -> Array:
+    """The product matrix @ taps @ matrix^T of a kernel [a, a, C, O] or its transform."""
+    mixed = _mix(matrix, list(taps), 0)
+    return _mix(matrix, [mixed[:, j] for j in range(taps.shape[1])], 1)
 
 
 def _swap(matrix: Matrix) -> Matrix:
@@ -419,7 +416,7 @@ def _tile_counts(f: _Winograd, size: tuple[int, ...]) -> tuple[int, int]:
     return -(-size[0] // m), -(-size[1] // m)
 
 
-def _input_tiles(f: _Winograd, x: Array, pads: Pads, size: tuple[int, ...]) -> list[Array]:
+def _input_tiles(f: _Winograd, x: Array, pads: Pads, size: tuple[int, int]) -> Array:
     """The transformed tiles from which `size` outputs are computed, padded to whole tiles."""
     m, counts = len(f.outputs), _tile_counts(f, size)
     halo = len(f.inputs) - m
@@ -430,22 +427,15 @@ def _input_tiles(f: _Winograd, x: Array, pads: Pads, size: tuple[int, ...]) -> l
     return _tile(f.inputs, _pad(x, (top, left)), m, counts)
 
 
-def _products(lefts: list[Array], rights: list[Array]) -> list[Array]:
-    """One matrix product per position of a tile; faster on XLA:CPU than one batched product.
-
-    Transforms amplify rounding: no reduced-precision passes of an accelerator's matrix unit.
-    """
-    return [
-        jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-        for a, b in zip(lefts, rights, strict=True)
-    ]
-
-
 def _winograd_forward(m: int, x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
     del stride  # 1
     f, size = _winograd(m, kernel.shape[0]), _output_size(x, kernel, 1, pads)
-    taps = _kernel_transform(f.kernels, [kernel[i, j] for i, j in _taps(kernel)])
-    products = _products(_input_tiles(f, x, pads, size), taps)
+    taps = _taps_transform(f.kernels, kernel)
+    products = jnp.matmul(
+        _input_tiles(f, x, pads, size),
+        taps.reshape(-1, *kernel.shape[2:]),
+        precision=lax.Precision.HIGHEST,  # transforms amplify rounding
+    )
     y = _untile(f.outputs, products, (x.shape[0], *_tile_counts(f, size)))
     return y[:, : size[0], : size[1]]
 
@@ -453,17 +443,21 @@ def _winograd_forward(m: int, x: Array, kernel: Array, stride: int, pads: Pads) 
 def _winograd_backward(
     m: int, x: Array, kernel: Array, g: Array, stride: int, pads: Pads
 ) -> tuple[Array, Array]:
-    f, edge, size = _winograd(m, kernel.shape[0]), kernel.shape[0] - 1, g.shape[1:3]
+    f, edge, size = _winograd(m, kernel.shape[0]), kernel.shape[0] - 1, (g.shape[1], g.shape[2])
     (top, bottom), (left, right) = pads
     # The input gradient is the full correlation of g with the flipped, transposed kernel.
     full = ((edge - top, edge - bottom), (edge - left, edge - right))
     dx = _winograd_forward(m, g, kernel[::-1, ::-1].swapaxes(2, 3), stride, full)
     th, tw = _tile_counts(f, size)
     whole = _pad(g, ((0, th * m - size[0]), (0, tw * m - size[1])))
-    g_tiles = _tile(_swap(f.outputs), whole, m, (th, tw))
-    x_tiles = [tile.T for tile in _input_tiles(f, x, pads, size)]
-    taps = _kernel_transform(_swap(f.kernels), _products(x_tiles, g_tiles))
-    return dx, jnp.stack(taps).reshape(kernel.shape)
+    taps = jnp.einsum(
+        "npc,npo->nco",
+        _input_tiles(f, x, pads, size),
+        _tile(_swap(f.outputs), whole, m, (th, tw)),
+        precision=lax.Precision.HIGHEST,
+    )
+    n = len(f.inputs)
+    return dx, _taps_transform(_swap(f.kernels), taps.reshape(n, n, *kernel.shape[2:]))
 
 
 # -------------------------------------------------------------------------------------- checks
@@ -540,6 +534,16 @@ _FORMS = {
 FORMS = ("auto", "xla", *_FORMS)
 
 
+# Measured as in experiments/convolution_forms.py: two AVX-512 cores (AMD EPYC), JAX 0.10.2, batch
+# 32, float32. The first row that fits decides; other dense convolutions take im2col. Each row:
+# kernel size, stride, least number of input and of output channels, least height and width, form.
+_CPU_TABLE = (
+    (3, 1, 8, 3, "winograd4"),
+    (3, 1, 8, 1, "winograd2"),  # F4's tiles would be mostly padding
+    (5, 1, 16, 5, "winograd4"),
+)
+
+
 def choose_form(
     kernel_shape: tuple[int, ...],
     *,
@@ -549,9 +553,19 @@ def choose_form(
     dtype: jnp.dtype | type = jnp.float32,
     backend: str | None = None,
 ) -> str:
-    """The form that "auto" takes for a kernel [kh, kw, I, O] on images of `size` (H, W)."""
+    """The form that "auto" takes for a kernel [kh, kw, I, O] on images of `size` (H, W).
+
+    On the CPU from a table measured inside a scan. On GPU and TPU "xla": unmeasured, and whether
+    the kernels are vmapped over clients (where matrix products may win) cannot be seen from here.
+    """
     if (backend or jax.default_backend()) != "cpu":
         return "xla"
     if groups > 1:
         return "depthwise"
+    kh, kw, *channels = kernel_shape
+    if jnp.dtype(dtype).itemsize >= 4:  # Winograd's transforms lose too much in bfloat16
+        for window, step, least_channels, least_size, form in _CPU_TABLE:
+            fits = kh == kw == window and stride == step
+            if fits and min(channels) >= least_channels and min(size) >= least_size:
+                return form
     return "im2col"

@@ -26,8 +26,9 @@ SHAPES = {
     "1x1": ((6, 6), 4, 6, 1, 1, "SAME"),
     "1x1 strided": ((7, 6), 4, 6, 1, 2, "SAME"),
 }
+QUICK = {"xla_backend_optimization_level": 0}  # most of the time goes into compiling
 WINOGRAD = ("odd", "valid", "stem", "smaller than a tile", "5x5")
-DENSE = tuple(form for form in FORMS if form not in ("xla", "depthwise"))
+DENSE = tuple(form for form in FORMS if form not in ("auto", "xla", "depthwise"))
 CASES = [
     (form, name)
     for form in DENSE
@@ -48,15 +49,16 @@ def reference(x, kernel, *, stride=1, padding="SAME", groups=1):
 
 
 def operands(size, c, inputs, o, k, dtype=jnp.float32, lead=()):
-    keys = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(keys[0], (*lead, 2, *size, c), dtype)
-    return x, jax.random.normal(keys[1], (*lead, k, k, inputs, o), dtype) / k
+    rng = np.random.default_rng(0)  # compiling jax.random would take most of the time
+    x = rng.normal(size=(*lead, 2, *size, c))
+    kernel = rng.normal(size=(*lead, k, k, inputs, o)) / k
+    return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
 
 
 def with_gradients(function, *args):
     """The output and its gradients against a fixed, uneven cotangent."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def run(*args):
         y, pull = jax.vjp(function, *args)
         return y, *pull(
@@ -83,8 +85,8 @@ def test_dense_forms_equal_xla(form, name):
     assert_close(got, with_gradients(functools.partial(reference, **options), *args))
 
 
-@pytest.mark.parametrize("form", ["auto", "xla", "depthwise"])
-@pytest.mark.parametrize("name", ["odd", "strided", "valid", "5x5"])
+@pytest.mark.parametrize("form", ["auto", "xla"])
+@pytest.mark.parametrize("name", ["odd", "strided", "5x5"])
 def test_depthwise_equals_xla(form, name):
     size, c, _, k, stride, padding = SHAPES[name]
     args = operands(size, c, 1, c, k)
@@ -98,27 +100,21 @@ def test_vmap_over_images_and_kernels(form):
     groups = 4 if form == "depthwise" else 1
     args = operands((6, 7), 4, 4 // groups, 4, 3, lead=(3,))
     got = with_gradients(jax.vmap(functools.partial(conv, form=form, groups=groups)), *args)
-    each = [
-        with_gradients(functools.partial(reference, groups=groups), x, k)[0]
-        for x, k in zip(*args, strict=True)
-    ]
-    assert_close(got[:1], [jnp.stack(each)])
     want = with_gradients(jax.vmap(functools.partial(reference, groups=groups)), *args)
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("form", [*DENSE, "depthwise"])
-@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(
+    ("form", "mapped"),
+    [("im2col", False), ("transposed", False), ("winograd2", True), ("depthwise", True)],
+)
 def test_training_in_a_scan_with_checkpoints(form, mapped):
     groups = 4 if form == "depthwise" else 1
     xs, kernels = operands((6, 6), 4, 4 // groups, 4, 3, lead=(2,))
 
     def train(convolve, x, kernel):
         def loss(kernel):
-            z = x
-            for _ in range(2):
-                z = z + 0.1 * jnp.tanh(jax.checkpoint(convolve)(z, kernel))
-            return jnp.mean(z**2)
+            return jnp.mean(jnp.tanh(x + jax.checkpoint(convolve)(x, kernel)) ** 2)
 
         def step(kernel, _):
             return kernel - 0.1 * jax.grad(loss)(kernel), None
@@ -126,10 +122,11 @@ def test_training_in_a_scan_with_checkpoints(form, mapped):
         return lax.scan(step, kernel, None, length=3)[0]
 
     def run(convolve):
+        quickly = functools.partial(jax.jit, compiler_options=QUICK)
         one = functools.partial(train, convolve)
         if mapped:
-            return jax.jit(lambda *args: lax.map(lambda pair: one(*pair), args))(xs, kernels)
-        return jax.jit(one)(xs[0], kernels[0])
+            return quickly(lambda *args: lax.map(lambda pair: one(*pair), args))(xs, kernels)
+        return quickly(one)(xs[0], kernels[0])
 
     got = run(functools.partial(conv, form=form, groups=groups))
     assert_close([got], [run(functools.partial(reference, groups=groups))])
@@ -158,8 +155,7 @@ def test_bfloat16(form):
     assert_close([a.astype(jnp.float32) for a in got], exact, 2e-2)
 
 
-@pytest.mark.parametrize("form", ["im2col", "winograd4", "transposed"])
-@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize(("form", "check"), [("im2col", True), ("winograd2", False)])
 def test_shard_map(form, check):
     """A shared kernel's gradient sums over devices if JAX checks variance, like that of `lax`."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("clients",), axis_types=(AxisType.Auto,))
@@ -177,20 +173,21 @@ def test_shard_map(form, check):
     assert_close(sharded(*args), jax.jit(gradient)(*args))
 
 
-@pytest.mark.parametrize("form", ["im2col", "winograd2"])
+@pytest.mark.parametrize("form", ["im2col"])
 def test_second_order_is_right(form):
     x, kernel = operands((5, 5), 3, 3, 3, 3)
 
     def penalty(convolve):
-        return jax.grad(
-            lambda k: jnp.sum(jax.grad(lambda x: jnp.sum(jnp.tanh(convolve(x, k))))(x) ** 2)
-        )(kernel)
+        @jax.grad
+        def gradient(k):
+            return jnp.sum(jax.grad(lambda x: jnp.sum(jnp.tanh(convolve(x, k))))(x) ** 2)
+
+        return jax.jit(gradient, compiler_options=QUICK)(kernel)
 
     assert_close([penalty(functools.partial(conv, form=form))], [penalty(reference)])
 
 
-@pytest.mark.parametrize("form", ["auto", "im2col", "winograd4"])
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize(("form", "padding"), [("auto", "SAME"), ("winograd2", "VALID")])
 def test_time_is_one_more_channel(form, padding):
     x, _ = operands((6, 7), 4, 4, 6, 3)
     _, kernel = operands((6, 7), 5, 5, 6, 3)
@@ -216,8 +213,10 @@ def test_time_under_vmap_over_kernels_and_times():
     xs, _ = operands((6, 6), 4, 4, 4, 3, lead=(3,))
     _, kernels = operands((6, 6), 5, 5, 4, 3, lead=(3,))
     ts = jnp.array([0.0, 0.5, 1.0])
-    each = [time_conv(x, t, k) for x, t, k in zip(xs, ts, kernels, strict=True)]
-    assert_close([jax.vmap(time_conv)(xs, ts, kernels)], [jnp.stack(each)])
+    got = jax.jit(jax.vmap(time_conv), compiler_options=QUICK)(xs, ts, kernels)
+    one = jax.jit(time_conv, compiler_options=QUICK)
+    each = [one(x, t, k) for x, t, k in zip(xs, ts, kernels, strict=True)]
+    assert_close([got], [jnp.stack(each)])
 
 
 @pytest.mark.parametrize(
@@ -260,4 +259,5 @@ def test_choice():
     assert choose_form((3, 3, 3, 64), size=(32, 32), backend="cpu") == "im2col"
     assert choose_form((3, 3, 64, 64), stride=2, size=(16, 16), backend="cpu") == "im2col"
     assert choose_form((3, 3, 1, 64), groups=64, size=(16, 16), backend="cpu") == "depthwise"
+    assert choose_form((3, 3, 64, 64), size=(2, 2), backend="cpu") == "winograd2"
     assert choose_form((3, 3, 64, 64), size=(16, 16), backend="gpu") == "xla"

@@ -1,0 +1,59 @@
+"""The server's step against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jfed.errors import ConfigError
+from jfed.federation.aggregation import TierUpdate
+from jfed.federation.server import (
+    ServerConfig,
+    ServerState,
+    make_server_optimizer,
+    make_server_step,
+)
+from jfed.federation.tiers import Tier
+from jfed.models import Model
+
+TIER = Tier("full", Model(lambda key: jnp.zeros(2), lambda params, x: x))
+
+
+def _step(config, updates):
+    optimizer = make_server_optimizer(config)
+    state = ServerState(jnp.array([1.0, 2.0]), optimizer.init(jnp.zeros(2)))
+    step = make_server_step([TIER], optimizer)
+    for total, weight in updates:
+        state = step(state, [TierUpdate(jnp.asarray(total), jnp.float32(weight))])
+    return np.asarray(state.variables)
+
+
+def test_fedavg_adds_the_mean_update():
+    moved = _step(ServerConfig(), [([3.0, 6.0], 3.0)])
+    np.testing.assert_allclose(moved, [2.0, 4.0])
+
+
+def test_server_momentum_goes_on_in_the_direction_of_the_last_update():
+    moved = _step(ServerConfig(momentum=0.5), [([1.0, 0.0], 1.0), ([0.0, 1.0], 1.0)])
+    np.testing.assert_allclose(moved, [2.5, 3.0])
+
+
+@jax.numpy_dtype_promotion("standard")  # Optax's Adam raises a float to an integer power
+def test_fedadam_is_optax_adam_on_the_negative_update():
+    moved = _step(ServerConfig("adam", learning_rate=0.1), [([4.0, -8.0], 2.0)])
+    adam = optax.adam(0.1)
+    change, _ = adam.update(-jnp.array([2.0, -4.0]), adam.init(jnp.zeros(2)))
+    np.testing.assert_allclose(moved, np.array([1.0, 2.0]) + change, rtol=1e-6)
+
+
+def test_a_round_in_which_nobody_delivers_changes_nothing():
+    np.testing.assert_array_equal(_step(ServerConfig(), [([0.0, 0.0], 0.0)]), [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"optimizer": "sdg"}, {"learning_rate": -1.0}, {"momentum": float("inf")}], ids=str
+)
+def test_bad_settings_are_quoted(changes):
+    with pytest.raises(ConfigError, match=str(next(iter(changes.values())))):
+        ServerConfig(**changes)

@@ -1,0 +1,173 @@
+"""Tiers and the merge of their updates, against NumPy and by property tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jfed.errors import ConfigError
+from jfed.federation import tiers as tiers_lib
+from jfed.federation.aggregation import TierUpdate, merge
+from jfed.federation.communication import traffic
+from jfed.federation.tiers import Tier, Tiers, assign
+from jfed.models import Model, ODENetConfig
+
+CONFIG = ODENetConfig(widths=(4, 8), channels=1)
+MODEL = Model(lambda key: {"a": jnp.zeros((4, 3)), "b": jnp.zeros(5)}, lambda params, x: x)
+
+# A slice of channels, everything, and a subset of leaves.
+TIERS = (
+    Tier("slice", MODEL, lambda v: {"a": v["a"][:2, :1], "b": v["b"][:3]}),
+    Tier("all", MODEL),
+    Tier("b", MODEL, lambda v: {"b": v["b"][1:]}),
+)
+
+
+def _variables(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "a": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32),
+        "b": jnp.asarray(rng.normal(size=5), jnp.float32),
+    }
+
+
+@pytest.mark.parametrize("tier", TIERS, ids=lambda t: t.name)
+def test_extract_and_embed_are_inverse_where_owned(tier):
+    variables = _variables(0)
+    local = tier.extract(variables)
+    embedded, owned = tier.embed(local, variables), tier.owned(variables)
+    jax.tree.map(
+        lambda e, v, o: np.testing.assert_array_equal(e, v * o), embedded, variables, owned
+    )
+    jax.tree.map(np.testing.assert_array_equal, tier.extract(embedded), local)
+
+
+def _numpy_merge(clients, like):
+    """For each entry the weighted mean over the clients that own it; 0 where nobody does."""
+    masks = {
+        "slice": {"a": np.zeros((4, 3)), "b": np.array([1, 1, 1, 0, 0])},
+        "all": {"a": np.ones((4, 3)), "b": np.ones(5)},
+        "b": {"a": np.zeros((4, 3)), "b": np.array([0, 1, 1, 1, 1])},
+    }
+    masks["slice"]["a"][:2, :1] = 1
+    merged = {}
+    for leaf in like:
+        total, weight = np.zeros(like[leaf].shape), np.zeros(like[leaf].shape)
+        for name, w, update in clients:
+            total += w * masks[name][leaf] * update[leaf]
+            weight += w * masks[name][leaf]
+        merged[leaf] = np.divide(total, weight, out=np.zeros_like(total), where=weight > 0)
+    return merged
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.floats(1, 100), st.integers(0, 99)), min_size=1, max_size=8
+    ),
+    st.randoms(),
+)
+def test_merge_equals_numpy_whatever_the_order_of_clients(clients, shuffler):
+    like = _variables(0)
+    named = [(TIERS[t].name, w, jax.tree.map(np.asarray, _variables(s))) for t, w, s in clients]
+    expected = _numpy_merge(named, like)
+    for _ in range(2):
+        shuffler.shuffle(clients)
+        updates = []
+        for index, tier in enumerate(TIERS):
+            total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tier.shapes(like))
+            mine = [(w, s) for t, w, s in clients if t == index]
+            for w, s in mine:
+                local = tier.extract(_variables(s))
+                total = jax.tree.map(lambda x, u, w=w: x + np.float32(w) * u, total, local)
+            updates.append(TierUpdate(total, jnp.float32(sum(w for w, _ in mine))))
+        merged = merge(like, TIERS, updates)
+        jax.tree.map(
+            lambda m, e: np.testing.assert_allclose(m, e, rtol=1e-4, atol=1e-5), merged, expected
+        )
+
+
+def test_an_entry_that_nobody_owns_does_not_move():
+    like = _variables(0)
+    update = TierUpdate(TIERS[2].extract(_variables(1)), jnp.float32(1.0))
+    merged = merge(like, TIERS[2:], [update])
+    np.testing.assert_array_equal(merged["a"], np.zeros((4, 3)))
+    np.testing.assert_array_equal(merged["b"][0], 0.0)
+    np.testing.assert_array_equal(merged["b"][1:], update.total["b"])
+
+
+def test_ode_tiers_share_every_weight():
+    tiers = tiers_lib.ode(CONFIG, (1, (2, 4)))
+    like = jax.eval_shape(tiers.init, jax.random.key(0))
+    assert [tier.name for tier in tiers.members] == ["1", "2-4"]
+    for tier in tiers.members:
+        assert jax.tree.structure(tier.shapes(like)) == jax.tree.structure(like)
+        assert all(np.all(o == 1) for o in jax.tree.leaves(tier.owned(like)))
+
+
+def test_norms_per_depth_belong_to_their_tier():
+    tiers = tiers_lib.ode(CONFIG, (1, 2, 4), sharing="norms-per-depth")
+    shared = tiers_lib.ode(CONFIG, (1, 2, 4))
+    variables = jax.jit(tiers.init)(jax.random.key(0))
+    alone = jax.jit(shared.init)(jax.random.key(0))
+    for row, tier in enumerate(tiers.members):
+        local = tier.extract(variables)
+        jax.tree.map(np.testing.assert_array_equal, local, alone)
+        for path, owned in jax.tree_util.tree_leaves_with_path(tier.owned(variables)):
+            expected = np.ones(owned.shape)
+            if "norm" in jax.tree_util.keystr(path):
+                expected[:] = 0
+                expected[row] = 1
+            np.testing.assert_array_equal(owned, expected)
+        assert traffic(tier, variables) == traffic(shared.members[row], alone)
+
+
+def test_an_untrained_depth_takes_the_norms_of_the_nearest():
+    tiers = tiers_lib.ode(CONFIG, (1, 4), sharing="norms-per-depth")
+    variables = jax.jit(tiers.init)(jax.random.key(0))
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.at[1].set(7.0) if "norm" in jax.tree_util.keystr(path) else x, variables
+    )
+    scale = {
+        count: float(tiers.at(count).extract(variables)["stem"]["norm"]["scale"][0])
+        for count in (0, 1, 2, 3, 4, 9)
+    }
+    assert scale == {0: 1.0, 1: 1.0, 2: 1.0, 3: 7.0, 4: 7.0, 9: 7.0}
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(0, 9))
+def test_assignment_meets_the_shares(clients, parts, seed):
+    shares = [p / sum(parts) for p in parts]
+    counts = np.bincount(assign(clients, len(parts), shares, seed=seed), minlength=len(parts))
+    assert counts.sum() == clients
+    assert np.all(np.abs(counts - np.array(shares) * clients) < 1)
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ((0.5, 0.6), "sum 1.1"),
+        ((1.5, -0.5), "got"),
+        ((1.0,), "for each of 2 tiers"),
+        ((float("nan"), 1.0), "nan"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(shares, message):
+    with pytest.raises(ConfigError, match=message):
+        assign(10, 2, shares, seed=0)
+
+
+def test_tiers_that_cannot_be_are_refused():
+    with pytest.raises(ConfigError, match="at least one tier"):
+        tiers_lib.ode(CONFIG, ())
+    with pytest.raises(ConfigError, match=r"different names, got \['2', '2'\]"):
+        tiers_lib.ode(CONFIG, (2, 2))
+    with pytest.raises(ConfigError, match="got -1"):
+        tiers_lib.ode(CONFIG, (1, -1))
+    with pytest.raises(ConfigError, match="sharing"):
+        tiers_lib.ode(CONFIG, (1,), sharing="most")
+    with pytest.raises(ConfigError, match="at least one"):
+        Tiers(MODEL.init, ())

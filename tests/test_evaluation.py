@@ -1,0 +1,98 @@
+"""Recalibrated statistics and test metrics against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jfed.evaluation import Examples, in_batches, make_evaluator, pool, recalibrate
+from jfed.federation.client import make_preprocess
+from jfed.federation.tiers import Tier
+from jfed.models import Model, Moments, ODENetConfig, odenet
+from jfed.models.layers import ConvNorm, Style
+
+PREPROCESS = make_preprocess((100.0,), (50.0,), pad=4, flip=True)
+
+
+def _examples(count, size, seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, 8, 8, 1)).astype(np.uint8)
+    labels = rng.integers(0, 10, count).astype(np.int32)
+    return Examples(
+        jnp.asarray(images), jnp.asarray(labels), jnp.asarray(in_batches(np.arange(count), size))
+    )
+
+
+def test_in_batches_pads_the_last():
+    np.testing.assert_array_equal(in_batches(np.arange(3), 2), [[0, 1], [2, -1]])
+
+
+def test_pooled_moments_are_those_of_all_examples():
+    x = np.random.default_rng(0).normal(1.0, 3.0, (10, 4))
+    parts = np.split(x, [3, 4])
+    measured = Moments(
+        jnp.asarray([p.mean(0) for p in parts], jnp.float32),
+        jnp.asarray([p.var(0) for p in parts], jnp.float32),
+    )
+    pooled = pool({"norm": measured}, jnp.asarray([3.0, 1.0, 6.0]))["norm"]
+    np.testing.assert_allclose(pooled.mean, x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(pooled.var, x.var(0), rtol=1e-5)
+
+
+def test_recalibrated_statistics_equal_a_two_pass_mean_and_variance():
+    """The first norm's input does not depend on other norms, so NumPy can see all of it at once."""
+    model = odenet(ODENetConfig(widths=(4,), iterations=2, channels=1, unroll=False))
+    params = jax.jit(model.init)(jax.random.key(0))
+    calibration = _examples(25, 8)
+    statistics = jax.jit(lambda p: recalibrate(model, p, calibration, PREPROCESS))(params)
+    x = (np.asarray(calibration.images, np.float64) - 100.0) / 50.0
+    kernel = np.asarray(params["stem"]["conv"]["kernel"], np.float64)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    out = sum(padded[:, i : i + 8, j : j + 8] @ kernel[i, j] for i in range(3) for j in range(3))
+    mean = out.mean((0, 1, 2))
+    variance = np.square(out - mean).mean((0, 1, 2))
+    np.testing.assert_allclose(statistics["stem"].mean, mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(statistics["stem"].var, variance, rtol=1e-4)
+    assert statistics["ode0"]["norm1"].mean.shape == (2, 1, 4)
+
+
+def test_evaluation_on_the_calibration_batch_reproduces_training_mode():
+    """With one batch for both, given statistics and batch statistics are the same numbers."""
+    model = odenet(ODENetConfig(widths=(4, 4), iterations=2, channels=1, unroll=False))
+    params = jax.jit(model.init)(jax.random.key(0))
+    x, mask = jax.random.normal(jax.random.key(1), (6, 8, 8, 1)), jnp.ones(6)
+
+    @jax.jit
+    def both(params):
+        statistics = model.measure(params, x, mask)
+        return model.apply(params, x, mask), model.apply(params, x, None, statistics)
+
+    np.testing.assert_allclose(*both(params), rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_of_a_plain_model_are_exact():
+    def init(key):
+        return jax.random.normal(key, (64, 10))
+
+    def apply(params, images):
+        return images.reshape(images.shape[0], -1) @ params
+
+    test = _examples(23, 10, seed=1)
+    params = init(jax.random.key(0))
+    evaluate = make_evaluator(Tier("full", Model(init, apply)), PREPROCESS)
+    metrics = evaluate(params, _examples(4, 4), test)
+    logits = (np.asarray(test.images, np.float64).reshape(23, 64) - 100) / 50 @ np.asarray(params)
+    log_p = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+    log_p -= logits.max(1, keepdims=True)
+    labels = np.asarray(test.labels)
+    assert metrics.examples == 23
+    assert float(metrics.correct) == (logits.argmax(1) == labels).sum()
+    assert float(metrics.loss) == pytest.approx(-log_p[np.arange(23), labels].sum(), rel=1e-4)
+
+
+def test_a_layer_reports_the_statistics_it_used():
+    layer = ConvNorm(1, 3, Style(), nnx.Rngs(0))
+    given = Moments(jnp.zeros(3), jnp.ones(3))
+    _, used = layer(jnp.ones((2, 4, 4, 1)), None, given)
+    assert used is given

@@ -1,0 +1,39 @@
+"""Operation counts against published ones and by hand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jfed.flops import forward_flops
+from jfed.models import Model, build, preset
+
+
+def _flops(name, **changes):
+    config = dataclasses.replace(preset(name), conv="xla", **changes)
+    return forward_flops(build(config), (32, 32, 3))
+
+
+def test_resnet_20_needs_the_known_multiply_adds():
+    """He et al.'s CIFAR ResNet-20: 40.55 million multiply-adds."""
+    assert _flops("resnet-20") / 2e6 == pytest.approx(40.55, abs=0.01)
+
+
+def test_scanned_and_unrolled_networks_need_the_same():
+    assert _flops("odenet-20", unroll=True) == _flops("odenet-20", unroll=False)
+
+
+def test_each_iteration_costs_the_same():
+    zero, one, three = (_flops("odenet-20", iterations=c, unroll=False) for c in (0, 1, 3))
+    assert three - zero == 3 * (one - zero) > 0
+
+
+def test_products_and_loops_are_counted_by_hand():
+    def apply(params, images):
+        x = images.reshape(images.shape[0], -1)
+        x, _ = jax.lax.scan(lambda x, _: (x @ params["square"], None), x, None, length=5)
+        return x @ params["out"]
+
+    model = Model(lambda key: {"square": jnp.zeros((12, 12)), "out": jnp.zeros((12, 10))}, apply)
+    assert forward_flops(model, (2, 2, 3)) == 2 * (5 * 12 * 12 + 12 * 10)

@@ -1,0 +1,251 @@
+"""Whole simulations against NumPy, and what a simulation promises."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jfed
+from jfed.data import Dataset, Split
+from jfed.errors import ConfigError, DataError, DivergedError
+from jfed.federation.engine import client_batches
+from jfed.simulation import Federation
+
+
+def _dataset(train=60, test=30, seed=0):
+    """Two blobs of 4x4 images for each of three classes; separable but for noise."""
+    rng = np.random.default_rng(seed)
+    prototypes = rng.integers(40, 216, (3, 4, 4, 1))
+
+    def split(count):
+        labels = rng.integers(0, 3, count).astype(np.int32)
+        noise = rng.integers(-40, 41, (count, 4, 4, 1))
+        return Split((prototypes[labels] + noise).astype(np.uint8), labels)
+
+    return Dataset("blobs", split(train), split(test), ("a", "b", "c"))
+
+
+def _softmax_regression():
+    def init(key):
+        return {"w": 0.1 * jax.random.normal(key, (16, 3)), "b": jnp.zeros(3)}
+
+    def apply(params, images):
+        return images.reshape(images.shape[0], -1) @ params["w"] + params["b"][None]
+
+    return jfed.models.Model(init, apply)
+
+
+DATA = _dataset()
+MODEL = _softmax_regression()
+PARTS = tuple(np.sort(p) for p in np.split(np.random.default_rng(0).permutation(60), [5, 20, 38]))
+QUIET = jfed.EvaluationConfig(every=0, batch_size=30)
+
+
+def _numpy_inputs():
+    images = DATA.train.images.astype(np.float64)
+    return ((images - images.mean()) / images.std()).reshape(60, -1)
+
+
+def _numpy_gradient(params, x, labels):
+    logits = x @ params["w"] + params["b"]
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    p[np.arange(len(labels)), labels] -= 1
+    return {"w": x.T @ p / len(labels), "b": p.mean(0)}
+
+
+def _start(seed):
+    state = Federation(DATA, PARTS, MODEL, rounds=1, seed=seed).init()
+    return {k: np.asarray(v, np.float64) for k, v in state.variables.items()}
+
+
+def test_fedavg_rounds_equal_a_plain_numpy_loop():
+    config = jfed.ClientConfig(epochs=2, batch_size=4, learning_rate=0.05)
+    result = jfed.simulate(
+        DATA, PARTS, MODEL, rounds=3, cohort=3, client=config, evaluation=QUIET, seed=5
+    )
+    x, labels, params = _numpy_inputs(), DATA.train.labels, _start(5)
+    for number in range(3):
+        cohort = np.random.default_rng([5, 3, number]).choice(4, 3, replace=False)
+        total, weight = {k: np.zeros_like(v) for k, v in params.items()}, 0
+        for client in cohort:
+            rng = np.random.default_rng([5, 4, number, client])
+            own = dict(params)
+            for batch in client_batches(PARTS[client], config, rng):
+                batch = batch[batch >= 0]
+                gradient = _numpy_gradient(own, x[batch], labels[batch])
+                own = {k: own[k] - 0.05 * gradient[k] for k in own}
+            total = {k: total[k] + len(PARTS[client]) * own[k] for k in own}
+            weight += len(PARTS[client])
+        params = {k: total[k] / weight for k in total}
+    for name, value in params.items():
+        np.testing.assert_allclose(result.variables[name], value, rtol=1e-4, atol=1e-5)
+    assert [r.clients for r in result.history] == [3, 3, 3]
+
+
+def test_one_client_with_one_full_batch_is_centralised_sgd():
+    config = jfed.ClientConfig(batch_size=60, learning_rate=0.2)
+    everything = (np.arange(60),)
+    result = jfed.simulate(
+        DATA, everything, MODEL, rounds=4, client=config, evaluation=QUIET, seed=2
+    )
+    params = _start(2)
+    for _ in range(4):
+        gradient = _numpy_gradient(params, _numpy_inputs(), DATA.train.labels)
+        params = {k: params[k] - 0.2 * gradient[k] for k in params}
+    for name, value in params.items():
+        np.testing.assert_allclose(result.variables[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_client_does_not_depend_on_who_else_trains():
+    """The sum of a cohort's update is the sum of its clients' updates, each trained alone."""
+    config = jfed.ClientConfig(epochs=2, batch_size=4)
+    federation = Federation(DATA, PARTS, MODEL, rounds=1, client=config, seed=1)
+    state = federation.init()
+
+    def train(clients):
+        from jfed.federation.engine import pack
+
+        work = federation._work(0, np.asarray(clients))
+        schedule = pack(work, 1, 4, federation._capacity)
+        update, _ = federation._trainers["full"](
+            state.variables, *federation._train, schedule, jax.random.key(9), np.float32(0.1)
+        )
+        return update.total
+
+    together, alone = train([0, 1, 2]), [train([c]) for c in (0, 1, 2)]
+    for name, value in together.items():
+        np.testing.assert_allclose(value, sum(a[name] for a in alone), rtol=1e-5, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, train([1]), alone[1])
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not():
+    def run(seed):
+        return jfed.simulate(DATA, PARTS, MODEL, rounds=2, cohort=2, seed=seed)
+
+    first, again, other = run(3), run(3), run(4)
+    jax.tree.map(np.testing.assert_array_equal, first.variables, again.variables)
+    strip = [dataclasses.replace(r, seconds=0.0) for r in first.history]
+    assert strip == [dataclasses.replace(r, seconds=0.0) for r in again.history]
+    assert np.abs(first.variables["w"] - other.variables["w"]).max() > 1e-4
+
+
+def test_history_accuracies_and_bytes():
+    heard = []
+    result = jfed.simulate(
+        DATA,
+        PARTS,
+        MODEL,
+        rounds=5,
+        cohort=3,
+        client=jfed.ClientConfig(epochs=3, batch_size=5),
+        evaluation=jfed.EvaluationConfig(every=2, batch_size=7),
+        on_round=heard.append,
+    )
+    assert list(result.history) == heard
+    assert [r.round for r in heard] == [1, 2, 3, 4, 5]
+    assert [bool(r.evaluations) for r in heard] == [False, True, False, True, True]
+    assert result.accuracies["full"] > 0.9
+    size = 4 * (16 * 3 + 3)
+    assert [r.bytes_up for r in heard] == [3 * size] * 5
+    assert heard[-1].bytes_down_total == 15 * size
+    assert result.traffic == {"full": (size, size)}
+    assert result.plot().axes[0].get_lines()
+
+
+@pytest.fixture(scope="module")
+def ode_federation():
+    config = jfed.models.ODENetConfig(
+        widths=(4,), channels=1, classes=3, unroll=False, conv="transposed"
+    )
+    tiers = jfed.tiers.ode(config, (0, 1))
+    return jfed.simulate(
+        DATA,
+        PARTS,
+        tiers,
+        rounds=3,
+        shares=(0.25, 0.75),
+        client=jfed.ClientConfig(batch_size=8, epochs=2),
+        evaluation=jfed.EvaluationConfig(every=0, iterations=(1, 2), calibration_examples=30),
+        seed=1,
+    )
+
+
+def test_tiers_train_together_and_any_depth_is_evaluated(ode_federation):
+    result = ode_federation
+    assert list(result.accuracies) == ["0", "1", "2"]
+    assert [tier.name for tier in result.evaluated] == ["0", "1", "2"]
+    assert list(result.traffic) == ["0", "1"]
+    assert set(result.compile_seconds) >= {"train 0", "train 1", "evaluate 2", "server"}
+    assert result.history[-1].examples == 2 * 60
+
+
+def test_tiers_are_kept_or_drawn():
+    tiers = [jfed.tiers.Tier(name, MODEL) for name in "ab"]
+    group = jfed.tiers.Tiers(MODEL.init, tuple(tiers))
+
+    def sampled(draw):
+        federation = Federation(DATA, PARTS, group, rounds=9, draw_tiers=draw, seed=0)
+        return [tuple(federation._sample(r)["a"].tolist()) for r in range(9)]
+
+    assert len(set(sampled(False))) == 1
+    assert len(set(sampled(True))) > 3
+
+
+def test_a_diverged_run_stops_and_names_the_round():
+    heard = []
+    config = jfed.ClientConfig(learning_rate=1e38, batch_size=4)
+    with pytest.raises(
+        DivergedError, match=r"round \d+ of 9 diverged: its training loss is (nan|inf)"
+    ):
+        jfed.simulate(
+            DATA, PARTS, MODEL, rounds=9, client=config, evaluation=QUIET, on_round=heard.append
+        )
+    assert all(np.isfinite(r.train_loss) for r in heard)
+    assert len(heard) < 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": 0}, "rounds must be 1 or more, got 0"),
+        ({"cohort": 5}, "at most the 4 clients, got 5"),
+        ({"cohort": 0}, "cohort must be 1 or more, got 0"),
+        ({"lanes": 0}, "lanes must be 1 or more, got 0"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"shares": (0.5, 0.5)}, "for each of 1 tiers"),
+        ({"evaluation": jfed.EvaluationConfig(iterations=(3,))}, "need tiers of iteration counts"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        jfed.simulate(DATA, PARTS, MODEL, **({"rounds": 1} | changes))
+
+
+@pytest.mark.parametrize("name", ["every", "batch_size", "calibration_examples"])
+def test_bad_evaluation_settings_are_quoted(name):
+    with pytest.raises(ConfigError, match=f"evaluation {name} must be . or more, got -1"):
+        jfed.EvaluationConfig(**{name: -1})
+
+
+def test_bad_augmentation_is_quoted():
+    with pytest.raises(ConfigError, match="got -2"):
+        jfed.Augmentation(pad=-2)
+
+
+def test_a_model_of_the_wrong_shape_is_refused_before_it_is_compiled():
+    wrong = jfed.models.Model(MODEL.init, lambda params, images: images.mean((1, 2)))
+    with pytest.raises(ConfigError, match=r"expected logits \(2, 3\) float32"):
+        jfed.simulate(DATA, PARTS, wrong, rounds=1)
+
+
+def test_a_partition_that_shares_examples_is_refused():
+    with pytest.raises(ConfigError):
+        jfed.simulate(DATA, (np.arange(40), np.arange(30, 60)), MODEL, rounds=1)
+
+
+def test_labels_out_of_range_are_refused():
+    with pytest.raises(DataError, match=r"train label 2 is outside"):
+        Dataset("bad", DATA.train, DATA.test, ("a", "b"))
