@@ -6,10 +6,11 @@ One step computes a convolution and both its gradients and updates the images an
 scan's carry. Rates are effective GFLOP/s, 2 * B * Ho * Wo * kh * kw * I * O * 3 / time: a form that
 multiplies less (Winograd) may exceed the machine's peak. `vmap` is the same scan vmapped over four
 clients' kernels. Rows of kind "time" have the time as one more input channel: "concat" concatenates
-it, "time_conv" is jfed's. PyTorch's convolution is timed beside them where it is installed. The
-runs of one row are interleaved and their medians shown, as other load on the machine moves them.
-All rows take about four minutes on two cores. The CPU table in `choose_form` was read off this
-script's output.
+it, "time_conv" is jfed's. PyTorch's convolution is timed beside them where it is installed; its
+threads suffer from other load on the machine far more than XLA's, so compare the two on an idle
+one. Runs of one row are interleaved and their medians shown. All rows take about fifteen minutes
+on two busy cores, most of it compiling; `--kind` picks some. The CPU table in `choose_form` was
+read off these timings.
 """
 
 import argparse

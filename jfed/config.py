@@ -18,7 +18,8 @@ from jfed.simulation import Augmentation, EvaluationConfig, Federation
 def parse_iterations(text: str) -> Iterations:
     """Reads 4 as 4 iterations in every stage, 3-2-2 as counts per stage."""
     try:
-        counts = tuple(int(part) for part in text.split("-"))
+        # A leading minus is a sign, so that -1 is refused as a number, not as a text.
+        counts = tuple(int(part) for part in (text.split("-") if text[:1] != "-" else [text]))
     except ValueError:
         raise ConfigError(
             f"iterations must look like 4, or like 3-2-2 for counts per stage, got {text!r}."

@@ -31,15 +31,16 @@ def _count(jaxpr: Jaxpr) -> int:
 
 def _count_equation(equation: JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
+    shapes: list[Any] = [variable.aval for variable in (*equation.invars, *equation.outvars)]
     if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
+        kernel = shapes[1].shape
         outputs = params["dimension_numbers"].rhs_spec[0]
         each = math.prod(kernel) // kernel[outputs]
-        return 2 * equation.outvars[0].aval.size * each
+        return 2 * shapes[-1].size * each
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return 2 * equation.outvars[0].aval.size * math.prod(left[d] for d in contracted)
+        left = shapes[0].shape
+        return 2 * shapes[-1].size * math.prod(left[d] for d in contracted)
     repeats = params["length"] if name == "scan" else 1
     return repeats * sum(_count(inner) for value in params.values() for inner in _jaxprs(value))
 

@@ -297,10 +297,11 @@ class Federation:
         size, count = self.evaluation.batch_size, self.evaluation.calibration_examples
         rng = np.random.default_rng([self.seed, 2])
         chosen = rng.permutation(len(data.train))[:count]
-        test = jax.device_put((data.test.images, data.test.labels))
+        images, labels = self._train
+        tested: tuple[Any, Any] = jax.device_put((data.test.images, data.test.labels))
         return (
-            Examples(*self._train, jnp.asarray(in_batches(chosen, size))),
-            Examples(*test, jnp.asarray(in_batches(np.arange(len(data.test)), size))),
+            Examples(images, labels, jnp.asarray(in_batches(chosen, size))),
+            Examples(*tested, jnp.asarray(in_batches(np.arange(len(data.test)), size))),
         )
 
     def init(self) -> ServerState:

@@ -46,7 +46,7 @@ class Work(NamedTuple):
     weight: float
 
 
-class Schedule(NamedTuple):
+class Steps(NamedTuple):
     """What each lane does at each step, with axes lane and step.
 
     Attributes:
@@ -55,15 +55,25 @@ class Schedule(NamedTuple):
       step: `[L, S]` which of the client's steps, from 0.
       start: `[L, S]` True at a client's first step.
       weight: `[L, S]` the client's weight at its last step, 0 elsewhere.
-      length: `[L]` how many steps the longest lane does; the rest is padding.
     """
 
-    examples: Int[np.ndarray, "L S B"] | Int[Array, "L S B"]
+    examples: IntArray
     client: IntArray
     step: IntArray
     start: Bool[np.ndarray, "..."] | Bool[Array, "..."]
     weight: Float[np.ndarray, "..."] | Float[Array, "..."]
-    length: IntArray
+
+
+class Schedule(NamedTuple):
+    """A tier's cohort packed on lanes.
+
+    Attributes:
+      steps: what each lane does; after `length` steps only padding.
+      length: how many steps the longest lane does.
+    """
+
+    steps: Steps
+    length: Int[Array, ""] | Int[np.ndarray, ""]
 
 
 def client_steps(examples: int, config: ClientConfig) -> int:
@@ -98,25 +108,24 @@ def pack(work: Sequence[Work], lanes: int, batch_size: int, steps: int) -> Sched
         heapq.heappush(loads, (load + len(item.batches), lane))
     length = max(load for load, _ in loads)
     shape = (lanes, steps)
-    schedule = Schedule(
+    packed = Steps(
         examples=np.full((*shape, batch_size), -1, np.int32),
         client=np.zeros(shape, np.int32),
         step=np.zeros(shape, np.int32),
         start=np.zeros(shape, bool),
         weight=np.zeros(shape, np.float32),
-        length=np.full(lanes, length, np.int32),
     )
     for lane, queue in enumerate(queues):
         at = 0
         for item in queue:
             end = at + len(item.batches)
-            schedule.examples[lane, at:end] = item.batches
-            schedule.client[lane, at:end] = item.client
-            schedule.step[lane, at:end] = np.arange(end - at)
-            schedule.start[lane, at] = True
-            schedule.weight[lane, end - 1] = item.weight
+            packed.examples[lane, at:end] = item.batches
+            packed.client[lane, at:end] = item.client
+            packed.step[lane, at:end] = np.arange(end - at)
+            packed.start[lane, at] = True
+            packed.weight[lane, end - 1] = item.weight
             at = end
-    return schedule
+    return Schedule(packed, np.asarray(length, np.int32))
 
 
 def capacity(steps: Sequence[int], cohort: int, lanes: int) -> int:
@@ -176,10 +185,9 @@ def make_trainer(
         server = tier.extract(variables)
         optimizer = make(learning_rate)
         fresh = optimizer.init(server)
-        longest = schedule.length[0]
 
-        def one_step(i: Array, carry: Carry, lane: Schedule) -> Carry:
-            row = jax.tree.map(lambda a: a[i], lane._replace(length=None))
+        def one_step(i: Array, carry: Carry, lane: Steps) -> Carry:
+            row = jax.tree.map(lambda a: a[i], lane)
             params, state = jax.lax.cond(
                 row.start, lambda: (server, fresh), lambda: (carry.params, carry.optimizer)
             )
@@ -194,32 +202,32 @@ def make_trainer(
             metrics = jax.tree.map(jnp.add, carry.metrics, metrics)
             return Carry(params, state, total, carry.weight + row.weight, metrics)
 
-        def run_lane(lane: Schedule) -> Carry:
+        def run_lane(lane: Steps) -> Carry:
             zeros = jax.tree.map(jnp.zeros_like, server)
             nothing = Metrics(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
             start = Carry(server, fresh, zeros, jnp.zeros(()), nothing)
-            return jax.lax.fori_loop(0, longest, lambda i, c: one_step(i, c, lane), start)
+            return jax.lax.fori_loop(0, schedule.length, lambda i, c: one_step(i, c, lane), start)
 
-        return _sum_of_lanes(run_lane, schedule, mapping)
+        return _sum_of_lanes(run_lane, schedule.steps, mapping)
 
     return train
 
 
 def _sum_of_lanes(
-    run_lane: Callable[[Schedule], Carry], schedule: Schedule, mapping: str
+    run_lane: Callable[[Steps], Carry], steps: Steps, mapping: str
 ) -> tuple[TierUpdate, Metrics]:
     """Runs every lane and adds up what they deliver."""
 
-    def deliver(lane: Schedule) -> tuple[TierUpdate, Metrics]:
+    def deliver(lane: Steps) -> tuple[TierUpdate, Metrics]:
         end = run_lane(lane)
         return TierUpdate(end.total, end.weight), end.metrics
 
-    lanes = schedule.start.shape[0]
+    lanes = steps.start.shape[0]
     if lanes == 1 or mapping == "unroll":
         # One lane is not vmapped: batching its kernels would make other programs of them.
-        ends = [deliver(jax.tree.map(lambda a, i=i: a[i], schedule)) for i in range(lanes)]
+        ends = [deliver(jax.tree.map(lambda a, i=i: a[i], steps)) for i in range(lanes)]
         return jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *ends)
-    mapped = jax.vmap(deliver)(schedule) if mapping == "vmap" else jax.lax.map(deliver, schedule)
+    mapped = jax.vmap(deliver)(steps) if mapping == "vmap" else jax.lax.map(deliver, steps)
     return jax.tree.map(lambda x: x.sum(0), mapped)
 
 

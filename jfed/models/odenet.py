@@ -150,9 +150,13 @@ class ODENet(nnx.Module):
             if k > 0:
                 name = f"down{k}"
                 z, used[name] = self.downs[k - 1](z, mask, given and given[name])
+
+            def field(t: Any, z: Array, m: Any, f: ODEFunction = function) -> tuple[Array, Any]:
+                return f(t, z, mask, m)
+
             name = f"ode{k}"
             z, used[name] = integrate(
-                lambda t, z, m, function=function: function(t, z, mask, m),
+                field,
                 z,
                 steps=steps[k],
                 horizon=self.config.horizon,

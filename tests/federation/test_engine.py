@@ -50,21 +50,21 @@ def test_packing_loses_nothing_and_is_even(sizes, lanes, shuffler):
     schedule = pack(work, lanes, 2, steps)
     done = {}
     for lane in range(lanes):
-        starts = np.flatnonzero(schedule.start[lane])
-        ends = np.flatnonzero(schedule.weight[lane]) + 1
-        used = int((schedule.examples[lane, :, 0] >= 0).sum())
+        starts = np.flatnonzero(schedule.steps.start[lane])
+        ends = np.flatnonzero(schedule.steps.weight[lane]) + 1
+        used = int((schedule.steps.examples[lane, :, 0] >= 0).sum())
         assert starts.tolist() == [0, *ends[:-1].tolist()][: len(starts)]
-        assert ends.max(initial=0) == used <= schedule.length[lane]
+        assert ends.max(initial=0) == used <= schedule.length
         for a, b in zip(starts, ends, strict=True):
-            client = schedule.client[lane, a]
-            np.testing.assert_array_equal(schedule.client[lane, a:b], client)
-            np.testing.assert_array_equal(schedule.examples[lane, a:b], client)
-            np.testing.assert_array_equal(schedule.step[lane, a:b], np.arange(b - a))
-            done[int(client)] = (b - a, schedule.weight[lane, b - 1])
+            client = schedule.steps.client[lane, a]
+            np.testing.assert_array_equal(schedule.steps.client[lane, a:b], client)
+            np.testing.assert_array_equal(schedule.steps.examples[lane, a:b], client)
+            np.testing.assert_array_equal(schedule.steps.step[lane, a:b], np.arange(b - a))
+            done[int(client)] = (b - a, schedule.steps.weight[lane, b - 1])
     assert done == {c: (n, float(n)) for c, n in enumerate(sizes, start=1)}
     # Graham's bound for longest-first scheduling.
     best = max(max(sizes), sum(sizes) / lanes)
-    assert schedule.length[0] <= best * 4 / 3 + 1
+    assert schedule.length <= best * 4 / 3 + 1
     shuffler.shuffle(work)
     jax.tree.map(np.testing.assert_array_equal, pack(work, lanes, 2, steps), schedule)
 

@@ -1,0 +1,129 @@
+"""The command line, run as a user runs it."""
+
+import csv
+import json
+import os
+import pathlib
+
+import pytest
+
+from jfed.cli import main, model_table
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+SMALL = (
+    "--rounds 3 --epochs 1 --train-examples 200 --clients 6 --cohort 4 --iterations 0 1 "
+    "--eval-iterations 2 --eval-every 2 --widths 4 8 --conv transposed --seed 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["run", *SMALL, "--workdir", str(folder)]) == 0
+    return folder
+
+
+def test_run_writes_its_folder(run_folder):
+    config = json.loads((run_folder / "config.json").read_text())
+    assert config["rounds"] == 3
+    assert config["seed"] == 1
+    assert config["iterations"] == [0, 1]
+    with (run_folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["round"] for row in rows] == ["1", "2", "3"]
+    assert [bool(row["test_accuracy_2"]) for row in rows] == [False, True, True]
+    assert int(rows[2]["bytes_up_total"]) == sum(int(row["bytes_up"]) for row in rows)
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert [tier["tier"] for tier in summary["tiers"]] == ["0", "1", "2"]
+    assert [tier["trained"] for tier in summary["tiers"]] == [True, True, False]
+    tier = summary["tiers"][0]
+    assert tier["bytes_up"] == tier["bytes_down"] == 4 * tier["parameters"]
+    assert tier["reduction"] == 1 - tier["bytes_up"] / tier["twin_bytes"]
+    assert int(rows[0]["bytes_up"]) == 4 * tier["bytes_up"]
+    for figure in ("accuracy", "accuracy_by_bytes", "accuracy_by_iterations", "clients"):
+        assert (run_folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_folder_is_never_overwritten(run_folder, capsys):
+    before = (run_folder / "metrics.csv").read_bytes()
+    assert main(["run", *SMALL, "--workdir", str(run_folder)]) == 2
+    assert f"the run folder '{run_folder}' exists already" in capsys.readouterr().err
+    assert (run_folder / "metrics.csv").read_bytes() == before
+
+
+def test_a_resnet_runs_in_the_same_federation(tmp_path, capsys):
+    flags = [*SMALL[: SMALL.index("--iterations")], "--widths", "4", "8", "--conv", "transposed"]
+    flags += ["--model", "resnet-digits", "--iterations", "--workdir", str(tmp_path / "run")]
+    assert main(["run", *flags]) == 0
+    assert "full" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "cifar10-flexibl"], "Did you mean 'cifar10-flexible'"),
+        (["--preset=digit"], "Did you mean 'digits'"),
+        (["--alpha", "0"], "alpha"),
+        (["--solver", "Kvaerno3"], "'Kvaerno3' of diffrax"),
+        (["--data", "cifar10", "--data-dir", "nowhere"], "jfed prepare cifar10 --data-dir nowhere"),
+        (["--clients", "5000"], "5000"),
+        (["--iterations", "1", "-1"], "-1"),
+    ],
+    ids=str,
+)
+def test_bad_settings_touch_no_folder(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", *flags, "--workdir", "run"]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_diverged_run_keeps_what_it_recorded(tmp_path, capsys):
+    flags = [*SMALL, "--learning-rate", "1e38", "--workdir", str(tmp_path / "run")]
+    assert main(["run", *flags]) == 1
+    assert "diverged" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.csv").read_text().startswith("round,")
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_unknown_field_names_the_close_ones(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--epoch", "3"])
+    assert "--epochs" in capsys.readouterr().err
+
+
+def test_an_unknown_command_names_the_close_ones(capsys):
+    assert main(["rum"]) == 2
+    assert "Did you mean 'run'" in capsys.readouterr().err
+    assert main([]) == 0
+    assert "commands:" in capsys.readouterr().out
+
+
+def test_models_lists_every_preset():
+    table = model_table(32, (1,))
+    lines = {line.split()[0]: line.split() for line in table.splitlines()[2:]}
+    assert len(lines) == 30
+    assert lines["odenet-34"][-2:] == ["resnet-34", "92.6%"]
+    assert lines["dsodenet-34"][-2:] == ["resnet-34", "96.1%"]
+    assert lines["odenet-20"][2:4] == ["169,978", "679,912"]
+    assert lines["resnet-110"][1] == "1,727,962"
+
+
+def _cifar10():
+    for folder in (
+        os.environ.get("TFDS_DATA_DIR"),
+        REPOSITORY.parent / "shared/tensorflow_datasets",
+    ):
+        if folder and (pathlib.Path(folder) / "cifar10").is_dir():
+            return str(folder)
+    return pytest.skip("CIFAR-10 is not prepared in TFDS_DATA_DIR")
+
+
+def test_cifar10_runs_on_real_images(tmp_path):
+    flags = "--preset cifar10-flexible --rounds 1 --seed 1 --steps 1 --cohort 4 --iterations 1 2"
+    flags += " --image-size 8 --widths 4 8 8 --conv transposed --eval-examples 500"
+    flags += f" --data-dir {_cifar10()} --workdir {tmp_path / 'run'}"
+    assert main(["run", *flags.split()]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["train_examples"] == 50000
+    assert summary["test_examples"] == 500
