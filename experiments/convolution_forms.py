@@ -8,9 +8,8 @@ multiplies less (Winograd) may exceed the machine's peak. `vmap` is the same sca
 clients' kernels. Rows of kind "time" have the time as one more input channel: "concat" concatenates
 it, "time_conv" is jfed's. PyTorch's convolution is timed beside them where it is installed; its
 threads suffer from other load on the machine far more than XLA's, so compare the two on an idle
-one. Runs of one row are interleaved and their medians shown. All rows take about fifteen minutes
-on two busy cores, most of it compiling; `--kind` picks some. The CPU table in `choose_form` was
-read off these timings.
+one. Runs of one row are interleaved and their medians shown. On two busy cores a row takes about
+25 s; `--kind` picks some. The CPU table in `choose_form` was read off such timings.
 """
 
 import argparse
@@ -180,11 +179,12 @@ def measure(layer: Layer, batch: int, repeats: int) -> dict[str, str | float]:
 
 
 def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each run, after one warm-up, in rounds of one run each."""
+    """Median seconds of each run, after one warm-up, in rounds of one run each; slow ones once."""
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for name in list(runs) * repeats:
+    fast = [name for name in runs if name not in SLOW]
+    for name in list(runs) + fast * (repeats - 1):
         start = time.perf_counter()
         runs[name]()
         seconds[name].append(time.perf_counter() - start)
