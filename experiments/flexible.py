@@ -38,6 +38,8 @@ _SCALES: dict[str, RunConfig] = {
         rounds=32,
         batch_size=20,
         pad=0,
+        learning_rate=0.03,
+        momentum=0.9,
         eval_every=0,
     ),
     "full": run_preset("cifar10-flexible"),
