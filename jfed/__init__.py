@@ -11,6 +11,7 @@ from jfed.errors import (
 )
 from jfed.federation import tiers
 from jfed.federation.client import ClientConfig
+from jfed.federation.engine import EngineConfig
 from jfed.federation.server import ServerConfig
 from jfed.metrics import Evaluation, Record
 from jfed.simulation import Augmentation, EvaluationConfig, Result, simulate
@@ -23,6 +24,7 @@ __all__ = [
     "DataError",
     "DataNotFoundError",
     "DivergedError",
+    "EngineConfig",
     "Evaluation",
     "EvaluationConfig",
     "JfedError",

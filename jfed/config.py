@@ -9,6 +9,7 @@ from jfed import data as data_lib
 from jfed.errors import ConfigError, one_of
 from jfed.federation import tiers as tiers_lib
 from jfed.federation.client import ClientConfig
+from jfed.federation.engine import EngineConfig
 from jfed.federation.server import ServerConfig
 from jfed.models.odenet import Iterations, ODENetConfig
 from jfed.models.presets import ModelConfig, build, preset
@@ -89,7 +90,9 @@ class RunConfig:
       eval_iterations: iteration counts to evaluate beside those that clients train.
       eval_batch_size: of evaluation.
       calibration_examples: training images that batch-norm statistics are measured on.
+      devices: how many to use; all that JAX sees where not given.
       lanes: clients that train at the same time on a device.
+      mapping: how a device runs its lanes: vmap, map or unroll.
       seed: of everything random.
     """
 
@@ -136,7 +139,9 @@ class RunConfig:
     eval_iterations: tuple[_IterationsFlag, ...] = ()
     eval_batch_size: int = 250
     calibration_examples: int = 1000
+    devices: int | None = None
     lanes: int = 1
+    mapping: str = "vmap"
     seed: int = 0
 
 
@@ -224,6 +229,7 @@ def set_up(config: RunConfig) -> tuple[Federation, data_lib.Dataset, ModelConfig
         calibration_examples=config.calibration_examples,
     )
     augmentation = Augmentation(pad=config.pad, flip=config.flip)
+    engine = EngineConfig(devices=config.devices, lanes=config.lanes, mapping=config.mapping)
     model_config(config, classes=10, channels=3)  # fails before a data set is read
     data = data_lib.load(
         config.data,
@@ -255,7 +261,7 @@ def set_up(config: RunConfig) -> tuple[Federation, data_lib.Dataset, ModelConfig
         server=server,
         evaluation=evaluation,
         augmentation=augmentation,
-        lanes=config.lanes,
+        engine=engine,
         seed=config.seed,
     )
     return federation, data, network

@@ -18,6 +18,7 @@ from jfed.federation.aggregation import TierUpdate
 from jfed.federation.client import ClientConfig, Metrics, learning_rate, make_preprocess
 from jfed.federation.communication import Traffic, traffic
 from jfed.federation.engine import (
+    EngineConfig,
     Trainer,
     Work,
     capacity,
@@ -25,6 +26,8 @@ from jfed.federation.engine import (
     client_steps,
     make_trainer,
     pack,
+    put_everywhere,
+    put_schedule,
 )
 from jfed.federation.server import (
     ServerConfig,
@@ -126,7 +129,7 @@ def simulate(
     server: ServerConfig | None = None,
     evaluation: EvaluationConfig | None = None,
     augmentation: Augmentation | None = None,
-    lanes: int = 1,
+    engine: EngineConfig | None = None,
     seed: int = 0,
     on_round: Callable[[Record], None] | None = None,
 ) -> Result:
@@ -147,7 +150,7 @@ def simulate(
       server: how the server uses their mean update.
       evaluation: when and how the global model is tested.
       augmentation: of training images.
-      lanes: clients that train at the same time on a device.
+      engine: how clients are spread over devices.
       seed: of everything random.
       on_round: called with each record, in order, as soon as it is known.
 
@@ -167,7 +170,7 @@ def simulate(
         server=server,
         evaluation=evaluation,
         augmentation=augmentation,
-        lanes=lanes,
+        engine=engine,
         seed=seed,
     ).run(on_round)
 
@@ -226,18 +229,21 @@ class Federation:
         server: ServerConfig | None = None,
         evaluation: EvaluationConfig | None = None,
         augmentation: Augmentation | None = None,
-        lanes: int = 1,
+        engine: EngineConfig | None = None,
         seed: int = 0,
     ) -> None:
         check_partition(partition, len(data.train))
         self.partition = partition
         self.tiers = tiers_lib.single(tiers) if isinstance(tiers, Model) else tiers
-        self.rounds, self.lanes, self.seed = rounds, lanes, seed
+        self.rounds, self.seed = rounds, seed
         self.cohort = len(partition) if cohort is None else cohort
         self.draw_tiers = draw_tiers
         self.client = client or ClientConfig()
         self.evaluation = evaluation or EvaluationConfig()
         self._check()
+        engine = engine or EngineConfig()
+        self._mesh = engine.mesh()
+        self._lanes = engine.lanes * self._mesh.size
         members = self.tiers.members
         self.shares = tiers_lib.check_shares(shares, len(members))
         self.assigned = tiers_lib.assign(len(partition), len(members), shares, seed=seed)
@@ -249,7 +255,7 @@ class Federation:
         self.traffic = {tier.name: traffic(tier, like) for tier in members}
         self.compile_seconds: dict[str, float] = {}
         steps = [client_steps(len(examples), self.client) for examples in partition]
-        self._capacity = capacity(steps, self.cohort, self.lanes)
+        self._capacity = capacity(steps, self.cohort, self._lanes)
 
         augmentation = augmentation or Augmentation()
         mean, std = _channel_moments(data.train.images)
@@ -257,19 +263,18 @@ class Federation:
         self._optimizer = make_server_optimizer(server or ServerConfig())
         self._server_step = make_server_step(members, self._optimizer)
         self._trainers: dict[str, Trainer] = {
-            tier.name: make_trainer(tier, self.client, preprocess) for tier in members
+            tier.name: make_trainer(
+                tier, self.client, preprocess, self._mesh, mapping=engine.mapping
+            )
+            for tier in members
         }
         self._evaluators: dict[str, Evaluator] = {
             tier.name: make_evaluator(tier, preprocess) for tier in self.evaluated
         }
-        self._no_update = {
-            tier.name: TierUpdate(
-                jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tier.shapes(like)),
-                jnp.zeros(()),
-            )
-            for tier in members
-        }
-        self._train = jax.device_put((data.train.images, data.train.labels))
+        self._no_update = put_everywhere(
+            {tier.name: _no_update(tier, like) for tier in members}, self._mesh
+        )
+        self._train = put_everywhere((data.train.images, data.train.labels), self._mesh)
         self._calibration, self._test = self._evaluation_sets(data)
 
     def _check(self) -> None:
@@ -277,7 +282,6 @@ class Federation:
         for name, value, least in (
             ("rounds", self.rounds, 1),
             ("cohort", self.cohort, 1),
-            ("lanes", self.lanes, 1),
             ("seed", self.seed, 0),
         ):
             if not isinstance(value, int) or value < least:
@@ -297,17 +301,15 @@ class Federation:
         size, count = self.evaluation.batch_size, self.evaluation.calibration_examples
         rng = np.random.default_rng([self.seed, 2])
         chosen = rng.permutation(len(data.train))[:count]
-        images, labels = self._train
-        tested: tuple[Any, Any] = jax.device_put((data.test.images, data.test.labels))
-        return (
-            Examples(images, labels, jnp.asarray(in_batches(chosen, size))),
-            Examples(*tested, jnp.asarray(in_batches(np.arange(len(data.test)), size))),
-        )
+        batches = in_batches(chosen, size), in_batches(np.arange(len(data.test)), size)
+        calibration, tested = put_everywhere(batches, self._mesh)
+        test = put_everywhere((data.test.images, data.test.labels), self._mesh)
+        return Examples(*self._train, calibration), Examples(*test, tested)
 
     def init(self) -> ServerState:
         """The state before the first round."""
         variables = jax.jit(self.tiers.init)(jax.random.fold_in(self.key, 0))
-        return ServerState(variables, self._optimizer.init(variables))
+        return put_everywhere(ServerState(variables, self._optimizer.init(variables)), self._mesh)
 
     def run(self, on_round: Callable[[Record], None] | None = None) -> Result:
         """Runs every round; see `simulate`."""
@@ -355,13 +357,13 @@ class Federation:
                 updates.append(self._no_update[tier.name])
                 continue
             work = self._work(number, clients)
-            schedule = pack(work, self.lanes, self.client.batch_size, self._capacity)
+            schedule = pack(work, self._lanes, self.client.batch_size, self._capacity)
             update, sums = self._call(
                 f"train {tier.name}",
                 self._trainers[tier.name],
                 state.variables,
                 *self._train,
-                schedule,
+                put_schedule(schedule, self._mesh),
                 key,
                 np.float32(rate),
             )
@@ -421,6 +423,12 @@ class Federation:
     def _due(self, number: int) -> bool:
         every = self.evaluation.every
         return number + 1 == self.rounds or (every > 0 and (number + 1) % every == 0)
+
+
+def _no_update(tier: Tier, like: Params) -> TierUpdate:
+    """What a tier delivers in a round in which none of its clients take part."""
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tier.shapes(like))
+    return TierUpdate(zeros, np.zeros((), np.float32))
 
 
 def check_model(tier: Tier, like: Params, data: Dataset) -> None:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jfed.federation.tiers import Tier
@@ -21,7 +22,7 @@ class TierUpdate(NamedTuple):
     """
 
     total: Params
-    weight: Float[Array, ""]
+    weight: Float[Array, ""] | Float[np.ndarray, ""]
 
 
 def merge(variables: Params, tiers: Sequence[Tier], updates: Sequence[TierUpdate]) -> Params:

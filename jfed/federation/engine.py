@@ -1,11 +1,12 @@
 """The engine: one compiled program per tier trains all of its clients of a round.
 
-Clients are packed on lanes. A lane is one loop over batches that trains client after client without
-pause: where a client starts, weights and optimizer are reset to the server's; where it finishes,
-its weighted update is added to the lane's sum. So clients of different sizes cost no padding, and
-memory does not grow with the number of clients.
+Clients are packed on lanes, and lanes are spread over devices. A lane is one loop over batches that
+trains client after client without pause: where a client starts, weights and optimizer are reset to
+the server's; where it finishes, its weighted update is added to the lane's sum. So clients of
+different sizes cost no padding, and memory does not grow with the number of clients.
 """
 
+import dataclasses
 import heapq
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,9 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jfed.errors import one_of
+from jfed.errors import ConfigError, one_of
 from jfed.federation.aggregation import TierUpdate
 from jfed.federation.client import (
     Batch,
@@ -29,7 +31,39 @@ from jfed.federation.tiers import Tier
 from jfed.models.model import Params
 
 MAPPINGS = ("vmap", "map", "unroll")
+AXIS = "clients"  # the mesh axis that lanes are spread over
 IntArray = Int[Array, "..."] | Int[np.ndarray, "..."]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """How clients are spread over hardware. Changes the order of floating-point sums, no more.
+
+    Attributes:
+      devices: how many; None takes all that JAX sees.
+      lanes: on each device. More lanes are more clients at the same time, and more memory. The
+        CPU is fastest with one.
+      mapping: how a device runs its lanes: "vmap" all at once, "map" or "unroll" one after another.
+    """
+
+    devices: int | None = None
+    lanes: int = 1
+    mapping: str = "vmap"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lanes, int) or self.lanes < 1:
+            raise ConfigError(f"lanes must be 1 or more, got {self.lanes!r}.")
+        if self.devices is not None and (not isinstance(self.devices, int) or self.devices < 1):
+            raise ConfigError(f"devices must be 1 or more, got {self.devices!r}.")
+        one_of("mapping", self.mapping, MAPPINGS)
+
+    def mesh(self) -> Mesh:
+        """The devices in use, along one axis; ConfigError if there are too few."""
+        found = jax.devices()
+        count = len(found) if self.devices is None else self.devices
+        if count > len(found):
+            raise ConfigError(f"devices must be at most the {len(found)} there are, got {count}.")
+        return Mesh(np.asarray(found[:count]), (AXIS,))
 
 
 class Work(NamedTuple):
@@ -154,7 +188,7 @@ Trainer = Callable[..., tuple[TierUpdate, Metrics]]
 
 
 def make_trainer(
-    tier: Tier, config: ClientConfig, preprocess: Preprocess, *, mapping: str = "vmap"
+    tier: Tier, config: ClientConfig, preprocess: Preprocess, mesh: Mesh, *, mapping: str = "vmap"
 ) -> Trainer:
     """The program that trains one tier's clients of a round.
 
@@ -162,18 +196,16 @@ def make_trainer(
       tier: which submodel.
       config: of local training.
       preprocess: uint8 images and a key -> the model's input.
-      mapping: how several lanes run on a device: "vmap" all at once, "map" or "unroll" one after
-        another.
+      mesh: see `EngineConfig.mesh`.
+      mapping: see `EngineConfig`.
 
     Returns:
       A jitted `train(variables, images, labels, schedule, key, learning_rate)` that returns the
       tier's `TierUpdate` and the `Metrics` summed over all steps. `images` `[N, H, W, C]` uint8 and
       `labels` `[N]` int32 are the whole training set; `key` belongs to the round.
     """
-    one_of("mapping", mapping, MAPPINGS)
     make, step = make_optimizer(config), make_step(tier.model)
 
-    @jax.jit
     def train(
         variables: Params,
         images: Array,
@@ -208,9 +240,34 @@ def make_trainer(
             start = Carry(server, fresh, zeros, jnp.zeros(()), nothing)
             return jax.lax.fori_loop(0, schedule.length, lambda i, c: one_step(i, c, lane), start)
 
-        return _sum_of_lanes(run_lane, schedule.steps, mapping)
+        return jax.lax.psum(_sum_of_lanes(run_lane, schedule.steps, mapping), AXIS)
 
-    return train
+    everywhere = PartitionSpec()
+    # Unchecked: the check would want every loop inside a user's model, and inside diffrax, to start
+    # from values that are marked as varying over devices. Nothing is differentiated through `psum`.
+    sharded = jax.shard_map(
+        train,
+        mesh=mesh,
+        in_specs=(*(everywhere,) * 3, _schedule_specs(), everywhere, everywhere),
+        out_specs=everywhere,
+        check_vma=False,
+    )
+    return jax.jit(sharded)
+
+
+def _schedule_specs() -> Schedule:
+    return Schedule(Steps(*(PartitionSpec(AXIS),) * len(Steps._fields)), PartitionSpec())  # type: ignore[arg-type]
+
+
+def put_schedule(schedule: Schedule, mesh: Mesh) -> Schedule:
+    """Sends each device its lanes."""
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), _schedule_specs())
+    return jax.device_put(schedule, shardings)
+
+
+def put_everywhere(tree: Any, mesh: Mesh) -> Any:
+    """Puts a copy of each array on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def _sum_of_lanes(

@@ -1,5 +1,7 @@
 """Packing by property tests, and the engine against training one client after another."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jfed.errors import ConfigError
 from jfed.federation.client import ClientConfig, make_optimizer, make_preprocess, make_step
 from jfed.federation.engine import (
-    MAPPINGS,
+    EngineConfig,
     Work,
     capacity,
     client_batches,
@@ -17,6 +20,7 @@ from jfed.federation.engine import (
     gather,
     make_trainer,
     pack,
+    put_schedule,
 )
 from jfed.federation.tiers import Tier
 from jfed.models import ODENetConfig, odenet
@@ -112,14 +116,18 @@ def _one_after_another(task, key):
 
 
 @pytest.mark.parametrize(
-    ("lanes", "mapping"), [(1, "vmap"), (3, "vmap"), (3, "map"), (2, "unroll")]
+    ("devices", "lanes", "mapping"),
+    [(1, 1, "vmap"), (1, 3, "vmap"), (1, 3, "map"), (4, 1, "vmap"), (2, 2, "unroll")],
 )
-def test_engine_equals_training_one_client_after_another(task, lanes, mapping):
+def test_engine_equals_training_one_client_after_another(task, devices, lanes, mapping):
     images, labels, tier, config, preprocess, work, variables = task
     key = jax.random.key(7)
-    train = make_trainer(tier, config, preprocess, mapping=mapping)
+    engine = EngineConfig(devices=devices, lanes=lanes, mapping=mapping)
+    mesh = engine.mesh()
+    train = make_trainer(tier, config, preprocess, mesh, mapping=mapping)
+    lanes *= devices
     steps = capacity([len(w.batches) for w in work], len(work), lanes)
-    schedule = pack(work, lanes, config.batch_size, steps)
+    schedule = put_schedule(pack(work, lanes, config.batch_size, steps), mesh)
     update, metrics = train(variables, images, labels, schedule, key, np.float32(0.05))
     total, weight, loss = _one_after_another(task, key)
     assert update.weight == weight == 40
@@ -130,13 +138,40 @@ def test_engine_equals_training_one_client_after_another(task, lanes, mapping):
     )
     again, _ = train(variables, images, labels, schedule, key, np.float32(0.05))
     jax.tree.map(np.testing.assert_array_equal, again, update)
-    assert mapping in MAPPINGS
 
 
 def test_rounds_of_other_cohorts_run_the_same_program(task):
     images, labels, tier, config, preprocess, work, variables = task
-    train = make_trainer(tier, config, preprocess)
+    mesh = EngineConfig(devices=1).mesh()
+    train = make_trainer(tier, config, preprocess, mesh)
     for cohort in (work[:2], work[1:4], work):
         schedule = pack(cohort, 2, 4, capacity([len(w.batches) for w in work], len(work), 2))
+        schedule = put_schedule(schedule, mesh)
         train(variables, images, labels, schedule, jax.random.key(0), np.float32(0.1))
     assert train._cache_size() == 1
+
+
+def test_the_only_collective_is_one_sum_over_devices(task):
+    images, labels, tier, config, preprocess, work, variables = task
+    mesh = EngineConfig(devices=4).mesh()
+    schedule = pack(work, 4, 4, capacity([len(w.batches) for w in work], len(work), 4))
+    train = make_trainer(tier, config, preprocess, mesh)
+    arguments = (variables, images, labels, put_schedule(schedule, mesh), jax.random.key(0))
+    text = train.lower(*arguments, np.float32(0.1)).compile().as_text()
+    collectives = re.findall(r"(all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", text)
+    assert set(collectives) == {"all-reduce"}
+    assert all("while" not in line for line in text.splitlines() if "all-reduce(" in line)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lanes": 0}, "lanes must be 1 or more, got 0"),
+        ({"devices": 0}, "devices must be 1 or more, got 0"),
+        ({"devices": 99}, r"at most the \d+ there are, got 99"),
+        ({"mapping": "vmapp"}, r"unknown mapping 'vmapp'\. Did you mean 'vmap'"),
+    ],
+)
+def test_bad_engine_settings_are_quoted(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**changes).mesh()
