@@ -303,8 +303,12 @@ class Federation:
         chosen = rng.permutation(len(data.train))[:count]
         batches = in_batches(chosen, size), in_batches(np.arange(len(data.test)), size)
         calibration, tested = put_everywhere(batches, self._mesh)
-        test = put_everywhere((data.test.images, data.test.labels), self._mesh)
-        return Examples(*self._train, calibration), Examples(*test, tested)
+        images, labels = put_everywhere((data.test.images, data.test.labels), self._mesh)
+        train_images, train_labels = self._train
+        return (
+            Examples(train_images, train_labels, calibration),
+            Examples(images, labels, tested),
+        )
 
     def init(self) -> ServerState:
         """The state before the first round."""
