@@ -85,11 +85,10 @@ def _run(args: list[str]) -> None:
     runs.check_folder(workdir)
     with _Progress(config.rounds) as progress:
         result, table = runs.run(config, workdir, on_round=progress.show)
-    compiling = sum(result.compile_seconds.values())
     print(f"\n{runs.format_table(table)}\n")
     print(
-        f"{config.rounds} rounds in {result.history[-1].seconds:.1f} s, "
-        f"of which {compiling:.1f} s compiling. Run folder: {workdir}"
+        f"{config.rounds} rounds in {result.history[-1].seconds:.1f} s, after "
+        f"{result.compile_seconds:.1f} s of compiling. Run folder: {workdir}"
     )
 
 

@@ -1,6 +1,5 @@
 """Test accuracy of a tier, with batch-norm statistics measured for that tier."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -74,10 +73,7 @@ def recalibrate(
     return pool(measured, counts)
 
 
-Evaluator = Callable[[Params, Examples, Examples], Metrics]
-
-
-def make_evaluator(tier: Tier, preprocess: Preprocess) -> Evaluator:
+def make_evaluator(tier: Tier, preprocess: Preprocess) -> jax.stages.Wrapped:
     """A jitted `evaluate(variables, calibration, test) -> Metrics` for one tier."""
     model = tier.model
 

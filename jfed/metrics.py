@@ -31,7 +31,7 @@ class Record:
       bytes_up: from the clients to the server in this round.
       bytes_down_total: since the first round.
       bytes_up_total: since the first round.
-      seconds: since the first round began, compilation included.
+      seconds: since the first round began; compiling happens before.
       evaluations: by tier name; empty in a round without evaluation.
     """
 

@@ -1,7 +1,9 @@
 """The round loop: sample, train, merge, server step, evaluate, record."""
 
 import collections
+import concurrent.futures
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,14 +14,14 @@ import numpy as np
 
 from jfed.data import Dataset, check_partition
 from jfed.errors import ConfigError, DivergedError
-from jfed.evaluation import Evaluator, Examples, in_batches, make_evaluator
+from jfed.evaluation import Examples, in_batches, make_evaluator
 from jfed.federation import tiers as tiers_lib
 from jfed.federation.aggregation import TierUpdate
 from jfed.federation.client import ClientConfig, Metrics, learning_rate, make_preprocess
 from jfed.federation.communication import Traffic, traffic
 from jfed.federation.engine import (
     EngineConfig,
-    Trainer,
+    Schedule,
     Work,
     capacity,
     client_batches,
@@ -37,7 +39,7 @@ from jfed.federation.server import (
 )
 from jfed.federation.tiers import Iterations, Tier, Tiers
 from jfed.metrics import Evaluation, Record
-from jfed.models.model import Model, Params
+from jfed.models.model import Model, Params, initialise
 
 # Rounds that may be under way on the device before the host waits for the oldest one's metrics.
 _IN_FLIGHT = 2
@@ -93,7 +95,7 @@ class Result:
       tiers: as trained.
       evaluated: the tiers that were tested, trained ones first.
       traffic: bytes of one client in one round, by tier name.
-      compile_seconds: how long tracing and compiling took, by program.
+      compile_seconds: how long tracing and compiling all programs took.
     """
 
     history: tuple[Record, ...]
@@ -101,7 +103,7 @@ class Result:
     tiers: Tiers
     evaluated: tuple[Tier, ...]
     traffic: dict[str, Traffic]
-    compile_seconds: dict[str, float]
+    compile_seconds: float
 
     @property
     def accuracies(self) -> dict[str, float]:
@@ -253,7 +255,7 @@ class Federation:
         for tier in self.evaluated:
             check_model(tier, like, data)
         self.traffic = {tier.name: traffic(tier, like) for tier in members}
-        self.compile_seconds: dict[str, float] = {}
+        self._programs: dict[str, jax.stages.Compiled] = {}
         steps = [client_steps(len(examples), self.client) for examples in partition]
         self._capacity = capacity(steps, self.cohort, self._lanes)
 
@@ -262,15 +264,13 @@ class Federation:
         preprocess = make_preprocess(mean, std, pad=augmentation.pad, flip=augmentation.flip)
         self._optimizer = make_server_optimizer(server or ServerConfig())
         self._server_step = make_server_step(members, self._optimizer)
-        self._trainers: dict[str, Trainer] = {
+        self._trainers = {
             tier.name: make_trainer(
                 tier, self.client, preprocess, self._mesh, mapping=engine.mapping
             )
             for tier in members
         }
-        self._evaluators: dict[str, Evaluator] = {
-            tier.name: make_evaluator(tier, preprocess) for tier in self.evaluated
-        }
+        self._evaluators = {tier.name: make_evaluator(tier, preprocess) for tier in self.evaluated}
         self._no_update = put_everywhere(
             {tier.name: _no_update(tier, like) for tier in members}, self._mesh
         )
@@ -312,12 +312,14 @@ class Federation:
 
     def init(self) -> ServerState:
         """The state before the first round."""
-        variables = jax.jit(self.tiers.init)(jax.random.fold_in(self.key, 0))
+        variables = initialise(self.tiers.init, jax.random.fold_in(self.key, 0))
         return put_everywhere(ServerState(variables, self._optimizer.init(variables)), self._mesh)
 
     def run(self, on_round: Callable[[Record], None] | None = None) -> Result:
         """Runs every round; see `simulate`."""
         history: list[Record] = []
+        state, under_way = self.init(), collections.deque[UnderWay]()
+        compile_seconds = self.compile(state)
         began = time.perf_counter()
 
         def finish(started: UnderWay) -> None:
@@ -332,7 +334,6 @@ class Federation:
             if on_round is not None:
                 on_round(record)
 
-        state, under_way = self.init(), collections.deque[UnderWay]()
         for number in range(self.rounds):
             state, started = self.round(state, number)
             under_way.append(started)
@@ -346,11 +347,31 @@ class Federation:
             self.tiers,
             self.evaluated,
             self.traffic,
-            self.compile_seconds,
+            compile_seconds,
         )
 
+    def compile(self, state: ServerState) -> float:
+        """Compiles every program for states like this one; returns the seconds it took.
+
+        Compiling happens in parallel, on as many threads as there are processors.
+        """
+        began = time.perf_counter()
+        schedule = put_schedule(self._pack([]), self._mesh)
+        training = (state.variables, *self._train, schedule, self.key, np.float32(0))
+        testing = (state.variables, self._calibration, self._test)
+        lowered = {f"train {t}": run.lower(*training) for t, run in self._trainers.items()}
+        lowered |= {f"evaluate {t}": run.lower(*testing) for t, run in self._evaluators.items()}
+        lowered["server"] = self._server_step.lower(state, list(self._no_update.values()))
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = pool.map(lambda program: program.compile(), lowered.values())
+            self._programs = dict(zip(lowered, compiled, strict=True))
+        return time.perf_counter() - began
+
     def round(self, state: ServerState, number: int) -> tuple[ServerState, UnderWay]:
-        """Starts round `number` (from 0) on the device and returns without waiting for it."""
+        """Starts round `number` (from 0) on the device and returns without waiting for it.
+
+        `compile` must have been called.
+        """
         key = jax.random.fold_in(jax.random.fold_in(self.key, 1), number)
         rate = learning_rate(self.client, number, self.rounds)
         updates, metrics = [], []
@@ -360,20 +381,13 @@ class Federation:
             if not len(clients):
                 updates.append(self._no_update[tier.name])
                 continue
-            work = self._work(number, clients)
-            schedule = pack(work, self._lanes, self.client.batch_size, self._capacity)
-            update, sums = self._call(
-                f"train {tier.name}",
-                self._trainers[tier.name],
-                state.variables,
-                *self._train,
-                put_schedule(schedule, self._mesh),
-                key,
-                np.float32(rate),
+            schedule = put_schedule(self._pack(self._work(number, clients)), self._mesh)
+            update, sums = self._programs[f"train {tier.name}"](
+                state.variables, *self._train, schedule, key, np.float32(rate)
             )
             updates.append(update)
             metrics.append(sums)
-        state = self._call("server", self._server_step, state, updates)
+        state = self._programs["server"](state, updates)
         under_way = UnderWay(
             number=number,
             clients=self.cohort,
@@ -387,18 +401,11 @@ class Federation:
     def evaluate(self, state: ServerState) -> dict[str, Metrics]:
         """Test metrics of each evaluated tier, device arrays, by name."""
         return {
-            name: self._call(
-                f"evaluate {name}", run, state.variables, self._calibration, self._test
+            tier.name: self._programs[f"evaluate {tier.name}"](
+                state.variables, self._calibration, self._test
             )
-            for name, run in self._evaluators.items()
+            for tier in self.evaluated
         }
-
-    def _call(self, name: str, program: Callable, *args: Any) -> Any:
-        """Calls a jitted program; the first call returns once it is traced and compiled."""
-        began = time.perf_counter()
-        out = program(*args)
-        self.compile_seconds.setdefault(name, time.perf_counter() - began)
-        return out
 
     def _sample(self, number: int) -> dict[str, np.ndarray]:
         """The cohort of a round: client numbers by tier name."""
@@ -418,6 +425,9 @@ class Federation:
             batches = client_batches(examples, self.client, rng)
             work.append(Work(client, batches, float(len(examples))))
         return work
+
+    def _pack(self, work: Sequence[Work]) -> Schedule:
+        return pack(work, self._lanes, self.client.batch_size, self._capacity)
 
     def _bytes(self, members: dict[str, np.ndarray]) -> Traffic:
         down = sum(len(c) * self.traffic[name].down for name, c in members.items())

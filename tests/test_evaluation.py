@@ -11,6 +11,7 @@ from jfed.federation.client import make_preprocess
 from jfed.federation.tiers import Tier
 from jfed.models import Model, Moments, ODENetConfig, odenet
 from jfed.models.layers import ConvNorm, Style
+from jfed.models.model import initialise
 
 PREPROCESS = make_preprocess((100.0,), (50.0,), pad=4, flip=True)
 
@@ -43,7 +44,7 @@ def test_pooled_moments_are_those_of_all_examples():
 def test_recalibrated_statistics_equal_a_two_pass_mean_and_variance():
     """The first norm's input does not depend on other norms, so NumPy can see all of it at once."""
     model = odenet(ODENetConfig(widths=(4,), iterations=2, channels=1, unroll=False))
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initialise(model.init, jax.random.key(0))
     calibration = _examples(25, 8)
     statistics = jax.jit(lambda p: recalibrate(model, p, calibration, PREPROCESS))(params)
     x = (np.asarray(calibration.images, np.float64) - 100.0) / 50.0
@@ -60,7 +61,7 @@ def test_recalibrated_statistics_equal_a_two_pass_mean_and_variance():
 def test_evaluation_on_the_calibration_batch_reproduces_training_mode():
     """With one batch for both, given statistics and batch statistics are the same numbers."""
     model = odenet(ODENetConfig(widths=(4, 4), iterations=2, channels=1, unroll=False))
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = initialise(model.init, jax.random.key(0))
     x, mask = jax.random.normal(jax.random.key(1), (6, 8, 8, 1)), jnp.ones(6)
 
     @jax.jit

@@ -177,7 +177,7 @@ def test_tiers_train_together_and_any_depth_is_evaluated(ode_federation):
     assert list(result.accuracies) == ["0", "1", "2"]
     assert [tier.name for tier in result.evaluated] == ["0", "1", "2"]
     assert list(result.traffic) == ["0", "1"]
-    assert set(result.compile_seconds) >= {"train 0", "train 1", "evaluate 2", "server"}
+    assert result.compile_seconds > 0
     assert result.history[-1].examples == 2 * 60
 
 

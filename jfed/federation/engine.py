@@ -184,12 +184,9 @@ class Carry(NamedTuple):
     metrics: Metrics
 
 
-Trainer = Callable[..., tuple[TierUpdate, Metrics]]
-
-
 def make_trainer(
     tier: Tier, config: ClientConfig, preprocess: Preprocess, mesh: Mesh, *, mapping: str = "vmap"
-) -> Trainer:
+) -> jax.stages.Wrapped:
     """The program that trains one tier's clients of a round.
 
     Args:

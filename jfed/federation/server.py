@@ -1,7 +1,7 @@
 """The server's step: an Optax optimizer on the negative mean update (Reddi et al. 2021, FedOpt)."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +51,7 @@ def make_server_optimizer(config: ServerConfig) -> optax.GradientTransformation:
 
 def make_server_step(
     tiers: Sequence[Tier], optimizer: optax.GradientTransformation
-) -> Callable[[ServerState, Sequence[TierUpdate]], ServerState]:
+) -> jax.stages.Wrapped:
     """The jitted end of a round: merge the tiers' updates and step the server's variables."""
 
     @jax.jit

@@ -73,3 +73,12 @@ def functional(
         return nnx.merge(graph, state)
 
     return init, bind
+
+
+def initialise(init: Callable[[Array], Params], key: Array) -> Params:
+    """Runs `init(key)` as one program, compiled without optimisation where that saves time.
+
+    It runs once, and XLA's CPU compiler takes seconds to optimise the random numbers of a network.
+    """
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(init, compiler_options=quick)(key)

@@ -24,6 +24,7 @@ from jfed.federation.engine import (
 )
 from jfed.federation.tiers import Tier
 from jfed.models import ODENetConfig, odenet
+from jfed.models.model import initialise
 
 
 @settings(deadline=None)
@@ -86,7 +87,7 @@ def task():
         Work(c, client_batches(own, config, np.random.default_rng(c)), float(len(own)))
         for c, own in enumerate(cut)
     ]
-    variables = jax.jit(model.init)(jax.random.key(0))
+    variables = initialise(model.init, jax.random.key(0))
     return images, labels, Tier("2", model), config, preprocess, work, variables
 
 

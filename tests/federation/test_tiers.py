@@ -13,6 +13,7 @@ from jfed.federation.aggregation import TierUpdate, merge
 from jfed.federation.communication import traffic
 from jfed.federation.tiers import Tier, Tiers, assign
 from jfed.models import Model, ODENetConfig
+from jfed.models.model import initialise
 
 CONFIG = ODENetConfig(widths=(4, 8), channels=1)
 MODEL = Model(lambda key: {"a": jnp.zeros((4, 3)), "b": jnp.zeros(5)}, lambda params, x: x)
@@ -110,8 +111,8 @@ def test_ode_tiers_share_every_weight():
 def test_norms_per_depth_belong_to_their_tier():
     tiers = tiers_lib.ode(CONFIG, (1, 2, 4), sharing="norms-per-depth")
     shared = tiers_lib.ode(CONFIG, (1, 2, 4))
-    variables = jax.jit(tiers.init)(jax.random.key(0))
-    alone = jax.jit(shared.init)(jax.random.key(0))
+    variables = initialise(tiers.init, jax.random.key(0))
+    alone = initialise(shared.init, jax.random.key(0))
     for row, tier in enumerate(tiers.members):
         local = tier.extract(variables)
         jax.tree.map(np.testing.assert_array_equal, local, alone)
@@ -126,7 +127,7 @@ def test_norms_per_depth_belong_to_their_tier():
 
 def test_an_untrained_depth_takes_the_norms_of_the_nearest():
     tiers = tiers_lib.ode(CONFIG, (1, 4), sharing="norms-per-depth")
-    variables = jax.jit(tiers.init)(jax.random.key(0))
+    variables = initialise(tiers.init, jax.random.key(0))
     variables = jax.tree_util.tree_map_with_path(
         lambda path, x: x.at[1].set(7.0) if "norm" in jax.tree_util.keystr(path) else x, variables
     )

@@ -10,6 +10,7 @@ import pytest
 from jfed.errors import ConfigError
 from jfed.federation.communication import tree_bytes, tree_size
 from jfed.models import PRESETS, ODENetConfig, ResNetConfig, build, cnn, odenet, preset, twin
+from jfed.models.model import initialise
 from jfed.models.odenet import per_stage
 
 # torchvision's totals with its 7x7 stem and 1000 classes; resnet_total() undoes both.
@@ -126,7 +127,7 @@ def test_configs_that_cannot_work_are_refused(changes):
 def test_cnn_is_the_published_benchmark_network():
     model = cnn()
     assert tree_size(_shapes(model)) == 1_626_442
-    params = model.init(jax.random.key(0))
+    params = initialise(model.init, jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
 
     def reference(x):
@@ -151,7 +152,7 @@ def test_cnn_is_the_published_benchmark_network():
 def test_zero_iterations_switch_the_ode_blocks_off():
     config = ODENetConfig(widths=(4, 8), iterations=0, channels=1, norm="group")
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
-    params = odenet(config).init(jax.random.key(0))
+    params = initialise(odenet(config).init, jax.random.key(0))
     other = jax.tree.map(jnp.array, params)
     other["functions"] = jax.tree.map(lambda p: p + 1.0, other["functions"])
     control, three = odenet(config), odenet(dataclasses.replace(config, iterations=3))
