@@ -1,6 +1,6 @@
 """Federated learning of Neural ODE image classifiers with different iteration counts, in JAX."""
 
-from jfed import data, models
+from jfed import data, models, plots
 from jfed.errors import (
     ConfigError,
     DataError,
@@ -9,12 +9,13 @@ from jfed.errors import (
     JfedError,
     RunFolderError,
 )
+from jfed.evaluation import EvaluationConfig
 from jfed.federation import tiers
-from jfed.federation.client import ClientConfig
+from jfed.federation.client import Augmentation, ClientConfig
 from jfed.federation.engine import EngineConfig
 from jfed.federation.server import ServerConfig
 from jfed.metrics import Evaluation, Record
-from jfed.simulation import Augmentation, EvaluationConfig, Result, simulate
+from jfed.simulation import Result, simulate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "ServerConfig",
     "data",
     "models",
+    "plots",
     "simulate",
     "tiers",
 ]

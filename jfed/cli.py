@@ -16,7 +16,7 @@ from tqdm import tqdm
 import jfed
 from jfed import runs
 from jfed.config import RUN_PRESETS, RunConfig, run_preset
-from jfed.errors import DivergedError, JfedError
+from jfed.errors import DivergedError, JfedError, check_integer
 from jfed.federation import tiers as tiers_lib
 from jfed.federation.communication import tree_bytes, tree_size
 from jfed.flops import forward_flops
@@ -112,6 +112,7 @@ class _Progress:
     def __init__(self, rounds: int) -> None:
         self._bar = tqdm(total=rounds, unit="round", dynamic_ncols=True, smoothing=0.1)
         self._bar.set_postfix_str("compiling")
+        self._tested = ""
 
     def __enter__(self) -> "_Progress":
         return self
@@ -124,8 +125,8 @@ class _Progress:
         if record.evaluations:
             tested = [f"{name}: {e.accuracy:.1%}" for name, e in record.evaluations.items()]
             self._tested = "test " + " ".join(tested)
-        parts.append(getattr(self, "_tested", ""))
-        self._bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
+        parts += [self._tested] if self._tested else []
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._bar.update()
 
 
@@ -140,6 +141,7 @@ def _models(args: list[str]) -> None:
         return size, iterations
 
     size, iterations = _parse(command, "jfed models", args)
+    check_integer("size", size, least=1)
     print(model_table(size, iterations))
 
 
@@ -174,11 +176,9 @@ def _shapes(config: ModelConfig) -> Any:
 
 @functools.cache
 def _flops(config: ModelConfig, size: int) -> int:
-    changes: dict[str, Any] = {"conv": "xla"}
     if isinstance(config, ODENetConfig):
-        changes["unroll"] = False
-    model = build(dataclasses.replace(config, **changes))
-    return forward_flops(model, (size, size, config.channels))
+        config = dataclasses.replace(config, unroll=False)
+    return forward_flops(build(config), (size, size, config.channels))
 
 
 def _prepare(args: list[str]) -> None:

@@ -6,14 +6,16 @@ from typing import Annotated, Any
 from tyro.constructors import PrimitiveConstructorSpec
 
 from jfed import data as data_lib
-from jfed.errors import ConfigError, one_of
+from jfed.errors import ConfigError, check_integer, one_of
+from jfed.evaluation import EvaluationConfig
 from jfed.federation import tiers as tiers_lib
-from jfed.federation.client import ClientConfig
+from jfed.federation.client import Augmentation, ClientConfig
 from jfed.federation.engine import EngineConfig
 from jfed.federation.server import ServerConfig
 from jfed.models.odenet import Iterations, ODENetConfig
 from jfed.models.presets import ModelConfig, build, preset
-from jfed.simulation import Augmentation, EvaluationConfig, Federation
+from jfed.rounds import Federation
+from jfed.seeds import check_seed
 
 
 def parse_iterations(text: str) -> Iterations:
@@ -230,7 +232,13 @@ def set_up(config: RunConfig) -> tuple[Federation, data_lib.Dataset, ModelConfig
     )
     augmentation = Augmentation(pad=config.pad, flip=config.flip)
     engine = EngineConfig(devices=config.devices, lanes=config.lanes, mapping=config.mapping)
-    model_config(config, classes=10, channels=3)  # fails before a data set is read
+    # What can fail without the data does so before they are read.
+    check_seed(config.seed)
+    check_integer("rounds", config.rounds, least=1)
+    one_of("partition", config.partition, data_lib.SCHEMES)
+    tiers = make_tiers(config, model_config(config, classes=10, channels=3))
+    tiers_lib.assign(config.clients, len(tiers.members), config.shares, seed=config.seed)
+    engine.mesh()
     data = data_lib.load(
         config.data,
         data_dir=config.data_dir,

@@ -1,6 +1,10 @@
 """The errors that jfed raises. Each message quotes the offending value and says what is allowed."""
 
 import difflib
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
 
 
 class JfedError(Exception):
@@ -24,13 +28,46 @@ class RunFolderError(JfedError, FileExistsError):
 
 
 class DivergedError(JfedError, ArithmeticError):
-    """Training produced a non-finite loss."""
+    """Training or evaluation produced a number that is not finite.
+
+    Attributes:
+      history: the records of the rounds before.
+    """
+
+    def __init__(self, message: str, history: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.history = tuple(history)
 
 
-def one_of(kind: str, value: str, allowed: list[str] | tuple[str, ...]) -> str:
+def one_of(kind: str, value: str, allowed: Sequence[str]) -> str:
     """Returns `value` if it is allowed; else raises ConfigError naming the close matches."""
-    if value in allowed:
+    if isinstance(value, str) and value in allowed:
         return value
-    close = difflib.get_close_matches(value, allowed, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(str(value), allowed, n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise ConfigError(f"unknown {kind} {value!r}.{hint} Allowed: {', '.join(map(repr, allowed))}.")
+
+
+def check_integer(name: str, value: Any, *, least: int, most: int | None = None) -> int:
+    """Returns `value`, of any integer type, as an int; ConfigError if it is out of bounds."""
+    bound = f"{least} or more" if most is None else f"from {least} to {most}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ConfigError(f"{name} must be an integer, {bound}, got {value!r}.")
+    number = operator.index(value)
+    if number < least or (most is not None and number > most):
+        raise ConfigError(f"{name} must be {bound}, got {value!r}.")
+    return number
+
+
+def check_number(
+    name: str, value: Any, *, above: float = -math.inf, least: float = -math.inf
+) -> float:
+    """Returns `value` as a float; ConfigError unless it is finite and within its bounds."""
+    bound = f"above {above:g}" if above > -math.inf else f"{least:g} or more"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} must be a number, {bound}, got {value!r}.") from None
+    if isinstance(value, str) or not math.isfinite(number) or number <= above or number < least:
+        raise ConfigError(f"{name} must be a number, {bound}, got {value!r}.")
+    return number

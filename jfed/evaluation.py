@@ -1,5 +1,6 @@
 """Test accuracy of a tier, with batch-norm statistics measured for that tier."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -7,10 +8,32 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jfed.errors import check_integer
 from jfed.federation.client import Metrics, Preprocess, cross_entropy
 from jfed.federation.engine import gather
-from jfed.federation.tiers import Tier
+from jfed.federation.tiers import Iterations, Tier
 from jfed.models.model import Model, Moments, Params, Statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """When and how the global model is tested.
+
+    Attributes:
+      every: rounds between evaluations; the last round is always evaluated. 0: only the last.
+      iterations: iteration counts to test beside those that clients run.
+      batch_size: examples in a batch.
+      calibration_examples: training examples that batch-norm statistics are measured on.
+    """
+
+    every: int = 1
+    iterations: tuple[Iterations, ...] = ()
+    batch_size: int = 250
+    calibration_examples: int = 2000
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("batch_size", 1), ("calibration_examples", 1)):
+            check_integer(f"evaluation {name}", getattr(self, name), least=least)
 
 
 class Examples(NamedTuple):

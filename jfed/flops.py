@@ -13,8 +13,7 @@ from jfed.models.model import Model
 def forward_flops(model: Model, image_shape: tuple[int, int, int]) -> int:
     """FLOPs of classifying one image: two for each multiply-add of convolutions and products.
 
-    Element-wise work is not counted, as is usual. Build the model with `conv="xla"`: other forms of
-    a convolution do the same work with other operations.
+    Element-wise work is not counted, as is usual. A loop of unknown length counts once.
 
     Args:
       model: any model.

@@ -1,6 +1,6 @@
 """Figures of a run, as matplotlib figures that the caller shows or saves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -49,18 +49,17 @@ def accuracy_by_bytes(history: Sequence[Record]) -> Figure:
     return figure
 
 
-def accuracy_by_iterations(accuracies: Mapping[int, float], trained: Sequence[int]) -> Figure:
-    """Test accuracy against the iterations of all ODE blocks, trained counts marked.
+def accuracy_by_iterations(points: Sequence[tuple[int, float, bool]]) -> Figure:
+    """Test accuracy against the iterations of all ODE blocks together.
 
     Args:
-      accuracies: from 0 to 1, by total number of iterations.
-      trained: the totals that clients trained.
+      points: iterations, accuracy from 0 to 1, and whether clients trained that count.
     """
     figure, axes = _axes("iterations of all ODE blocks", "test accuracy")
-    counts = sorted(accuracies)
-    axes.plot(counts, [accuracies[c] for c in counts], color="C0", label="evaluated")
-    marked = [c for c in counts if c in set(trained)]
-    axes.plot(marked, [accuracies[c] for c in marked], "o", color="C1", label="trained")
+    points = sorted(points)
+    axes.plot([c for c, _, _ in points], [a for _, a, _ in points], color="C0", label="evaluated")
+    trained = [(c, a) for c, a, t in points if t]
+    axes.plot(*zip(*trained, strict=True), "o", color="C1", label="trained")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()

@@ -13,14 +13,14 @@ import jax
 from tabulate import tabulate
 
 from jfed import data as data_lib
-from jfed import plots
+from jfed import plots, simulation
 from jfed.config import RunConfig, parse_iterations, set_up
 from jfed.errors import RunFolderError
 from jfed.federation.communication import traffic, tree_bytes, tree_size
 from jfed.metrics import CsvWriter, Record
 from jfed.models.odenet import ODENetConfig, per_stage
 from jfed.models.presets import ModelConfig, build, twin
-from jfed.simulation import Federation, Result
+from jfed.simulation import Result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,6 @@ def run(
     config: RunConfig,
     workdir: str | os.PathLike[str],
     *,
-    on_start: Callable[[Federation], None] | None = None,
     on_round: Callable[[Record], None] | None = None,
 ) -> tuple[Result, list[TierSummary]]:
     """Runs a federation and writes its folder.
@@ -67,7 +66,6 @@ def run(
     Args:
       config: of the run.
       workdir: the folder, which must not exist, or be empty.
-      on_start: called before the first round.
       on_round: called after each round.
 
     Raises:
@@ -77,15 +75,16 @@ def run(
     folder = pathlib.Path(workdir)
     check_folder(folder)
     federation, data, network = set_up(config)
+    federation.compile()  # what a model cannot do shows while it is traced
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"cannot make the run folder {str(folder)!r}: {error}.") from error
     write_json(folder / "config.json", dataclasses.asdict(config))
-    counts = data_lib.class_counts(data.train.labels, federation.partition, data.num_classes)
+    counts = data_lib.class_counts(
+        data.train.labels, federation.population.partition, data.num_classes
+    )
     save(plots.classes_by_client(counts, data.class_names), folder / "clients.png")
-    if on_start is not None:
-        on_start(federation)
     names = [tier.name for tier in federation.evaluated]
     with CsvWriter(folder / "metrics.csv", names) as writer:
 
@@ -94,7 +93,7 @@ def run(
             if on_round is not None:
                 on_round(row)
 
-        result = federation.run(record)
+        result = simulation.run(federation, record)
     table = summarise(config, network, result)
     write_json(folder / "summary.json", summary(config, data, result, table))
     save_figures(folder, network, result)
@@ -200,15 +199,15 @@ def save_figures(folder: pathlib.Path, network: ModelConfig, result: Result) -> 
     save(plots.accuracy(result.history), folder / "accuracy.png")
     save(plots.accuracy_by_bytes(result.history), folder / "accuracy_by_bytes.png")
     if isinstance(network, ODENetConfig):
-        totals = {
-            tier.name: sum(per_stage(parse_iterations(tier.name), len(network.widths)))
-            for tier in result.evaluated
-        }
-        figure = plots.accuracy_by_iterations(
-            {totals[name]: accuracy for name, accuracy in result.accuracies.items()},
-            [totals[name] for name in result.traffic],
-        )
-        save(figure, folder / "accuracy_by_iterations.png")
+        points = [
+            (
+                sum(per_stage(parse_iterations(name), len(network.widths))),
+                accuracy,
+                name in result.traffic,
+            )
+            for name, accuracy in result.accuracies.items()
+        ]
+        save(plots.accuracy_by_iterations(points), folder / "accuracy_by_iterations.png")
 
 
 def save(figure: Any, path: pathlib.Path) -> None:
@@ -219,5 +218,5 @@ def save(figure: Any, path: pathlib.Path) -> None:
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON that a reader never sees half of."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
     partial.replace(path)

@@ -11,7 +11,8 @@ import jfed
 from jfed.data import Dataset, Split
 from jfed.errors import ConfigError, DataError, DivergedError
 from jfed.federation.engine import client_batches, pack
-from jfed.simulation import Federation
+from jfed.rounds import Federation
+from jfed.seeds import generator
 
 
 def _dataset(train=60, test=30, seed=0):
@@ -57,7 +58,7 @@ def _numpy_gradient(params, x, labels):
 
 
 def _start(seed):
-    state = Federation(DATA, PARTS, MODEL, rounds=1, seed=seed).init()
+    state = Federation(DATA, PARTS, MODEL, rounds=1, seed=seed).start
     return {k: np.asarray(v, np.float64) for k, v in state.variables.items()}
 
 
@@ -68,10 +69,10 @@ def test_fedavg_rounds_equal_a_plain_numpy_loop():
     )
     x, labels, params = _numpy_inputs(), DATA.train.labels, _start(5)
     for number in range(3):
-        cohort = np.random.default_rng([5, 3, number]).choice(4, 3, replace=False)
+        cohort = generator(5, "cohort", number).choice(4, 3, replace=False)
         total, weight = {k: np.zeros_like(v) for k, v in params.items()}, 0
         for client in cohort:
-            rng = np.random.default_rng([5, 4, number, client])
+            rng = generator(5, "batches", number, int(client))
             own = dict(params)
             for batch in client_batches(PARTS[client], config, rng):
                 batch = batch[batch >= 0]
@@ -104,10 +105,10 @@ def test_a_client_does_not_depend_on_who_else_trains():
     config = jfed.ClientConfig(epochs=2, batch_size=4)
     engine = jfed.EngineConfig(devices=1)
     federation = Federation(DATA, PARTS, MODEL, rounds=1, client=config, engine=engine, seed=1)
-    state = federation.init()
+    state = federation.start
 
     def train(clients):
-        work = federation._work(0, np.asarray(clients))
+        work = federation.population.work(0, np.asarray(clients))
         schedule = pack(work, 1, 4, federation._capacity)
         update, _ = federation._trainers["full"](
             state.variables, *federation._train, schedule, jax.random.key(9), np.float32(0.1)
@@ -187,23 +188,36 @@ def test_tiers_are_kept_or_drawn():
 
     def sampled(draw):
         federation = Federation(DATA, PARTS, group, rounds=9, draw_tiers=draw, seed=0)
-        return [tuple(federation._sample(r)["a"].tolist()) for r in range(9)]
+        return [tuple(federation.population.sample(r)[0].tolist()) for r in range(9)]
 
     assert len(set(sampled(False))) == 1
     assert len(set(sampled(True))) > 3
 
 
-def test_a_diverged_run_stops_and_names_the_round():
+def _nan_once_grown(params, images):
+    """The logits of `MODEL`, not a number once the first weights have grown."""
+    grown = jnp.abs(params["w"]).max() > 0.5
+    return jnp.where(grown, jnp.nan, MODEL.apply(params, images))
+
+
+def test_a_diverged_run_stops_names_the_round_and_keeps_its_records():
     heard = []
-    config = jfed.ClientConfig(learning_rate=1e38, batch_size=4)
-    with pytest.raises(
-        DivergedError, match=r"round \d+ of 9 diverged: its training loss is (nan|inf)"
-    ):
+    model = jfed.models.Model(MODEL.init, _nan_once_grown)
+    config = jfed.ClientConfig(batch_size=60, learning_rate=0.5)
+    with pytest.raises(DivergedError, match=r"round (\d+) diverged: its training loss is nan") as e:
         jfed.simulate(
-            DATA, PARTS, MODEL, rounds=9, client=config, evaluation=QUIET, on_round=heard.append
+            DATA, PARTS, model, rounds=99, client=config, evaluation=QUIET, on_round=heard.append
         )
+    assert len(heard) > 0
+    assert e.value.history == tuple(heard)
+    assert f"round {len(heard) + 1} diverged" in str(e.value)
     assert all(np.isfinite(r.train_loss) for r in heard)
-    assert len(heard) < 9
+
+
+def test_divergence_in_the_last_round_is_noticed():
+    config = jfed.ClientConfig(learning_rate=3e38, batch_size=60)
+    with pytest.raises(DivergedError, match="round 1 diverged"):
+        jfed.simulate(DATA, PARTS, MODEL, rounds=1, client=config, evaluation=QUIET)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +226,7 @@ def test_a_diverged_run_stops_and_names_the_round():
         ({"rounds": 0}, "rounds must be 1 or more, got 0"),
         ({"cohort": 5}, "at most the 4 clients, got 5"),
         ({"cohort": 0}, "cohort must be 1 or more, got 0"),
-        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
         ({"shares": (0.5, 0.5)}, "for each of 1 tiers"),
         ({"evaluation": jfed.EvaluationConfig(iterations=(3,))}, "need tiers of iteration counts"),
     ],
@@ -239,9 +253,65 @@ def test_a_model_of_the_wrong_shape_is_refused_before_it_is_compiled():
         jfed.simulate(DATA, PARTS, wrong, rounds=1)
 
 
-def test_a_partition_that_shares_examples_is_refused():
-    with pytest.raises(ConfigError):
-        jfed.simulate(DATA, (np.arange(40), np.arange(30, 60)), MODEL, rounds=1)
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (jfed.models.Model(MODEL.init, lambda params: params), "cannot be applied to images"),
+        (
+            jfed.models.Model(lambda key: {"w": jnp.zeros(3, jnp.int32)}, MODEL.apply),
+            r"that at \['w'\] of tier 'full' is int32",
+        ),
+    ],
+)
+def test_what_is_no_model_is_refused(model, message):
+    with pytest.raises(ConfigError, match=message):
+        jfed.simulate(DATA, PARTS, model, rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("partition", "message"),
+    [
+        ((np.arange(40), np.arange(30, 60)), "example 30 is dealt out 2 times"),
+        ((np.arange(60) < 30, np.arange(60) >= 30), "type bool; expected"),
+        ((), "names no clients"),
+    ],
+)
+def test_a_partition_that_cannot_be_is_refused(partition, message):
+    with pytest.raises(ConfigError, match=message):
+        jfed.simulate(DATA, partition, MODEL, rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("network", "tiers", "options"),
+    [
+        (
+            {"solver": "Heun", "horizon": "proportional"},
+            {"sharing": "norms-per-depth"},
+            {"engine": jfed.EngineConfig(devices=2, lanes=2)},
+        ),
+        (
+            {"solver": "Bosh3", "norm": "group", "function": "postactivation"},
+            {},
+            {"draw_tiers": True, "client": jfed.ClientConfig(steps=3, batch_size=8)},
+        ),
+        (
+            {"separable": True, "dtype": "bfloat16"},
+            {},
+            {"augmentation": jfed.Augmentation(pad=1, flip=True), "shares": (0.7, 0.3)},
+        ),
+    ],
+    ids=["heun", "bosh3", "dsodenet"],
+)
+def test_every_kind_of_odenet_trains(network, tiers, options):
+    config = jfed.models.ODENetConfig(
+        widths=(4,), channels=1, classes=3, unroll=False, conv="auto", **network
+    )
+    options = {"client": jfed.ClientConfig(batch_size=8, epochs=2)} | options
+    result = jfed.simulate(
+        DATA, PARTS, jfed.tiers.ode(config, (1, 2), **tiers), rounds=12, evaluation=QUIET, **options
+    )
+    assert result.history[-1].train_loss < 0.8 * result.history[0].train_loss
+    assert min(result.accuracies.values()) > 0.5
 
 
 def test_labels_out_of_range_are_refused():

@@ -1,7 +1,7 @@
 """Data sets, and how their examples are dealt out to the clients."""
 
-from jfed.data.partition import check as check_partition
-from jfed.data.partition import (
+from jfed.data.partitions import (
+    SCHEMES,
     class_counts,
     dirichlet,
     iid,
@@ -9,10 +9,12 @@ from jfed.data.partition import (
     quantity_skew,
     shards,
 )
-from jfed.data.prepare import prepare
+from jfed.data.partitions import check as check_partition
+from jfed.data.preparation import prepare
 from jfed.data.sources import Dataset, Split, load
 
 __all__ = [
+    "SCHEMES",
     "Dataset",
     "Split",
     "check_partition",

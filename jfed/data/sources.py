@@ -4,13 +4,22 @@ import dataclasses
 import io
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
-from jfed.data.prepare import PREPARED, data_folder
-from jfed.errors import ConfigError, DataError, DataNotFoundError, JfedError, one_of
+from jfed.data.preparation import PREPARED, data_folder
+from jfed.errors import (
+    ConfigError,
+    DataError,
+    DataNotFoundError,
+    JfedError,
+    check_integer,
+    one_of,
+)
+from jfed.seeds import generator
 
 _SYNTHETIC_EXAMPLES = {"train": 2000, "test": 500}
 
@@ -31,7 +40,9 @@ class Split:
     labels: np.ndarray
 
     def __post_init__(self) -> None:
-        images, labels = self.images, self.labels
+        images, labels = np.asarray(self.images), np.asarray(self.labels)
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "labels", labels)
         if images.ndim != 4 or images.dtype != np.uint8:
             raise DataError(
                 f"images have shape {images.shape} and type {images.dtype}; "
@@ -41,6 +52,8 @@ class Split:
             raise DataError(
                 f"labels have shape {labels.shape} and type {labels.dtype}; expected [N] and int32."
             )
+        if not len(images):
+            raise DataError(f"a split needs images, got shape {images.shape}.")
         if len(images) != len(labels):
             raise DataError(f"{len(images)} images have {len(labels)} labels; expected one each.")
 
@@ -68,6 +81,9 @@ class Dataset:
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        names = self.class_names
+        if isinstance(names, str) or not isinstance(names, Sequence) or len(names) < 2:
+            raise DataError(f"class_names must be a sequence of 2 names or more, got {names!r}.")
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
             raise DataError(
                 f"train images have shape {self.train.images.shape[1:]}, "
@@ -130,8 +146,8 @@ def load(
     one_of("data set", name, (*PREPARED, "digits", "synthetic"))
     wanted = {"train": train_examples, "test": test_examples}
     for split, count in wanted.items():
-        if count is not None and count < 1:
-            raise ConfigError(f"{split}_examples is {count}; expected at least 1.")
+        if count is not None:
+            check_integer(f"{split}_examples", count, least=1)
     if name == "synthetic":
         dataset = _synthetic(wanted, seed)
     elif name == "digits":
@@ -153,14 +169,15 @@ def _subset(split: str, available: int, wanted: int | None, seed: int) -> np.nda
         return np.arange(available)
     if wanted > available:
         raise ConfigError(f"{split}_examples is {wanted}; there are only {available}.")
-    rng = np.random.default_rng([seed, *split.encode()])
+    rng = generator(seed, f"subset of {split}")
     return np.sort(rng.choice(available, wanted, replace=False))
 
 
 def _shrink(split: Split, size: int) -> Split:
     """Averages square blocks of pixels, so that the images become `size` pixels high and wide."""
     count, height, width, channels = split.images.shape
-    if size < 1 or height % size or width % size:
+    check_integer("image_size", size, least=1)
+    if height % size or width % size:
         raise ConfigError(f"image_size is {size}; expected a divisor of {height}.")
     factor = height // size
     blocks = split.images.reshape(count, size, factor, size, factor, channels)
@@ -237,12 +254,13 @@ def _synthetic(wanted: dict[str, int | None], seed: int) -> Dataset:
     The shifts of up to 8 pixels keep a linear classifier near 70 % test accuracy, where a matched
     filter that tries all of them makes no mistake.
     """
-    patterns = np.random.default_rng([seed, 0]).standard_normal((10, 8, 8, 3), dtype=np.float32)
+    rng = generator(seed, "synthetic patterns")
+    patterns = rng.standard_normal((10, 8, 8, 3), dtype=np.float32)
     patterns = patterns.repeat(4, axis=1).repeat(4, axis=2)
     splits = {}
-    for stream, (split, count) in enumerate(wanted.items(), start=1):
+    for split, count in wanted.items():
         # A stream of its own for each, so that the size of one does not change the other.
-        rng = np.random.default_rng([seed, stream])
+        rng = generator(seed, f"synthetic {split}")
         splits[split] = _draw(patterns, count or _SYNTHETIC_EXAMPLES[split], rng)
     names = tuple(f"pattern {k}" for k in range(10))
     return Dataset("synthetic", splits["train"], splits["test"], names)

@@ -25,8 +25,10 @@ class TierUpdate(NamedTuple):
     weight: Float[Array, ""] | Float[np.ndarray, ""]
 
 
-def merge(variables: Params, tiers: Sequence[Tier], updates: Sequence[TierUpdate]) -> Params:
-    """The mean update of every global entry.
+def merge(
+    variables: Params, tiers: Sequence[Tier], updates: Sequence[TierUpdate]
+) -> tuple[Params, Params]:
+    """The mean update of every global entry, and the weight that stands behind it.
 
     For each entry `sum_k w_k m_k u_k / sum_k w_k m_k`, where m_k tells whether client k's tier owns
     it, and 0 where no client does. Adding it to `variables` gives the weighted mean of the clients'
@@ -46,7 +48,8 @@ def merge(variables: Params, tiers: Sequence[Tier], updates: Sequence[TierUpdate
     def mean(total: Array, weight: Array) -> Array:
         return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
 
-    return jax.tree.map(mean, _sum(totals), _sum(weights))
+    weight = _sum(weights)
+    return jax.tree.map(mean, _sum(totals), weight), weight
 
 
 def _sum(trees: list[Params]) -> Params:

@@ -1,6 +1,7 @@
 """Local training: what one client does with one batch, and how it is configured."""
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jfed.errors import ConfigError, one_of
+from jfed.errors import ConfigError, check_integer, check_number, one_of
 from jfed.models.model import Model, Params
 
 SCHEDULES = ("constant", "cosine", "step")
@@ -33,7 +34,8 @@ class ClientConfig:
       schedule: the learning rate over rounds: "constant", "cosine" (to 0 after the last round), or
         "step" (a tenth of it after half of the rounds, a hundredth after three quarters).
       momentum: of optimizers that have one; None leaves Optax's default.
-      weight_decay: added to the gradient as weight_decay * params (an L2 penalty); 0 for none.
+      weight_decay: added to the gradient as weight_decay * params (an L2 penalty); 0 adds none to
+        what the optimizer does by itself.
       clip_norm: gradients of a larger global norm are scaled down to it; None for no clipping.
     """
 
@@ -49,49 +51,85 @@ class ClientConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} must be 1 or more, got {value!r}.")
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least=1)
         check_number("learning_rate", self.learning_rate, above=0.0)
         check_number("weight_decay", self.weight_decay, least=0.0)
-        check_number("clip_norm", self.clip_norm, above=0.0)
-        check_number("momentum", self.momentum, least=0.0)
+        if self.clip_norm is not None:
+            check_number("clip_norm", self.clip_norm, above=0.0)
         one_of("schedule", self.schedule, SCHEDULES)
-        make_optimizer(self)(self.learning_rate)
+        try_optimizer(make_optimizer(self), self.optimizer)
 
 
-def check_number(
-    name: str, value: float | None, *, above: float = -math.inf, least: float = -math.inf
-) -> None:
-    if value is None:
-        return
-    if not math.isfinite(value) or value <= above or value < least:
-        bound = f"above {above:g}" if above > -math.inf else f"{least:g} or more"
-        raise ConfigError(f"{name} must be {bound}, got {value!r}.")
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Random changes to training images, on the device.
+
+    Attributes:
+      pad: zeros (the mean colour) around an image before a random crop of its old size; 0 for no
+        crop.
+      flip: mirror half of the images left to right.
+    """
+
+    pad: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer("augmentation pad", self.pad, least=0)
 
 
-def named_optimizer(name: str, momentum: float | None = None) -> MakeOptimizer:
-    """An Optax optimizer as a function of the learning rate."""
-    makers = {
-        key: value
-        for key, value in vars(optax).items()
-        if inspect.isfunction(value)
-        and next(iter(inspect.signature(value).parameters), "") == "learning_rate"
+def optimizer_from(optimizer: str | MakeOptimizer, momentum: float | None) -> MakeOptimizer:
+    """An optimizer, given by Optax's name or as a function, as a function of the learning rate."""
+    if callable(optimizer):
+        if momentum is not None:
+            raise ConfigError(
+                f"momentum {momentum!r} goes with an optimizer's name; a function sets its own."
+            )
+        return optimizer
+    if not isinstance(optimizer, str):
+        raise ConfigError(
+            "optimizer must be an Optax name such as 'sgd', or a function from the learning rate "
+            f"to a transformation such as optax.sgd itself, got {optimizer!r}."
+        )
+    makers = _named_optimizers()
+    maker = makers[one_of("optimizer", optimizer, tuple(makers))]
+    if momentum is None:
+        return maker
+    check_number("momentum", momentum, least=0.0)
+    if "momentum" not in inspect.signature(maker).parameters:
+        raise ConfigError(f"optimizer {optimizer!r} has no momentum, got momentum={momentum!r}.")
+    return functools.partial(maker, momentum=momentum)
+
+
+def _named_optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
+    """The functions of Optax that make an optimizer of a learning rate."""
+    return {
+        name: maker
+        for name, maker in sorted(vars(optax).items())
+        if inspect.isfunction(maker)
+        and not name.startswith(("_", "scale_by"))
+        and next(iter(inspect.signature(maker).parameters), "") == "learning_rate"
     }
-    maker = makers[one_of("optimizer", name, tuple(sorted(makers)))]
-    options = {}
-    if momentum is not None:
-        if "momentum" not in inspect.signature(maker).parameters:
-            raise ConfigError(f"optimizer {name!r} has no momentum, got momentum={momentum!r}.")
-        options["momentum"] = momentum
-    return lambda learning_rate: maker(learning_rate, **options)
+
+
+def try_optimizer(make: MakeOptimizer, given: Any) -> None:
+    """Raises ConfigError unless the optimizer steps on gradients alone; computes nothing."""
+    params = {"w": jax.ShapeDtypeStruct((3, 2), jnp.float32)}
+
+    def step(params: Params) -> Params:
+        optimizer = make(0.1)
+        return optimizer.update(params, optimizer.init(params), params)[0]
+
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            jax.eval_shape(step, params)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"optimizer {given!r} cannot be used: {error}") from error
 
 
 def make_optimizer(config: ClientConfig) -> MakeOptimizer:
     """The client's optimizer, clipping and weight decay included."""
-    maker = config.optimizer
-    if isinstance(maker, str):
-        maker = named_optimizer(maker, config.momentum)
+    maker = optimizer_from(config.optimizer, config.momentum)
 
     def make(learning_rate: Any) -> optax.GradientTransformation:
         parts = [maker(learning_rate)]
@@ -177,7 +215,8 @@ def make_preprocess(
     Args:
       mean: of each channel, in units of 0 to 255.
       std: of each channel, likewise.
-      pad: zeros around an image before a random crop of its old size; 0 for no crop.
+      pad: zeros (the mean colour) around a standardised image before a random crop of its old
+        size; 0 for no crop.
       flip: mirror half of the images left to right.
 
     Returns:

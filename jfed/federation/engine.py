@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jfed.errors import ConfigError, one_of
+from jfed.errors import ConfigError, check_integer, one_of
 from jfed.federation.aggregation import TierUpdate
 from jfed.federation.client import (
     Batch,
@@ -51,10 +51,9 @@ class EngineConfig:
     mapping: str = "vmap"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.lanes, int) or self.lanes < 1:
-            raise ConfigError(f"lanes must be 1 or more, got {self.lanes!r}.")
-        if self.devices is not None and (not isinstance(self.devices, int) or self.devices < 1):
-            raise ConfigError(f"devices must be 1 or more, got {self.devices!r}.")
+        check_integer("lanes", self.lanes, least=1)
+        if self.devices is not None:
+            check_integer("devices", self.devices, least=1)
         one_of("mapping", self.mapping, MAPPINGS)
 
     def mesh(self) -> Mesh:
@@ -286,7 +285,9 @@ def _sum_of_lanes(
 
 
 def _add_weighted(total: Params, params: Params, server: Params, weight: Array) -> Params:
-    return jax.tree.map(lambda t, p, s: t + weight * (p - s), total, params, server)
+    return jax.tree.map(
+        lambda t, p, s: t + (weight.astype(t.dtype) * (p - s)), total, params, server
+    )
 
 
 def gather(

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
+from jfed.errors import check_number
 from jfed.federation.aggregation import TierUpdate, merge
-from jfed.federation.client import MakeOptimizer, check_number, named_optimizer
+from jfed.federation.client import MakeOptimizer, optimizer_from, try_optimizer
 from jfed.federation.tiers import Tier
 from jfed.models.model import Params
 
@@ -30,8 +33,8 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check_number("server learning_rate", self.learning_rate, above=0.0)
-        check_number("server momentum", self.momentum, least=0.0)
-        make_server_optimizer(self)
+        maker = optimizer_from(self.optimizer, self.momentum)
+        try_optimizer(lambda _: maker(self.learning_rate), self.optimizer)
 
 
 class ServerState(NamedTuple):
@@ -43,22 +46,27 @@ class ServerState(NamedTuple):
 
 def make_server_optimizer(config: ServerConfig) -> optax.GradientTransformation:
     """The server's optimizer."""
-    maker = config.optimizer
-    if isinstance(maker, str):
-        maker = named_optimizer(maker, config.momentum)
-    return maker(config.learning_rate)
+    return optimizer_from(config.optimizer, config.momentum)(config.learning_rate)
 
 
 def make_server_step(
     tiers: Sequence[Tier], optimizer: optax.GradientTransformation
 ) -> jax.stages.Wrapped:
-    """The jitted end of a round: merge the tiers' updates and step the server's variables."""
+    """The jitted end of a round: merge the tiers' updates and step the server's variables.
+
+    Returns:
+      `step(state, updates) -> (state, finite)`, where `finite` tells whether all variables are.
+    """
 
     @jax.jit
-    def step(state: ServerState, updates: Sequence[TierUpdate]) -> ServerState:
-        mean = merge(state.variables, tiers, updates)
+    def step(state: ServerState, updates: Sequence[TierUpdate]) -> tuple[ServerState, Array]:
+        mean, owned = merge(state.variables, tiers, updates)
         gradient = jax.tree.map(lambda u: -u, mean)
-        changes, optimizer_state = optimizer.update(gradient, state.optimizer, state.variables)
-        return ServerState(optax.apply_updates(state.variables, changes), optimizer_state)
+        changes, memory = optimizer.update(gradient, state.optimizer, state.variables)
+        # What nobody owned this round keeps its value, whatever the optimizer remembers.
+        changes = jax.tree.map(lambda c, w: jnp.where(w > 0, c, 0), changes, owned)
+        variables = optax.apply_updates(state.variables, changes)
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)])
+        return ServerState(variables, memory), finite.all()
 
     return step

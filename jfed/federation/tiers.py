@@ -7,16 +7,16 @@ transpose of ones tells which entries the tier owns.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jfed.errors import ConfigError
+from jfed.errors import ConfigError, one_of
 from jfed.models.model import Model, Params
-from jfed.models.odenet import Iterations, ODENetConfig, odenet, per_stage
+from jfed.models.odenet import Iterations, ODENetConfig, is_norm, odenet, per_stage
+from jfed.seeds import generator
 
 SHARING = ("all", "norms-per-depth")
 
@@ -66,7 +66,7 @@ class Tiers:
 
     Attributes:
       init: `init(key) -> global variables`.
-      members: the tiers that clients run, from the cheapest to the dearest.
+      members: the tiers that clients run.
       at: the tier of any iteration count, also one that no client runs; None where the tiers are
         not iteration counts.
     """
@@ -76,6 +76,8 @@ class Tiers:
     at: Callable[[Iterations], Tier] | None = None
 
     def __post_init__(self) -> None:
+        if not all(isinstance(tier, Tier) for tier in self.members):
+            raise ConfigError(f"tiers must be of type Tier, got {self.members!r}.")
         names = [tier.name for tier in self.members]
         if not names:
             raise ConfigError("a federation needs at least one tier, got none.")
@@ -101,9 +103,11 @@ def ode(config: ODENetConfig, iterations: Sequence[Iterations], *, sharing: str 
     Raises:
       ConfigError: no or repeated iteration counts, or ones that do not fit the network.
     """
-    if sharing not in SHARING:
-        raise ConfigError(f"sharing must be one of {SHARING}, got {sharing!r}.")
-    iterations = tuple(iterations)
+    one_of("sharing", sharing, SHARING)
+    if not isinstance(iterations, Sequence) or isinstance(iterations, str):
+        raise ConfigError(
+            f"iterations must be a sequence with an entry for each tier, got {iterations!r}."
+        )
     totals = [sum(per_stage(c, len(config.widths))) for c in iterations]
     if not iterations:
         raise ConfigError("iterations must name at least one tier, got none.")
@@ -114,7 +118,7 @@ def ode(config: ODENetConfig, iterations: Sequence[Iterations], *, sharing: str 
         if sharing == "all":
             return Tier(tier_name(count), model)
         total = sum(per_stage(count, len(config.widths)))
-        nearest = int(np.argmin([abs(total - t) for t in totals]))
+        nearest = min(range(len(totals)), key=lambda i: (abs(total - totals[i]), totals[i]))
         return Tier(tier_name(count), model, _row_of_norms(nearest))
 
     members = tuple(at(count) for count in iterations)
@@ -128,16 +132,12 @@ def tier_name(iterations: Iterations) -> str:
     return "-".join(map(str, iterations)) if isinstance(iterations, tuple) else str(iterations)
 
 
-def _is_norm(path: tuple[Any, ...]) -> bool:
-    return any(str(getattr(key, "key", "")).startswith("norm") for key in path)
-
-
 def _stack_norms(init: Callable[[Array], Params], tiers: int) -> Callable[[Array], Params]:
     """Gives the norms' leaves a leading axis over tiers."""
 
     def stacked(key: Array) -> Params:
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: jnp.stack([x] * tiers) if _is_norm(path) else x, init(key)
+            lambda path, x: jnp.stack([x] * tiers) if is_norm(path) else x, init(key)
         )
 
     return stacked
@@ -146,7 +146,7 @@ def _stack_norms(init: Callable[[Array], Params], tiers: int) -> Callable[[Array
 def _row_of_norms(row: int) -> Callable[[Params], Params]:
     def extract(variables: Params) -> Params:
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: x[row] if _is_norm(path) else x, variables
+            lambda path, x: x[row] if is_norm(path) else x, variables
         )
 
     return extract
@@ -167,18 +167,23 @@ def assign(clients: int, tiers: int, shares: Sequence[float] | None, *, seed: in
     rest = np.argsort(counts - exact, kind="stable")[: clients - counts.sum()]
     counts[rest] += 1
     tier = np.repeat(np.arange(tiers), counts)
-    return np.random.default_rng([seed, 1]).permutation(tier)
+    if not counts.all():
+        raise ConfigError(
+            f"{clients} clients in shares {weights.tolist()} leave tier {int(np.argmin(counts))} "
+            "without a client; leave that tier out, or raise its share or the number of clients."
+        )
+    return generator(seed, "tiers").permutation(tier)
 
 
 def check_shares(shares: Sequence[float] | None, tiers: int) -> np.ndarray:
-    """Shares as an array; ConfigError unless there is one a tier, none negative, summing to 1."""
+    """Shares as an array; ConfigError unless there is one a tier, all above 0, summing to 1."""
     if shares is None or len(shares) == 0:
         return np.full(tiers, 1 / tiers)
     weights = np.asarray(shares, dtype=float)
     if weights.shape != (tiers,):
         raise ConfigError(f"shares {list(shares)} must name one share for each of {tiers} tiers.")
-    if not np.isfinite(weights).all() or (weights < 0).any() or abs(weights.sum() - 1) > 1e-6:
+    if not np.isfinite(weights).all() or (weights <= 0).any() or abs(weights.sum() - 1) > 1e-6:
         raise ConfigError(
-            f"shares must be 0 or more and sum to 1, got {list(shares)}, sum {weights.sum():g}."
+            f"shares must be above 0 and sum to 1, got {list(shares)}, sum {weights.sum():g}."
         )
-    return weights
+    return weights / weights.sum()

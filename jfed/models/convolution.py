@@ -58,7 +58,8 @@ def conv(
       stride: the same in both directions.
       padding: "SAME" (Ho = ceil(H / stride)) or "VALID" (Ho = ceil((H - kh + 1) / stride)).
       groups: 1 (dense) or C (depthwise).
-      form: one of `FORMS`; "auto" asks `choose_form`.
+      form: one of `FORMS`; "auto" asks `choose_form`. It rules the pass forward and back of what is
+        differentiated; what is not, such as evaluation, takes XLA's convolution.
 
     Raises:
       ConfigError: shapes, dtypes or settings that do not fit together, or a form that cannot
@@ -74,7 +75,6 @@ def conv(
     pads = _pads(x.shape[1:3], kernel.shape[:2], stride, padding)
     if form == "xla":
         return _xla(x, kernel, stride, pads, groups)
-    x, kernel = _same_variance(x, kernel)
     return _conv(_FORMS[form], stride, pads, x, kernel)
 
 
@@ -144,20 +144,6 @@ def _conv_bwd(
 
 
 _conv.defvjp(_conv_fwd, _conv_bwd)
-
-
-def _same_variance(x: Array, kernel: Array) -> tuple[Array, Array]:
-    """Inside `shard_map`, gives both operands the mesh axes over which either one varies.
-
-    `lax` operations do so implicitly; a `custom_vjp` has to be told.
-    """
-    axes = [jax.typeof(a).manual_axis_type.varying for a in (x, kernel)]
-    missing = [tuple((axes[0] | axes[1]) - own) for own in axes]
-    x, kernel = (
-        lax.pcast(a, names, to="varying") if names else a
-        for a, names in zip((x, kernel), missing, strict=True)
-    )
-    return x, kernel
 
 
 # ------------------------------------------------------------------------------------- "xla"

@@ -5,7 +5,8 @@ to use instead of the batch's own. So training is a pure function, and any itera
 statistics of its own.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jfed.errors import ConfigError
+from jfed.errors import ConfigError, check_integer
 from jfed.models.convolution import conv, time_conv
 from jfed.models.model import Mask, Model, Moments, Params, Statistics, functional
 
@@ -135,7 +136,8 @@ def _channels(a: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:
 
 
 def _groups(channels: int, most: int) -> int:
-    return max(g for g in range(1, most + 1) if channels % g == 0)
+    # A channel that is its own group loses its mean: on a 1x1 map, everything.
+    return max(g for g in range(1, most + 1) if channels % g == 0 and (g == 1 or channels > g))
 
 
 class ConvNorm(nnx.Module):
@@ -247,9 +249,14 @@ def network(create: Callable[[nnx.Rngs], nnx.Module], norm: str) -> Model:
     return Model(init, apply, measure if norm == "batch" else None)
 
 
-def check_positive(**values: int | tuple[int, ...]) -> None:
-    """Raises ConfigError unless each value is a positive integer or a non-empty tuple of them."""
-    for name, value in values.items():
-        items = value if isinstance(value, tuple) else (value,)
-        if not items or any(not isinstance(i, int) or i < 1 for i in items):
-            raise ConfigError(f"{name} must be positive integers, got {value!r}.")
+def check_widths(widths: Sequence[int], shortcut: str) -> tuple[int, ...]:
+    """Widths as a tuple; ConfigError unless they are positive and fit the shortcut."""
+    if not isinstance(widths, Sequence) or not len(widths):
+        raise ConfigError(f"widths must name the channels of each stage, got {widths!r}.")
+    checked = tuple(check_integer("widths", width, least=1) for width in widths)
+    if shortcut == "pad" and any(a > b for a, b in itertools.pairwise(checked)):
+        raise ConfigError(
+            f'widths must not shrink with shortcut "pad", which adds channels, got {checked}; '
+            'or use shortcut "projection".'
+        )
+    return checked

@@ -6,12 +6,13 @@ keeps one f and integrates dz/dt = f(t, z) in C solver steps, so its size does n
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jfed.errors import ConfigError, one_of
+from jfed.errors import ConfigError, check_integer, one_of
 from jfed.models.integrate import HORIZONS, check_solver, integrate
 from jfed.models.layers import (
     DTYPES,
@@ -24,7 +25,7 @@ from jfed.models.layers import (
     SeparableTimeConv,
     Style,
     TimeConv,
-    check_positive,
+    check_widths,
     network,
 )
 from jfed.models.model import Mask, Model
@@ -73,7 +74,9 @@ class ODENetConfig:
     channels: int = 3
 
     def __post_init__(self) -> None:
-        check_positive(widths=self.widths, classes=self.classes, channels=self.channels)
+        object.__setattr__(self, "widths", check_widths(self.widths, self.shortcut))
+        check_integer("classes", self.classes, least=2)
+        check_integer("channels", self.channels, least=1)
         check_solver(self.solver)
         one_of("horizon", self.horizon, HORIZONS)
         one_of("function", self.function, FUNCTIONS)
@@ -85,12 +88,15 @@ class ODENetConfig:
 
 def per_stage(iterations: Iterations, stages: int) -> tuple[int, ...]:
     """Iterations of each stage; raises ConfigError if they do not fit `stages` or are negative."""
-    counts = iterations if isinstance(iterations, tuple) else (iterations,) * stages
-    if any(not isinstance(c, int) or isinstance(c, bool) or c < 0 for c in counts):
-        raise ConfigError(f"iterations must be integers of 0 or more, got {iterations!r}.")
+    counts = iterations if isinstance(iterations, Sequence) else (iterations,) * stages
     if len(counts) != stages:
         raise ConfigError(f"iterations {iterations!r} do not fit a network of {stages} stages.")
-    return counts
+    return tuple(check_integer("iterations", count, least=0) for count in counts)
+
+
+def is_norm(path: tuple[Any, ...]) -> bool:
+    """Whether a parameter, by its path in the pytree, is a norm's scale or offset."""
+    return any(str(getattr(key, "key", "")).startswith("norm") for key in path)
 
 
 class ODEFunction(nnx.Module):

@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jfed.errors import ConfigError, one_of
+from jfed.errors import ConfigError, check_integer, one_of
 from jfed.models.layers import (
     DTYPES,
     NORMS,
@@ -15,7 +15,7 @@ from jfed.models.layers import (
     ConvNorm,
     ResidualBlock,
     Style,
-    check_positive,
+    check_widths,
     network,
 )
 from jfed.models.model import Mask, Model
@@ -50,9 +50,13 @@ class ResNetConfig:
     channels: int = 3
 
     def __post_init__(self) -> None:
-        check_positive(
-            widths=self.widths, blocks=self.blocks, classes=self.classes, channels=self.channels
-        )
+        object.__setattr__(self, "widths", check_widths(self.widths, self.shortcut))
+        blocks = tuple(check_integer("blocks", count, least=1) for count in self.blocks)
+        object.__setattr__(self, "blocks", blocks)
+        check_integer("classes", self.classes, least=2)
+        check_integer("channels", self.channels, least=1)
+        if self.bottleneck and any(width % 4 for width in self.widths):
+            raise ConfigError(f"widths of bottlenecks must be multiples of 4, got {self.widths}.")
         one_of("shortcut", self.shortcut, SHORTCUTS)
         one_of("norm", self.norm, NORMS)
         one_of("dtype", self.dtype, DTYPES)

@@ -9,6 +9,7 @@ from sklearn import datasets, linear_model
 
 from jfed.data import Dataset, Split, load
 from jfed.errors import ConfigError, DataError, DataNotFoundError
+from jfed.seeds import generator
 
 DATA_DIR = pathlib.Path(
     os.environ.get("TFDS_DATA_DIR")
@@ -124,9 +125,9 @@ def test_a_subset_is_random_but_fixed_by_the_seed():
         ({"name": "cifar_10"}, "Did you mean 'cifar10'"),
         ({"image_size": 3}, "image_size is 3; expected a divisor of 8"),
         ({"image_size": 16}, "image_size is 16; expected a divisor of 8"),
-        ({"image_size": 0}, "image_size is 0"),
-        ({"train_examples": 0}, "train_examples is 0; expected at least 1"),
-        ({"test_examples": -5}, "test_examples is -5"),
+        ({"image_size": 0}, "image_size must be 1 or more, got 0"),
+        ({"train_examples": 0}, "train_examples must be 1 or more, got 0"),
+        ({"test_examples": -5}, "test_examples must be 1 or more, got -5"),
         ({"train_examples": 1438}, "train_examples is 1438; there are only 1437"),
     ],
 )
@@ -157,7 +158,7 @@ def test_cifar10_subset_agrees_with_tfds():
         *("dog", "frog", "horse", "ship", "truck"),
     )
     everything = load("cifar10", data_dir=DATA_DIR, train_examples=1, test_examples=1000)
-    rng = np.random.default_rng([0, *b"test"])
+    rng = generator(0, "subset of test")
     indices = np.sort(rng.choice(10000, 1000, replace=False))
     source = tfds.data_source("cifar10", data_dir=DATA_DIR, split="test")
     for row in (0, 500, 999):

@@ -95,6 +95,8 @@ def test_augmentation_crops_and_flips_the_given_image():
         {"schedule": "linear"},
         {"optimizer": "sgdd"},
         {"optimizer": "adam", "momentum": 0.9},
+        {"optimizer": "lbfgs"},
+        {"batch_size": True},
     ],
     ids=str,
 )
@@ -107,5 +109,7 @@ def test_optimizers_go_by_optax_name_or_function():
     assert ClientConfig(optimizer="adamw").optimizer == "adamw"
     made = make_optimizer(ClientConfig(optimizer=lambda rate: optax.lion(rate, b1=0.8)))(0.1)
     assert made.init(jnp.zeros(2)) is not None
+    with pytest.raises(ConfigError, match="a function sets its own"):
+        ClientConfig(optimizer=optax.sgd, momentum=0.9)
     with pytest.raises(ConfigError, match=r"Did you mean 'adam'"):
         ClientConfig(optimizer="adm")

@@ -25,7 +25,8 @@ def _step(config, updates):
     state = ServerState(jnp.array([1.0, 2.0]), optimizer.init(jnp.zeros(2)))
     step = make_server_step([TIER], optimizer)
     for total, weight in updates:
-        state = step(state, [TierUpdate(jnp.asarray(total), jnp.float32(weight))])
+        state, finite = step(state, [TierUpdate(jnp.asarray(total), jnp.float32(weight))])
+        assert finite
     return np.asarray(state.variables)
 
 
@@ -51,8 +52,35 @@ def test_a_round_in_which_nobody_delivers_changes_nothing():
     np.testing.assert_array_equal(_step(ServerConfig(), [([0.0, 0.0], 0.0)]), [1.0, 2.0])
 
 
+def test_what_nobody_owns_stays_although_the_optimizer_remembers():
+    half = Tier("half", TIER.model, lambda v: v[:1])
+    optimizer = make_server_optimizer(ServerConfig(momentum=0.9))
+    state = ServerState(jnp.array([1.0, 2.0]), optimizer.init(jnp.zeros(2)))
+    step = make_server_step([TIER, half], optimizer)
+    both, nothing = TierUpdate(jnp.ones(2), jnp.float32(1)), jnp.float32(0)
+    state, _ = step(state, [both, TierUpdate(jnp.zeros(1), nothing)])
+    np.testing.assert_allclose(state.variables, [2.0, 3.0])
+    state, _ = step(state, [TierUpdate(jnp.zeros(2), nothing), TierUpdate(jnp.ones(1), 1.0)])
+    np.testing.assert_allclose(state.variables, [3.9, 3.0])
+
+
+def test_variables_that_are_not_finite_are_told():
+    optimizer = make_server_optimizer(ServerConfig())
+    step = make_server_step([TIER], optimizer)
+    state = ServerState(jnp.zeros(2), optimizer.init(jnp.zeros(2)))
+    _, finite = step(state, [TierUpdate(jnp.array([1.0, jnp.inf]), jnp.float32(1))])
+    assert not finite
+
+
 @pytest.mark.parametrize(
-    "changes", [{"optimizer": "sdg"}, {"learning_rate": -1.0}, {"momentum": float("inf")}], ids=str
+    "changes",
+    [
+        {"optimizer": "sdg"},
+        {"learning_rate": -1.0},
+        {"momentum": float("inf")},
+        {"optimizer": "lbfgs"},
+    ],
+    ids=str,
 )
 def test_bad_settings_are_quoted(changes):
     with pytest.raises(ConfigError, match=str(next(iter(changes.values())))):

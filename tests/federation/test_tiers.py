@@ -1,5 +1,7 @@
 """Tiers and the merge of their updates, against NumPy and by property tests."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,7 +86,7 @@ def test_merge_equals_numpy_whatever_the_order_of_clients(clients, shuffler):
                 local = tier.extract(_variables(s))
                 total = jax.tree.map(lambda x, u, w=w: x + np.float32(w) * u, total, local)
             updates.append(TierUpdate(total, jnp.float32(sum(w for w, _ in mine))))
-        merged = merge(like, TIERS, updates)
+        merged, _ = merge(like, TIERS, updates)
         jax.tree.map(
             lambda m, e: np.testing.assert_allclose(m, e, rtol=1e-4, atol=1e-5), merged, expected
         )
@@ -93,7 +95,8 @@ def test_merge_equals_numpy_whatever_the_order_of_clients(clients, shuffler):
 def test_an_entry_that_nobody_owns_does_not_move():
     like = _variables(0)
     update = TierUpdate(TIERS[2].extract(_variables(1)), jnp.float32(1.0))
-    merged = merge(like, TIERS[2:], [update])
+    merged, weight = merge(like, TIERS[2:], [update])
+    assert not np.any(weight["a"])
     np.testing.assert_array_equal(merged["a"], np.zeros((4, 3)))
     np.testing.assert_array_equal(merged["b"][0], 0.0)
     np.testing.assert_array_equal(merged["b"][1:], update.total["b"])
@@ -126,23 +129,29 @@ def test_norms_per_depth_belong_to_their_tier():
 
 
 def test_an_untrained_depth_takes_the_norms_of_the_nearest():
-    tiers = tiers_lib.ode(CONFIG, (1, 4), sharing="norms-per-depth")
+    tiers = tiers_lib.ode(CONFIG, (4, 1), sharing="norms-per-depth")
     variables = initialise(tiers.init, jax.random.key(0))
     variables = jax.tree_util.tree_map_with_path(
-        lambda path, x: x.at[1].set(7.0) if "norm" in jax.tree_util.keystr(path) else x, variables
+        lambda path, x: x.at[0].set(7.0) if "norm" in jax.tree_util.keystr(path) else x, variables
     )
     scale = {
         count: float(tiers.at(count).extract(variables)["stem"]["norm"]["scale"][0])
-        for count in (0, 1, 2, 3, 4, 9)
+        for count in (0, 1, 2, (2, 3), 3, 4, 9)
     }
-    assert scale == {0: 1.0, 1: 1.0, 2: 1.0, 3: 7.0, 4: 7.0, 9: 7.0}
+    assert scale == {0: 1.0, 1: 1.0, 2: 1.0, (2, 3): 1.0, 3: 7.0, 4: 7.0, 9: 7.0}
 
 
 @settings(deadline=None)
 @given(st.integers(1, 60), st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(0, 9))
 def test_assignment_meets_the_shares(clients, parts, seed):
     shares = [p / sum(parts) for p in parts]
-    counts = np.bincount(assign(clients, len(parts), shares, seed=seed), minlength=len(parts))
+    if min(shares) * clients < 1:
+        with contextlib.suppress(ConfigError):
+            assert np.all(np.bincount(assign(clients, len(parts), shares, seed=seed)) > 0)
+        return
+    assigned = assign(clients, len(parts), shares, seed=seed)
+    counts = np.bincount(assigned, minlength=len(parts))
+    assert counts.min() > 0
     assert counts.sum() == clients
     assert np.all(np.abs(counts - np.array(shares) * clients) < 1)
 
@@ -152,6 +161,7 @@ def test_assignment_meets_the_shares(clients, parts, seed):
     [
         ((0.5, 0.6), "sum 1.1"),
         ((1.5, -0.5), "got"),
+        ((1.0, 0.0), "above 0"),
         ((1.0,), "for each of 2 tiers"),
         ((float("nan"), 1.0), "nan"),
     ],
@@ -159,6 +169,11 @@ def test_assignment_meets_the_shares(clients, parts, seed):
 def test_shares_that_cannot_be_are_refused(shares, message):
     with pytest.raises(ConfigError, match=message):
         assign(10, 2, shares, seed=0)
+
+
+def test_a_tier_without_clients_is_refused():
+    with pytest.raises(ConfigError, match=r"2 clients in shares .* leave tier 2 without a client"):
+        assign(2, 3, None, seed=0)
 
 
 def test_tiers_that_cannot_be_are_refused():

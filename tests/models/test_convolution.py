@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jfed.errors import ConfigError
@@ -155,22 +155,29 @@ def test_bfloat16(form):
     assert_close([a.astype(jnp.float32) for a in got], exact, 2e-2)
 
 
-@pytest.mark.parametrize(("form", "check"), [("im2col", True), ("winograd2", False)])
-def test_shard_map(form, check):
-    """A shared kernel's gradient sums over devices if JAX checks variance, like that of `lax`."""
-    mesh = Mesh(np.array(jax.devices()[:1]), ("clients",), axis_types=(AxisType.Auto,))
+@pytest.mark.parametrize("form", DENSE)
+def test_shard_map(form):
+    """Each device's kernel gradient is that of its own images."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("clients",))
     args = operands((6, 6), 4, 4, 4, 3)
     gradient = jax.grad(lambda x, k: jnp.sum(conv(x, k, form=form) ** 2), (0, 1))
+
+    def local(x, kernel):
+        dx, dk = gradient(x, kernel)
+        return dx, dk[None]
+
     sharded = jax.jit(
         jax.shard_map(
-            gradient,
+            local,
             mesh=mesh,
             in_specs=(P("clients"), P()),
-            out_specs=(P("clients"), P()),
-            check_vma=check,
-        )
+            out_specs=(P("clients"), P("clients")),
+            check_vma=False,
+        ),
+        compiler_options=QUICK,
     )
-    assert_close(sharded(*args), jax.jit(gradient)(*args))
+    dx, dk = sharded(*args)
+    assert_close((dx, dk.sum(0)), jax.jit(gradient, compiler_options=QUICK)(*args))
 
 
 @pytest.mark.parametrize("form", ["im2col"])
@@ -205,18 +212,19 @@ def test_time_may_be_a_number_and_strides_work():
     x, _ = operands((6, 7), 4, 4, 6, 3)
     _, kernel = operands((6, 7), 5, 5, 6, 3)
     with_time = jnp.concatenate([jnp.full((2, 6, 7, 1), 0.5), x], -1)
-    want = reference(with_time, kernel, stride=2)
-    assert_close([time_conv(x, 0.5, kernel, stride=2)], [want])
+    want = with_gradients(lambda x, k: reference(x, k, stride=2), with_time, kernel)
+    got = with_gradients(lambda x, k: time_conv(x, 0.5, k, stride=2), x, kernel)
+    assert_close(got, (want[0], want[1][..., 1:], want[2]))
 
 
 def test_time_under_vmap_over_kernels_and_times():
     xs, _ = operands((6, 6), 4, 4, 4, 3, lead=(3,))
     _, kernels = operands((6, 6), 5, 5, 4, 3, lead=(3,))
     ts = jnp.array([0.0, 0.5, 1.0])
-    got = jax.jit(jax.vmap(time_conv), compiler_options=QUICK)(xs, ts, kernels)
-    one = jax.jit(time_conv, compiler_options=QUICK)
-    each = [one(x, t, k) for x, t, k in zip(xs, ts, kernels, strict=True)]
-    assert_close([got], [jnp.stack(each)])
+    got = with_gradients(jax.vmap(time_conv), xs, ts, kernels)
+    each = [time_conv(x, t, k) for x, t, k in zip(xs, ts, kernels, strict=True)]
+    assert_close(got[:1], [jnp.stack(each)])
+    assert all(np.isfinite(g).all() and np.any(g) for g in got[1:])
 
 
 @pytest.mark.parametrize(

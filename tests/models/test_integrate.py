@@ -8,7 +8,7 @@ import scipy.linalg
 from flax import nnx
 
 from jfed.errors import ConfigError
-from jfed.models.integrate import HORIZONS, SOLVERS, check_solver, evaluations, integrate, step_size
+from jfed.models.integrate import SOLVERS, check_solver, integrate, step_size
 from jfed.models.layers import Style
 from jfed.models.odenet import ODEFunction, ODENetConfig
 
@@ -133,12 +133,6 @@ def test_euler_moments_are_the_means_along_the_trajectory():
     np.testing.assert_allclose(moments.ravel(), 2.0 * 0.75 ** np.arange(4), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("solver", "count"), [("Euler", 4), ("Heun", 8), ("Bosh3", 13)])
-def test_evaluations_counts_the_calls_of_f(solver, count):
-    assert evaluations(solver, 4) == count
-    assert evaluations(solver, 0) == 0
-
-
 def test_unknown_and_unsuitable_solvers_are_refused():
     with pytest.raises(ConfigError, match=r"unknown solver 'Eulr'. Did you mean 'Euler'"):
         check_solver("Eulr")
@@ -146,4 +140,3 @@ def test_unknown_and_unsuitable_solvers_are_refused():
         check_solver("Kvaerno3")
     with pytest.raises(ConfigError, match="unknown horizon 'fix'"):
         step_size("fix", 2)
-    assert HORIZONS == ("fixed", "proportional")

@@ -12,7 +12,7 @@ from jfed.data import (
     quantity_skew,
     shards,
 )
-from jfed.data.partition import SCHEMES
+from jfed.data.partitions import SCHEMES
 from jfed.errors import ConfigError, DataError
 
 LABELS = np.arange(2000) % 10
@@ -131,12 +131,12 @@ def test_class_counts_by_hand():
     ("change", "message"),
     [
         ({"scheme": "dirichelt"}, "Did you mean 'dirichlet'"),
-        ({"clients": 0}, "clients is 0; expected 1 to 2000"),
+        ({"clients": 0}, "clients must be 1 or more, got 0"),
         ({"clients": 2001}, "clients is 2001; expected 1 to 2000"),
-        ({"alpha": 0.0}, r"alpha is 0\.0"),
-        ({"alpha": -1.0}, r"alpha is -1\.0"),
-        ({"alpha": float("nan")}, "alpha is nan"),
-        ({"alpha": float("inf")}, "alpha is inf"),
+        ({"alpha": 0.0}, r"got 0\.0"),
+        ({"alpha": -1.0}, r"got -1\.0"),
+        ({"alpha": float("nan")}, "got nan"),
+        ({"alpha": float("inf")}, "got inf"),
         ({"min_examples": 0}, "min_examples is 0"),
         ({"min_examples": 401}, "need 2005 examples; there are 2000"),
         # No draw gives all five clients the same number of examples.

@@ -1,6 +1,5 @@
 import gzip
 import http.server
-import importlib
 import io
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from jfed.data import load, prepare
+from jfed.data import load, preparation, prepare
 from jfed.errors import ConfigError, DataError, DataNotFoundError
 
 CIFAR10_NAMES = [
@@ -290,7 +289,7 @@ def server(tmp_path):
 
 def download_from(url, monkeypatch):
     # As an object, because the attribute `prepare` of the package is the function.
-    module = importlib.import_module("jfed.data.prepare")
+    module = preparation
     monkeypatch.setattr(module, "_urls", lambda _: [url])
 
 
@@ -321,7 +320,7 @@ def test_a_download_with_a_wrong_checksum(tmp_path, server, monkeypatch):
 
 
 def test_the_addresses_are_those_whose_checksums_tfds_knows(tmp_path):
-    module = importlib.import_module("jfed.data.prepare")
+    module = preparation
     for name in module.PREPARED:
         builder = module._builder(name, tmp_path, None)
         assert set(module._urls(builder)) == set(builder.url_infos)

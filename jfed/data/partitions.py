@@ -5,17 +5,20 @@ sorted, per client. Every example belongs to exactly one client. All functions a
 in `seed`.
 """
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from jfed.errors import ConfigError, DataError, one_of
+from jfed.errors import ConfigError, DataError, check_integer, check_number, one_of
+from jfed.seeds import generator
 
 SCHEMES = ("iid", "dirichlet", "shards", "quantity")
 """The names that `partition` knows."""
 
 Partition = tuple[np.ndarray, ...]
+
+_EVEN = 1e9  # Dirichlet shares of a larger alpha are even, but overflow
 
 
 def partition(
@@ -78,7 +81,7 @@ def iid(labels: np.ndarray, clients: int, *, seed: int) -> Partition:
       ConfigError: if `clients` is out of range.
     """
     _check_counts(labels, clients)
-    order = np.random.default_rng(seed).permutation(len(labels))
+    order = generator(seed, "partition").permutation(len(labels))
     return _sorted(np.array_split(order, clients))
 
 
@@ -115,7 +118,7 @@ def dirichlet(
       ConfigError: if a setting is out of range, or no try gave every client `min_examples`.
     """
     _check_counts(labels, clients, min_examples)
-    rng = np.random.default_rng(seed)
+    rng = generator(seed, "partition")
     classes, totals = np.unique(labels, return_counts=True)
     counts = _draw_counts(totals, clients, alpha, min_examples, max_tries, rng)
     # [classes] lists of [clients] arrays
@@ -154,7 +157,7 @@ def shards(labels: np.ndarray, clients: int, *, shards_per_client: int = 2, seed
             f"{clients} clients with {shards_per_client} shards each need {total} examples; "
             f"there are {len(labels)}."
         )
-    rng = np.random.default_rng(seed)
+    rng = generator(seed, "partition")
     order = rng.permutation(len(labels))
     pieces = np.array_split(order[np.argsort(labels[order], kind="stable")], total)
     owned = rng.permutation(total).reshape(clients, shards_per_client)
@@ -192,7 +195,7 @@ def quantity_skew(
       ConfigError: if a setting is out of range, or no try gave every client `min_examples`.
     """
     _check_counts(labels, clients, min_examples)
-    rng = np.random.default_rng(seed)
+    rng = generator(seed, "partition")
     totals = np.array([len(labels)])
     (counts,) = _draw_counts(totals, clients, alpha, min_examples, max_tries, rng)
     return _sorted(np.split(rng.permutation(len(labels)), np.cumsum(counts)[:-1]))
@@ -219,19 +222,30 @@ def class_counts(labels: np.ndarray, parts: Sequence[np.ndarray], num_classes: i
     return np.stack([np.bincount(labels[part], minlength=num_classes) for part in parts])
 
 
-def check(parts: Sequence[np.ndarray], num_examples: int) -> None:
+def check(parts: Sequence[Any], num_examples: int) -> Partition:
     """Checks that a partition gives every example to exactly one client, and each client some.
 
     Args:
-      parts: the partition.
+      parts: the partition, indices as anything that NumPy makes an integer array of.
       num_examples: N; the indices are in [0, N).
+
+    Returns:
+      The partition as arrays.
 
     Raises:
       ConfigError: naming the first client or example for which that does not hold.
     """
+    parts = tuple(np.asarray(part) for part in parts)
+    if not parts:
+        raise ConfigError("the partition is empty: it names no clients.")
     for client, part in enumerate(parts):
-        if not len(part):
+        if part.size == 0:
             raise ConfigError(f"client {client} has no examples.")
+        if part.ndim != 1 or not np.issubdtype(part.dtype, np.integer):
+            raise ConfigError(
+                f"the indices of client {client} have shape {part.shape} and type {part.dtype}; "
+                "expected [n] integers."
+            )
         outside = part[(part < 0) | (part >= num_examples)]
         if outside.size:
             raise ConfigError(
@@ -246,6 +260,7 @@ def check(parts: Sequence[np.ndarray], num_examples: int) -> None:
             f"example {wrong[0]} is dealt out {owners[wrong[0]]} times; expected once "
             f"({wrong.size} such examples)."
         )
+    return parts
 
 
 def _check_counts(labels: np.ndarray, clients: int, min_examples: int = 1) -> None:
@@ -253,6 +268,7 @@ def _check_counts(labels: np.ndarray, clients: int, min_examples: int = 1) -> No
         raise DataError(
             f"labels have shape {labels.shape} and type {labels.dtype}; expected [N] integers."
         )
+    check_integer("clients", clients, least=1)
     if not 1 <= clients <= len(labels):
         raise ConfigError(f"clients is {clients}; expected 1 to {len(labels)}, one per example.")
     if min_examples < 1:
@@ -273,12 +289,11 @@ def _draw_counts(
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Splits each of `totals` `[K]` by Dirichlet shares, into counts `[K, clients]`."""
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ConfigError(f"alpha is {alpha}; expected a finite number above 0.")
+    check_number("alpha", alpha, above=0.0)
     if max_tries < 1:
         raise ConfigError(f"max_tries is {max_tries}; expected at least 1.")
     for _ in range(max_tries):
-        shares = rng.dirichlet(np.full(clients, alpha), len(totals))
+        shares = rng.dirichlet(np.full(clients, min(alpha, _EVEN)), len(totals))
         # Cutting at the rounded running shares keeps each sum, unlike rounding each share.
         inner = np.rint(np.cumsum(shares, axis=1)[:, :-1] * totals[:, None]).astype(np.int64)
         counts = np.diff(inner, axis=1, prepend=0, append=totals[:, None])

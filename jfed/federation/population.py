@@ -1,0 +1,85 @@
+"""Who takes part in a round, in which tier, and what each client does: host work, in NumPy."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jfed.errors import ConfigError, check_integer
+from jfed.federation import tiers as tiers_lib
+from jfed.federation.client import ClientConfig
+from jfed.federation.engine import Work, capacity, client_batches, client_steps
+from jfed.seeds import generator
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Population:
+    """All clients of a federation.
+
+    Attributes:
+      partition: the examples of each client.
+      tier: `[clients]` which tier each belongs to.
+      shares: `[tiers]` of the clients, summing to 1.
+      cohort: how many train in a round.
+      draw_tiers: whether a sampled client draws its tier, by `shares`, instead of keeping it.
+      client: how each trains.
+      seed: of the sampling and of the order of examples.
+    """
+
+    partition: Sequence[np.ndarray]
+    tier: np.ndarray
+    shares: np.ndarray
+    cohort: int
+    draw_tiers: bool
+    client: ClientConfig
+    seed: int
+
+    def sample(self, number: int) -> list[np.ndarray]:
+        """The cohort of a round: for each tier its clients, in ascending order."""
+        rng = generator(self.seed, "cohort", number)
+        cohort = rng.choice(len(self.partition), self.cohort, replace=False)
+        tier = self.tier[cohort]
+        if self.draw_tiers:
+            tier = rng.choice(len(self.shares), self.cohort, p=self.shares)
+        return [np.sort(cohort[tier == i]) for i in range(len(self.shares))]
+
+    def work(self, number: int, clients: np.ndarray) -> list[Work]:
+        """What clients do in a round; depends on the client and the round alone."""
+        return [self._work(number, client) for client in clients.tolist()]
+
+    def _work(self, number: int, client: int) -> Work:
+        examples = self.partition[client]
+        rng = generator(self.seed, "batches", number, client)
+        return Work(client, client_batches(examples, self.client, rng), float(len(examples)))
+
+    def capacity(self, lanes: int) -> int:
+        """The most steps that one of so many lanes does in any round."""
+        steps = [client_steps(len(examples), self.client) for examples in self.partition]
+        return capacity(steps, self.cohort, lanes)
+
+
+def make_population(
+    partition: Sequence[Any],
+    *,
+    tiers: int,
+    shares: Sequence[float] | None,
+    cohort: int | None,
+    draw_tiers: bool,
+    client: ClientConfig,
+    seed: int,
+) -> Population:
+    """Checks the settings and assigns tiers; see `jfed.simulate` for the arguments."""
+    clients = len(partition)
+    cohort = check_integer("cohort", clients if cohort is None else cohort, least=1)
+    if cohort > clients:
+        raise ConfigError(f"cohort must be at most the {clients} clients, got {cohort}.")
+    return Population(
+        partition=partition,
+        tier=tiers_lib.assign(clients, tiers, shares, seed=seed),
+        shares=tiers_lib.check_shares(shares, tiers),
+        cohort=cohort,
+        draw_tiers=draw_tiers,
+        client=client,
+        seed=seed,
+    )

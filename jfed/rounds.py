@@ -1,0 +1,298 @@
+"""A federation set up on its devices, and one round of it."""
+
+import concurrent.futures
+import functools
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jfed.data import Dataset, check_partition
+from jfed.errors import ConfigError, check_integer
+from jfed.evaluation import EvaluationConfig, Examples, in_batches, make_evaluator
+from jfed.federation import tiers as tiers_lib
+from jfed.federation.aggregation import TierUpdate
+from jfed.federation.client import (
+    Augmentation,
+    ClientConfig,
+    Metrics,
+    learning_rate,
+    make_preprocess,
+)
+from jfed.federation.communication import Traffic, traffic
+from jfed.federation.engine import (
+    EngineConfig,
+    Schedule,
+    Work,
+    make_trainer,
+    pack,
+    put_everywhere,
+    put_schedule,
+)
+from jfed.federation.population import make_population
+from jfed.federation.server import (
+    ServerConfig,
+    ServerState,
+    make_server_optimizer,
+    make_server_step,
+)
+from jfed.federation.tiers import Tier, Tiers
+from jfed.metrics import Evaluation, Record
+from jfed.models.model import Model, Params, initialise
+from jfed.seeds import check_seed, generator
+
+
+class UnderWay(NamedTuple):
+    """A round under way on the devices: what the host knows of it, and arrays to come."""
+
+    number: int
+    clients: int
+    learning_rate: float
+    traffic: Traffic
+    metrics: list[Metrics]
+    evaluations: dict[str, Metrics]
+    finite: Array
+
+    def fetch(self, before: Record | None, seconds: float) -> Record:
+        """Waits for the arrays and makes the record that follows `before`."""
+        metrics, evaluations = jax.device_get((self.metrics, self.evaluations))
+        loss, correct, examples = (sum(map(float, sums)) for sums in zip(*metrics, strict=True))
+        return Record(
+            round=self.number + 1,
+            clients=self.clients,
+            examples=int(examples),
+            learning_rate=self.learning_rate,
+            train_loss=loss / examples,
+            train_accuracy=correct / examples,
+            bytes_down=self.traffic.down,
+            bytes_up=self.traffic.up,
+            bytes_down_total=self.traffic.down + (before.bytes_down_total if before else 0),
+            bytes_up_total=self.traffic.up + (before.bytes_up_total if before else 0),
+            seconds=seconds,
+            evaluations={
+                name: Evaluation(float(m.correct / m.examples), float(m.loss / m.examples))
+                for name, m in evaluations.items()
+            },
+        )
+
+
+class Federation:
+    """A federation: settings checked, data on the devices, programs ready to be compiled.
+
+    Takes the arguments of `jfed.simulate`. `round` is a function of the state and the round's
+    number alone, so a run can be continued from any state.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        partition: Sequence[Any],
+        tiers: Tiers | Model,
+        *,
+        rounds: int,
+        cohort: int | None = None,
+        shares: Sequence[float] | None = None,
+        draw_tiers: bool = False,
+        client: ClientConfig | None = None,
+        server: ServerConfig | None = None,
+        evaluation: EvaluationConfig | None = None,
+        augmentation: Augmentation | None = None,
+        engine: EngineConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.rounds = check_integer("rounds", rounds, least=1)
+        self.client = client or ClientConfig()
+        self.evaluation = evaluation or EvaluationConfig()
+        self.tiers = _as_tiers(tiers)
+        self.key = jax.random.key(check_seed(seed))
+        self.seed = seed
+        self.population = make_population(
+            check_partition(partition, len(data.train)),
+            tiers=len(self.tiers.members),
+            shares=shares,
+            cohort=cohort,
+            draw_tiers=draw_tiers,
+            client=self.client,
+            seed=seed,
+        )
+        self.evaluated = _evaluated(self.tiers, self.evaluation)
+        like = jax.eval_shape(self.tiers.init, self.key)
+        for tier in self.evaluated:
+            check_model(tier, like, data)
+        self.traffic = {tier.name: traffic(tier, like) for tier in self.tiers.members}
+        engine = engine or EngineConfig()
+        self._mesh = engine.mesh()
+        self._lanes = engine.lanes * self._mesh.size
+        self._capacity = self.population.capacity(self._lanes)
+        self._optimizer = make_server_optimizer(server or ServerConfig())
+        self._make_programs(data, augmentation or Augmentation(), engine.mapping)
+        self._place(data, like)
+
+    def _make_programs(self, data: Dataset, augmentation: Augmentation, mapping: str) -> None:
+        mean, std = _channel_moments(data.train.images)
+        preprocess = make_preprocess(mean, std, pad=augmentation.pad, flip=augmentation.flip)
+        self._server_step = make_server_step(self.tiers.members, self._optimizer)
+        self._trainers = {
+            tier.name: make_trainer(tier, self.client, preprocess, self._mesh, mapping=mapping)
+            for tier in self.tiers.members
+        }
+        self._evaluators = {tier.name: make_evaluator(tier, preprocess) for tier in self.evaluated}
+
+    def _place(self, data: Dataset, like: Params) -> None:
+        """Puts the images on the devices, once for the whole run."""
+        size, count = self.evaluation.batch_size, self.evaluation.calibration_examples
+        chosen = generator(self.seed, "calibration").permutation(len(data.train))[:count]
+        put = functools.partial(put_everywhere, mesh=self._mesh)
+        images, labels = self._train = put((data.train.images, data.train.labels))
+        test_images, test_labels = put((data.test.images, data.test.labels))
+        self._calibration = Examples(images, labels, put(in_batches(chosen, size)))
+        tested = in_batches(np.arange(len(data.test)), size)
+        self._test = Examples(test_images, test_labels, put(tested))
+        self._no_update = put([_no_update(tier, like) for tier in self.tiers.members])
+
+    @functools.cached_property
+    def start(self) -> ServerState:
+        """The state before the first round."""
+        variables = initialise(self.tiers.init, jax.random.fold_in(self.key, 0))
+        return put_everywhere(ServerState(variables, self._optimizer.init(variables)), self._mesh)
+
+    @functools.cached_property
+    def _programs(self) -> dict[str, jax.stages.Compiled]:
+        variables, schedule = self.start.variables, put_schedule(self._pack([]), self._mesh)
+        training = (variables, *self._train, schedule, self.key, np.float32(0))
+        testing = (variables, self._calibration, self._test)
+        lowered = {f"train {t}": run.lower(*training) for t, run in self._trainers.items()}
+        lowered |= {f"evaluate {t}": run.lower(*testing) for t, run in self._evaluators.items()}
+        lowered["server"] = self._server_step.lower(self.start, self._no_update)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = pool.map(lambda program: program.compile(), lowered.values())
+            return dict(zip(lowered, compiled, strict=True))
+
+    def compile(self) -> float:
+        """Compiles every program, several at a time; returns the seconds that it took."""
+        began = time.perf_counter()
+        _ = self._programs
+        return time.perf_counter() - began
+
+    def round(self, state: ServerState, number: int) -> tuple[ServerState, UnderWay]:
+        """Starts round `number` (from 0) on the devices and returns without waiting for it."""
+        key = jax.random.fold_in(jax.random.fold_in(self.key, 1), number)
+        rate = learning_rate(self.client, number, self.rounds)
+        cohort = self.population.sample(number)
+        updates, metrics = list(self._no_update), []
+        for i, (tier, clients) in enumerate(zip(self.tiers.members, cohort, strict=True)):
+            if len(clients):
+                work = self.population.work(number, clients)
+                schedule = put_schedule(self._pack(work), self._mesh)
+                updates[i], sums = self._programs[f"train {tier.name}"](
+                    state.variables, *self._train, schedule, key, np.float32(rate)
+                )
+                metrics.append(sums)
+        state, finite = self._programs["server"](state, updates)
+        under_way = UnderWay(
+            number=number,
+            clients=self.population.cohort,
+            learning_rate=rate,
+            traffic=self._bytes(cohort),
+            metrics=metrics,
+            evaluations=self.evaluate(state) if self._due(number) else {},
+            finite=finite,
+        )
+        return state, under_way
+
+    def evaluate(self, state: ServerState) -> dict[str, Metrics]:
+        """Test metrics of each evaluated tier, arrays on the device, by name."""
+        return {
+            tier.name: self._programs[f"evaluate {tier.name}"](
+                state.variables, self._calibration, self._test
+            )
+            for tier in self.evaluated
+        }
+
+    def _pack(self, work: Sequence[Work]) -> Schedule:
+        return pack(work, self._lanes, self.client.batch_size, self._capacity)
+
+    def _bytes(self, cohort: Sequence[np.ndarray]) -> Traffic:
+        each = [
+            (len(c), self.traffic[t.name]) for t, c in zip(self.tiers.members, cohort, strict=True)
+        ]
+        return Traffic(sum(n * t.down for n, t in each), sum(n * t.up for n, t in each))
+
+    def _due(self, number: int) -> bool:
+        every = self.evaluation.every
+        return number + 1 == self.rounds or (every > 0 and (number + 1) % every == 0)
+
+
+def _as_tiers(tiers: Tiers | Model) -> Tiers:
+    if isinstance(tiers, Model):
+        return tiers_lib.single(tiers)
+    if not isinstance(tiers, Tiers):
+        raise ConfigError(
+            f"tiers must be a Model, or Tiers as jfed.tiers.ode(config, ...) makes them, got "
+            f"{tiers!r}."
+        )
+    return tiers
+
+
+def _evaluated(tiers: Tiers, evaluation: EvaluationConfig) -> tuple[Tier, ...]:
+    """The tiers that clients run, then those of other iteration counts."""
+    if not evaluation.iterations:
+        return tiers.members
+    if tiers.at is None:
+        raise ConfigError(
+            f"evaluation iterations {evaluation.iterations} need tiers of iteration counts."
+        )
+    found = {tier.name: tier for tier in map(tiers.at, evaluation.iterations)}
+    found = {tier.name: tier for tier in tiers.members} | found
+    return (*tiers.members, *list(found.values())[len(tiers.members) :])
+
+
+def _no_update(tier: Tier, like: Params) -> TierUpdate:
+    """What a tier delivers in a round in which none of its clients take part."""
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tier.shapes(like))
+    return TierUpdate(zeros, np.zeros((), np.float32))
+
+
+def check_model(tier: Tier, like: Params, data: Dataset) -> None:
+    """Raises ConfigError unless the tier's model maps the data's images to logits."""
+    params = tier.shapes(like)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ConfigError(
+                f"parameters must be floating-point arrays; that at {jax.tree_util.keystr(path)} "
+                f"of tier {tier.name!r} is {leaf.dtype}."
+            )
+    images = jax.ShapeDtypeStruct((2, *data.image_shape), jnp.float32)
+    mask = jax.ShapeDtypeStruct((2,), jnp.float32)
+    batch = (images,) if tier.model.measure is None else (images, mask)
+    try:
+        logits = jax.eval_shape(tier.model.apply, params, *batch)
+    except TypeError as error:
+        raise ConfigError(
+            f"the model of tier {tier.name!r} cannot be applied to images of shape "
+            f"{images.shape}: {error}"
+        ) from error
+    expected = (2, data.num_classes)
+    if getattr(logits, "shape", None) != expected or logits.dtype != jnp.float32:
+        raise ConfigError(
+            f"the model of tier {tier.name!r} maps images {images.shape} to "
+            f"{jax.tree.map(lambda x: (x.shape, str(x.dtype)), logits)}; expected logits "
+            f"{expected} float32 for the {data.num_classes} classes of {data.name!r}."
+        )
+
+
+def _channel_moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over all images, in units of 0 to 255."""
+    counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
+    values = np.arange(256)
+    means = [(n @ values) / n.sum() for n in counts]
+    stds = [
+        max(np.sqrt((n @ np.square(values - m)) / n.sum()), 1e-3)
+        for n, m in zip(counts, means, strict=True)
+    ]
+    return tuple(map(float, means)), tuple(map(float, stds))
