@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,7 +45,14 @@ _SCALES: dict[str, RunConfig] = {
     ),
     "full": run_preset("cifar10-flexible"),
     "smoke": dataclasses.replace(
-        run_preset("digits"), iterations=(1, 2), rounds=1, train_examples=200, epochs=1, clients=4
+        run_preset("digits"),
+        train_examples=200,
+        clients=4,
+        widths=(4, 4),
+        iterations=(1, 2),
+        rounds=1,
+        epochs=1,
+        conv="im2col",
     ),
 }
 _TWIN = {"cpu": "resnet-20", "full": "resnet-56", "smoke": "resnet-digits"}
@@ -63,10 +71,14 @@ def arms(scale: str) -> dict[str, RunConfig]:
 
 
 def measure(name: str, config: RunConfig, folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Runs one arm, unless its folder has a summary, and returns its lines of the table."""
-    if not (folder / "summary.json").exists():
+    """Runs one arm, unless it has run already, and returns its lines of the table."""
+    if not folder.exists():
         print(f"{folder}: running", file=sys.stderr)
-        runs.run(config, folder)
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        runs.run(config, partial)
+        (partial / "commit.txt").write_text(commit())
+        partial.rename(folder)
     summary = json.loads((folder / "summary.json").read_text())
     return [
         {
@@ -81,6 +93,7 @@ def measure(name: str, config: RunConfig, folder: pathlib.Path) -> list[dict[str
             "rounds": summary["rounds"],
             "seconds": round(summary["seconds"], 1),
             "hardware": f"{summary['hardware']['cpus']} x {summary['hardware']['devices'][0]}",
+            "commit": (folder / "commit.txt").read_text(),
         }
         for tier in summary["tiers"]
     ]
@@ -130,9 +143,9 @@ def main(
             folder = workdir / scale / f"{name.replace(' ', '-')}-{seed}"
             lines += measure(name, dataclasses.replace(config, seed=seed), folder)
             with output.open("w", newline="") as file:
-                writer = csv.DictWriter(file, [*lines[0], "commit"])
+                writer = csv.DictWriter(file, [*lines[0]])
                 writer.writeheader()
-                writer.writerows({**line, "commit": commit()} for line in lines)
+                writer.writerows(lines)
     print(table(lines))
 
 

@@ -184,7 +184,7 @@ def hardware() -> dict[str, Any]:
     return {
         "devices": [device.device_kind for device in jax.devices()],
         "platform": jax.default_backend(),
-        "machine": platform.machine(),
+        "machine": _processor(),
         "cpus": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -192,6 +192,16 @@ def hardware() -> dict[str, Any]:
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def save_figures(folder: pathlib.Path, network: ModelConfig, result: Result) -> None:
