@@ -162,7 +162,9 @@ class Federation:
         return put_everywhere(ServerState(variables, self._optimizer.init(variables)), self._mesh)
 
     @functools.cached_property
-    def _programs(self) -> dict[str, jax.stages.Compiled]:
+    def _compiled(self) -> tuple[dict[str, jax.stages.Compiled], float]:
+        """The programs, and the seconds that tracing and compiling them took."""
+        began = time.perf_counter()
         variables, schedule = self.start.variables, put_schedule(self._pack([]), self._mesh)
         training = (variables, *self._train, schedule, self.key, np.float32(0))
         testing = (variables, self._calibration, self._test)
@@ -171,13 +173,12 @@ class Federation:
         lowered["server"] = self._server_step.lower(self.start, self._no_update)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = pool.map(lambda program: program.compile(), lowered.values())
-            return dict(zip(lowered, compiled, strict=True))
+            programs = dict(zip(lowered, compiled, strict=True))
+        return programs, time.perf_counter() - began
 
     def compile(self) -> float:
-        """Compiles every program, several at a time; returns the seconds that it took."""
-        began = time.perf_counter()
-        _ = self._programs
-        return time.perf_counter() - began
+        """Compiles every program, several at a time, once; returns the seconds that it took."""
+        return self._compiled[1]
 
     def round(self, state: ServerState, number: int) -> tuple[ServerState, UnderWay]:
         """Starts round `number` (from 0) on the devices and returns without waiting for it."""
@@ -189,11 +190,11 @@ class Federation:
             if len(clients):
                 work = self.population.work(number, clients)
                 schedule = put_schedule(self._pack(work), self._mesh)
-                updates[i], sums = self._programs[f"train {tier.name}"](
+                updates[i], sums = self._compiled[0][f"train {tier.name}"](
                     state.variables, *self._train, schedule, key, np.float32(rate)
                 )
                 metrics.append(sums)
-        state, finite = self._programs["server"](state, updates)
+        state, finite = self._compiled[0]["server"](state, updates)
         under_way = UnderWay(
             number=number,
             clients=self.population.cohort,
@@ -208,7 +209,7 @@ class Federation:
     def evaluate(self, state: ServerState) -> dict[str, Metrics]:
         """Test metrics of each evaluated tier, arrays on the device, by name."""
         return {
-            tier.name: self._programs[f"evaluate {tier.name}"](
+            tier.name: self._compiled[0][f"evaluate {tier.name}"](
                 state.variables, self._calibration, self._test
             )
             for tier in self.evaluated
