@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 import sys
 import time
@@ -69,17 +70,24 @@ def _run(args: list[str]) -> None:
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = base,
         preset: str = preset,
         workdir: pathlib.Path | None = None,
-    ) -> tuple[RunConfig, pathlib.Path | None]:
+        cache: bool = True,
+        cache_dir: pathlib.Path | None = None,
+    ) -> tuple[RunConfig, pathlib.Path | None, pathlib.Path | None]:
         """Trains a federation and writes a run folder.
 
         Args:
           config: of the run.
           preset: where settings start from: digits, cifar10-flexible or cifar10-resnet.
           workdir: the run folder; runs/PRESET-DATE-TIME where not given.
+          cache: keep compiled programs for later runs.
+          cache_dir: where they are kept; JAX's own setting, or ~/.cache/jfed, where not given.
         """
-        return config, workdir
+        return config, workdir, (cache_dir or _cache_folder()) if cache else None
 
-    config, workdir = _parse(command, "jfed run", args)
+    config, workdir, cache = _parse(command, "jfed run", args)
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     if workdir is None:
         workdir = pathlib.Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     runs.check_folder(workdir)
@@ -90,6 +98,12 @@ def _run(args: list[str]) -> None:
         f"{config.rounds} rounds in {result.history[-1].seconds:.1f} s, after "
         f"{result.compile_seconds:.1f} s of compiling. Run folder: {workdir}"
     )
+
+
+def _cache_folder() -> pathlib.Path:
+    own = jax.config.values["jax_compilation_cache_dir"]
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(own) if own else pathlib.Path(home) / "jfed"
 
 
 def _take_preset(args: list[str]) -> tuple[str, list[str]]:
@@ -171,6 +185,13 @@ def model_table(size: int, iterations: Sequence[int]) -> str:
 
 
 def _shapes(config: ModelConfig) -> Any:
+    if isinstance(config, ODENetConfig):
+        config = dataclasses.replace(config, iterations=0)  # many presets differ in no more
+    return _shapes_of(config)
+
+
+@functools.cache
+def _shapes_of(config: ModelConfig) -> Any:
     return jax.eval_shape(build(config).init, jax.random.key(0))
 
 
@@ -178,7 +199,7 @@ def _shapes(config: ModelConfig) -> Any:
 def _flops(config: ModelConfig, size: int) -> int:
     if isinstance(config, ODENetConfig):
         config = dataclasses.replace(config, unroll=False)
-    return forward_flops(build(config), (size, size, config.channels))
+    return forward_flops(build(config), _shapes(config), (size, size, config.channels))
 
 
 def _prepare(args: list[str]) -> None:

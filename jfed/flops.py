@@ -7,19 +7,19 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from jfed.models.model import Model
+from jfed.models.model import Model, Params
 
 
-def forward_flops(model: Model, image_shape: tuple[int, int, int]) -> int:
+def forward_flops(model: Model, params: Params, image_shape: tuple[int, int, int]) -> int:
     """FLOPs of classifying one image: two for each multiply-add of convolutions and products.
 
     Element-wise work is not counted, as is usual. A loop of unknown length counts once.
 
     Args:
       model: any model.
+      params: its parameters, or their shapes and dtypes.
       image_shape: `(H, W, C)`.
     """
-    params = jax.eval_shape(model.init, jax.random.key(0))
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return _count(jax.make_jaxpr(model.apply)(params, image).jaxpr)
 

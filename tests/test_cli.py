@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 
+import jax
 import pytest
 
 from jfed.cli import main, model_table
@@ -16,14 +17,25 @@ SMALL = (
 ).split()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Keeps the tests' compiled programs out of the user's cache, and off for other tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "jfed"
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
+def run_folder(tmp_path_factory, cache_folder):
     folder = tmp_path_factory.mktemp("cli") / "run"
     assert main(["run", *SMALL, "--workdir", str(folder)]) == 0
     return folder
 
 
-def test_run_writes_its_folder(run_folder):
+def test_run_writes_its_folder(run_folder, cache_folder):
+    assert any(cache_folder.iterdir())
     config = json.loads((run_folder / "config.json").read_text())
     assert config["rounds"] == 3
     assert config["seed"] == 1

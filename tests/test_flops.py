@@ -11,8 +11,8 @@ from jfed.models import Model, build, preset
 
 
 def _flops(name, **changes):
-    config = dataclasses.replace(preset(name), conv="xla", **changes)
-    return forward_flops(build(config), (32, 32, 3))
+    model = build(dataclasses.replace(preset(name), **changes))
+    return forward_flops(model, jax.eval_shape(model.init, jax.random.key(0)), (32, 32, 3))
 
 
 def test_resnet_20_needs_the_known_multiply_adds():
@@ -36,4 +36,4 @@ def test_products_and_loops_are_counted_by_hand():
         return x @ params["out"]
 
     model = Model(lambda key: {"square": jnp.zeros((12, 12)), "out": jnp.zeros((12, 10))}, apply)
-    assert forward_flops(model, (2, 2, 3)) == 2 * (5 * 12 * 12 + 12 * 10)
+    assert forward_flops(model, model.init(None), (2, 2, 3)) == 2 * (5 * 12 * 12 + 12 * 10)
