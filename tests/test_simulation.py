@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jfed
 from jfed.data import Dataset, Split
@@ -317,3 +318,28 @@ def test_every_kind_of_odenet_trains(network, tiers, options):
 def test_labels_out_of_range_are_refused():
     with pytest.raises(DataError, match=r"train label 2 is outside"):
         Dataset("bad", DATA.train, DATA.test, ("a", "b"))
+
+
+def _digits_accuracy(model, rounds):
+    data = jfed.data.load("digits", train_examples=400, test_examples=200)
+    clients = jfed.data.iid(data.train.labels, 4, seed=0)
+    client = jfed.ClientConfig(batch_size=20, epochs=2, learning_rate=0.1)
+    result = jfed.simulate(data, clients, model, rounds=rounds, client=client, evaluation=QUIET)
+    return result.accuracies["full"]
+
+
+def test_a_model_of_two_functions_learns_digits():
+    """The benchmark CNN, written without Flax."""
+    assert _digits_accuracy(jfed.models.cnn(channels=1, size=8, form="im2col"), 3) > 0.7
+
+
+def test_a_flax_module_learns_digits():
+    class Perceptron(nnx.Module):
+        def __init__(self, rngs):
+            self.hidden, self.out = nnx.Linear(64, 32, rngs=rngs), nnx.Linear(32, 10, rngs=rngs)
+
+        def __call__(self, images):
+            x = nnx.relu(self.hidden(images.reshape(images.shape[0], -1)))
+            return self.out(x)
+
+    assert _digits_accuracy(jfed.models.from_nnx(Perceptron), 5) > 0.7
