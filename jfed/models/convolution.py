@@ -20,11 +20,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jfed.errors import ConfigError, one_of
-
-PADDINGS = ("SAME", "VALID")
-
-Matrix = tuple[tuple[float, ...], ...]
-Pads = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
+from jfed.models import winograd
+from jfed.models.padding import PADDINGS, Pads, output_size, pad, pads_of
 
 
 class _Form(NamedTuple):
@@ -72,7 +69,7 @@ def conv(
             kernel.shape, stride=stride, groups=groups, size=x.shape[1:3], dtype=x.dtype
         )
     _check_form(form, kernel, stride, groups, x.dtype)
-    pads = _pads(x.shape[1:3], kernel.shape[:2], stride, padding)
+    pads = pads_of(x.shape[1:3], kernel.shape[:2], stride, padding)
     if form == "xla":
         return _xla(x, kernel, stride, pads, groups)
     return _conv(_FORMS[form], stride, pads, x, kernel)
@@ -100,7 +97,7 @@ def time_conv(
             f"got kernel {kernel.shape} for x {x.shape}."
         )
     y = conv(x, kernel[:, :, 1:], stride=stride, padding=padding, form=form)
-    pads = _pads(x.shape[1:3], (kh, kw), stride, padding)
+    pads = pads_of(x.shape[1:3], (kh, kw), stride, padding)
     # Which taps of the kernel lie inside the image, for every output position: [Ho * Wo, kh * kw].
     ones = np.pad(np.ones(x.shape[1:3]), pads)
     ho, wo = y.shape[1:3]
@@ -175,7 +172,7 @@ def _transposed_backward(
     (dx,) = jax.linear_transpose(lambda x: _xla(x, kernel, stride, pads), x)(g)
     kh, kw = kernel.shape[:2]
     dk = lax.conv_general_dilated(
-        _pad(x, pads).transpose(3, 1, 2, 0),
+        pad(x, pads).transpose(3, 1, 2, 0),
         g.transpose(1, 2, 0, 3),
         (1, 1),
         "VALID",
@@ -187,10 +184,6 @@ def _transposed_backward(
 
 
 # ------------------------------------------------------------------------------------ "im2col"
-
-
-def _pad(x: Array, pads: Pads) -> Array:
-    return jnp.pad(x, ((0, 0), *pads, (0, 0)))
 
 
 def _shifted(padded: Array, i: int, j: int, stride: int, size: tuple[int, int]) -> Array:
@@ -217,25 +210,17 @@ def _taps(kernel: Array) -> list[tuple[int, int]]:
     return [(i, j) for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
 
 
-def _output_size(x: Array, kernel: Array, stride: int, pads: Pads) -> tuple[int, int]:
-    ho, wo = (
-        (n + sum(pad) - k) // stride + 1
-        for n, pad, k in zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)
-    )
-    return ho, wo
-
-
 def _patches(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
     """[B * Ho * Wo, kh * kw * C]: one row per output position, in the order of the kernel."""
-    size = _output_size(x, kernel, stride, pads)
-    padded = _pad(x, pads)
+    size = output_size(x, kernel, stride, pads)
+    padded = pad(x, pads)
     columns = [_shifted(padded, i, j, stride, size) for i, j in _taps(kernel)]
     return jnp.concatenate(columns, axis=-1).reshape(x.shape[0] * size[0] * size[1], -1)
 
 
 def _im2col_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
     y = _patches(x, kernel, stride, pads) @ kernel.reshape(-1, kernel.shape[-1])
-    return y.reshape(x.shape[0], *_output_size(x, kernel, stride, pads), -1)
+    return y.reshape(x.shape[0], *output_size(x, kernel, stride, pads), -1)
 
 
 def _im2col_backward(
@@ -263,7 +248,7 @@ def _sum_dtype(x: Array) -> jnp.dtype:
 
 def _depthwise_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
     """Computes kh * kw shifted multiplications, in place of a grouped convolution."""
-    size, padded = _output_size(x, kernel, stride, pads), _pad(x, pads)
+    size, padded = output_size(x, kernel, stride, pads), pad(x, pads)
     wide = _sum_dtype(x)
     y = sum(
         _shifted(padded, i, j, stride, size).astype(wide) * _tap(kernel, i, j).astype(wide)
@@ -275,7 +260,7 @@ def _depthwise_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> Arra
 def _depthwise_backward(
     x: Array, kernel: Array, g: Array, stride: int, pads: Pads
 ) -> tuple[Array, Array]:
-    size, padded = (g.shape[1], g.shape[2]), _pad(x, pads)
+    size, padded = (g.shape[1], g.shape[2]), pad(x, pads)
     wide = _sum_dtype(x)
     dx = sum(
         _unshifted(g.astype(wide) * _tap(kernel, i, j).astype(wide), i, j, stride, x.shape, pads)
@@ -294,158 +279,6 @@ def _depthwise_backward(
 def _tap(kernel: Array, i: int, j: int) -> Array:
     """One tap of a depthwise kernel, [1, 1, 1, C]."""
     return kernel[i, j].reshape(1, 1, 1, -1)
-
-
-# --------------------------------------------------------------------------------- "winograd"
-
-
-class _Winograd(NamedTuple):
-    """F(m x m, r x r): m x m outputs from a tile of n x n inputs, n = m + r - 1, by n * n products.
-
-    In one direction y = outputs @ ((kernels @ k) * (inputs @ d)) for a tile d and kernel row k:
-    Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308, section 4
-    (their A^T, G and B^T).
-    """
-
-    inputs: Matrix  # [n, n]
-    kernels: Matrix  # [n, r]
-    outputs: Matrix  # [m, n]
-
-
-_POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
-
-
-@functools.cache
-def _winograd(m: int, r: int) -> _Winograd:
-    """The Cook-Toom matrices: polynomials multiplied by their values at n - 1 points and infinity.
-
-    Small points keep rounding low: relative errors near 1e-6 with 4, 1e-5 with 6.
-    """
-    n = m + r - 1
-    points = np.array(_POINTS[: n - 1])
-    others = [np.delete(points, j) for j in range(n - 1)]
-    # Row j: coefficients, constant first, of the product of (x - p) over the other points.
-    inputs = np.zeros((n, n))
-    inputs[:-1, :-1] = [np.poly(rest)[::-1] for rest in others]
-    inputs[-1] = np.poly(points)[::-1]
-    scales = np.array([np.prod(p - rest) for p, rest in zip(points, others, strict=True)])
-    kernels = np.zeros((n, r))
-    kernels[:-1] = np.vander(points, r, increasing=True) / scales[:, None]
-    kernels[-1, -1] = 1
-    outputs = np.zeros((m, n))
-    outputs[:, :-1] = np.vander(points, m, increasing=True).T
-    outputs[-1, -1] = 1
-    return _Winograd(*(tuple(map(tuple, matrix.tolist())) for matrix in (inputs, kernels, outputs)))
-
-
-def _combine(row: tuple[float, ...], terms: list[Array]) -> Array:
-    """The linear combination of equally shaped arrays, without multiplying by 0 and 1."""
-    total = None
-    for factor, term in zip(row, terms, strict=True):
-        if factor == 0:
-            continue
-        part = term if abs(factor) == 1 else abs(factor) * term
-        if total is None:
-            total = part if factor > 0 else -part
-        else:
-            total = total + part if factor > 0 else total - part
-    return jnp.asarray(total)
-
-
-def _mix(matrix: Matrix, terms: list[Array], axis: int) -> Array:
-    """The rows of matrix @ terms, stacked along a new axis."""
-    return jnp.stack([_combine(row, terms) for row in matrix], axis=axis)
-
-
-def _tile(matrix: Matrix, padded: Array, step: int, counts: tuple[int, int]) -> Array:
-    """The product matrix @ tile @ matrix^T of every tile: [rows * rows, B * Th * Tw, C].
-
-    The tiles start `step` apart and are as wide as the matrix. Rows first, for whole image rows at
-    a time; the barrier keeps XLA from fusing both directions, which recomputes the first for every
-    output of the second (twice the time).
-    """
-    (b, _, w, c), (th, tw), q = padded.shape, counts, len(matrix)
-    window = range(len(matrix[0]))
-    rows = [
-        lax.slice(padded, (0, i, 0, 0), (b, i + (th - 1) * step + 1, w, c), (1, step, 1, 1))
-        for i in window
-    ]
-    mixed = lax.optimization_barrier(_mix(matrix, rows, 0))  # [q, B, Th, W, C]
-    columns = [
-        lax.slice(
-            mixed, (0, 0, 0, j, 0), (q, b, th, j + (tw - 1) * step + 1, c), (1, 1, 1, step, 1)
-        )
-        for j in window
-    ]
-    return _mix(matrix, columns, 1).reshape(q * q, b * th * tw, c)
-
-
-def _untile(matrix: Matrix, tiles: Array, shape: tuple[int, int, int]) -> Array:
-    """The product matrix @ tile @ matrix^T of every tile, side by side: [B, Th * m, Tw * m, O]."""
-    (b, th, tw), o, (m, n) = shape, tiles.shape[-1], (len(matrix), len(matrix[0]))
-    grid = tiles.reshape(n, n, b, th, tw, o)
-    mixed = _mix(matrix, [grid[:, j] for j in range(n)], 4).reshape(n, b, th, tw * m, o)
-    mixed = lax.optimization_barrier(mixed)
-    return _mix(matrix, list(mixed), 2).reshape(b, th * m, tw * m, o)
-
-
-def _taps_transform(matrix: Matrix, taps: Array) -> Array:
-    """The product matrix @ taps @ matrix^T of a kernel [a, a, C, O] or its transform."""
-    mixed = _mix(matrix, list(taps), 0)
-    return _mix(matrix, [mixed[:, j] for j in range(taps.shape[1])], 1)
-
-
-def _swap(matrix: Matrix) -> Matrix:
-    return tuple(zip(*matrix, strict=True))
-
-
-def _tile_counts(f: _Winograd, size: tuple[int, ...]) -> tuple[int, int]:
-    m = len(f.outputs)
-    return -(-size[0] // m), -(-size[1] // m)
-
-
-def _input_tiles(f: _Winograd, x: Array, pads: Pads, size: tuple[int, int]) -> Array:
-    """The transformed tiles from which `size` outputs are computed, padded to whole tiles."""
-    m, counts = len(f.outputs), _tile_counts(f, size)
-    halo = len(f.inputs) - m
-    top, left = (
-        (low, count * m + halo - n - low)
-        for count, n, (low, _) in zip(counts, x.shape[1:3], pads, strict=True)
-    )
-    return _tile(f.inputs, _pad(x, (top, left)), m, counts)
-
-
-def _winograd_forward(m: int, x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
-    del stride  # 1
-    f, size = _winograd(m, kernel.shape[0]), _output_size(x, kernel, 1, pads)
-    taps = _taps_transform(f.kernels, kernel)
-    products = jnp.matmul(
-        _input_tiles(f, x, pads, size),
-        taps.reshape(-1, *kernel.shape[2:]),
-        precision=lax.Precision.HIGHEST,  # transforms amplify rounding
-    )
-    y = _untile(f.outputs, products, (x.shape[0], *_tile_counts(f, size)))
-    return y[:, : size[0], : size[1]]
-
-
-def _winograd_backward(
-    m: int, x: Array, kernel: Array, g: Array, stride: int, pads: Pads
-) -> tuple[Array, Array]:
-    f, edge, size = _winograd(m, kernel.shape[0]), kernel.shape[0] - 1, (g.shape[1], g.shape[2])
-    (top, bottom), (left, right) = pads
-    # The input gradient is the full correlation of g with the flipped, transposed kernel.
-    full = ((edge - top, edge - bottom), (edge - left, edge - right))
-    dx = _winograd_forward(m, g, kernel[::-1, ::-1].swapaxes(2, 3), stride, full)
-    th, tw = _tile_counts(f, size)
-    whole = _pad(g, ((0, th * m - size[0]), (0, tw * m - size[1])))
-    taps = jnp.einsum(
-        "npc,npo->nco",
-        _input_tiles(f, x, pads, size),
-        _tile(_swap(f.outputs), whole, m, (th, tw)),
-        precision=lax.Precision.HIGHEST,
-    )
-    n = len(f.inputs)
-    return dx, _taps_transform(_swap(f.kernels), taps.reshape(n, n, *kernel.shape[2:]))
 
 
 # -------------------------------------------------------------------------------------- checks
@@ -494,17 +327,6 @@ def _check_form(form: str, kernel: Array, stride: int, groups: int, dtype: jnp.d
         )
 
 
-def _pads(size: tuple[int, ...], window: tuple[int, ...], stride: int, padding: str) -> Pads:
-    """XLA's padding: for SAME as even as possible, the odd row at the end."""
-    if padding == "VALID":
-        return (0, 0), (0, 0)
-    totals = [
-        max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip(size, window, strict=True)
-    ]
-    top, left = (total // 2 for total in totals)
-    return (top, totals[0] - top), (left, totals[1] - left)
-
-
 # --------------------------------------------------------------------------------- the choice
 
 _FORMS = {
@@ -512,7 +334,7 @@ _FORMS = {
     "im2col": _Form(_im2col_forward, _im2col_backward),
     **{
         f"winograd{m}": _Form(
-            functools.partial(_winograd_forward, m), functools.partial(_winograd_backward, m)
+            functools.partial(winograd.forward, m), functools.partial(winograd.backward, m)
         )
         for m in (2, 4)
     },
