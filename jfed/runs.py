@@ -1,12 +1,14 @@
 """A run on disk: the folder it writes, and the table it ends with."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import platform
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -61,7 +63,8 @@ def run(
     """Runs a federation and writes its folder.
 
     The folder holds `config.json`, `metrics.csv` (a line a round, written as rounds end),
-    `summary.json` and figures. It is made only after all settings and the data were checked.
+    `summary.json` and figures. It is made only after all settings and the data were checked, and
+    taken away again if the model cannot be compiled.
 
     Args:
       config: of the run.
@@ -75,11 +78,8 @@ def run(
     folder = pathlib.Path(workdir)
     check_folder(folder)
     federation, data, network = set_up(config)
-    federation.compile()  # what a model cannot do shows while it is traced
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"cannot make the run folder {str(folder)!r}: {error}.") from error
+    with claim_folder(folder):
+        federation.compile()  # what a model cannot do shows while it is traced
     write_json(folder / "config.json", dataclasses.asdict(config))
     counts = data_lib.class_counts(
         data.train.labels, federation.population.partition, data.num_classes
@@ -101,12 +101,35 @@ def run(
 
 
 def check_folder(folder: pathlib.Path) -> None:
-    """Raises RunFolderError if the folder is in use."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raises RunFolderError if the folder is in use, or is none."""
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"the run folder {str(folder)!r} is a file; choose another one.")
+    if folder.exists() and any(folder.iterdir()):
         raise RunFolderError(
             f"the run folder {str(folder)!r} exists already and is not empty; "
             "choose another one with --workdir, or remove it."
         )
+
+
+@contextlib.contextmanager
+def claim_folder(folder: pathlib.Path) -> Iterator[None]:
+    """Makes the folder, and takes it away again if what follows fails.
+
+    Raises:
+      RunFolderError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunFolderError(f"cannot write a run to {str(folder)!r}: {error}.") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def summarise(config: RunConfig, network: ModelConfig, result: Result) -> list[TierSummary]:
