@@ -102,9 +102,9 @@ def test_unknown_names_show_the_close_ones():
 @pytest.mark.parametrize(
     ("iterations", "message"),
     [
-        (-1, "iterations must be integers of 0 or more, got -1"),
+        (-1, "iterations must be 0 or more, got -1"),
         ((1, 2), r"iterations \(1, 2\) do not fit a network of 3 stages"),
-        ((1, 2, -3), r"got \(1, 2, -3\)"),
+        ((1, 2, -3), "got -3"),
         (True, "got True"),
     ],
 )
