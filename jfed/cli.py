@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status.
 
     0: done. 1: the run diverged; what it recorded is kept. 2: a setting, a data set or a run folder
-    that cannot be used; nothing was written.
+    that cannot be used; nothing was written. 130: interrupted; what was recorded is kept.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     commands = {"run": _run, "models": _models, "prepare": _prepare}
@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         jfed.errors.one_of("command", args[0], tuple(commands))
         commands[args[0]](args[1:])
+    except KeyboardInterrupt:
+        print("jfed: interrupted; what was recorded is kept.", file=sys.stderr)
+        return 130
     except DivergedError as error:
         print(f"jfed: {error}", file=sys.stderr)
         return 1
