@@ -91,7 +91,6 @@ def measure(name: str, config: RunConfig, folder: pathlib.Path) -> list[dict[str
             "bytes_up": tier["bytes_up"],
             "bytes_total": summary["bytes_up_total"] + summary["bytes_down_total"],
             "rounds": summary["rounds"],
-            "seconds": round(summary["seconds"], 1),
             "hardware": f"{summary['hardware']['cpus']} x {summary['hardware']['devices'][0]}",
             "commit": (folder / "commit.txt").read_text(),
         }

@@ -96,9 +96,9 @@ def _run(args: list[str]) -> None:
     runs.check_folder(workdir)
     with _Progress(config.rounds) as progress:
         result, table = runs.run(config, workdir, on_round=progress.show)
-    print(f"\n{runs.format_table(table)}\n")
+    print(f"\n{runs.format_table(table)}\nBytes are of one client in one round.\n")
     print(
-        f"{config.rounds} rounds in {result.history[-1].seconds:.1f} s, after "
+        f"{result.history[-1].seconds:.1f} s for rounds 1 to {config.rounds}, after "
         f"{result.compile_seconds:.1f} s of compiling. Run folder: {workdir}"
     )
 

@@ -140,7 +140,7 @@ class RunConfig:
     eval_every: int = 5
     eval_iterations: tuple[_IterationsFlag, ...] = ()
     eval_batch_size: int = 250
-    calibration_examples: int = 1000
+    calibration_examples: int = 2000
     devices: int | None = None
     lanes: int = 1
     mapping: str = "vmap"
@@ -162,7 +162,6 @@ _CIFAR10 = RunConfig(
     pad=4,
     flip=True,
     eval_every=10,
-    calibration_examples=2000,
 )
 RUN_PRESETS: dict[str, RunConfig] = {
     "digits": RunConfig(),

@@ -49,13 +49,14 @@ def accuracy_by_bytes(history: Sequence[Record]) -> Figure:
     return figure
 
 
-def accuracy_by_iterations(points: Sequence[tuple[int, float, bool]]) -> Figure:
-    """Test accuracy against the iterations of all ODE blocks together.
+def accuracy_by_iterations(points: Sequence[tuple[float, float, bool]]) -> Figure:
+    """Test accuracy against the iterations of an ODE block.
 
     Args:
-      points: iterations, accuracy from 0 to 1, and whether clients trained that count.
+      points: iterations (their mean over stages), accuracy from 0 to 1, and whether clients trained
+        that count.
     """
-    figure, axes = _axes("iterations of all ODE blocks", "test accuracy")
+    figure, axes = _axes("iterations of an ODE block", "test accuracy")
     points = sorted(points)
     axes.plot([c for c, _, _ in points], [a for _, a, _ in points], color="C0", label="evaluated")
     trained = [(c, a) for c, a, t in points if t]

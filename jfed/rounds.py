@@ -58,8 +58,13 @@ class UnderWay(NamedTuple):
     evaluations: dict[str, Metrics]
     finite: Array
 
-    def fetch(self, before: Record | None, seconds: float) -> Record:
-        """Waits for the arrays and makes the record that follows `before`."""
+    def fetch(self, before: Record | None, began: float) -> Record:
+        """Waits for the arrays and makes the record that follows `before`.
+
+        Args:
+          before: the record of the round before, None for the first round.
+          began: `time.perf_counter()` when the first round began.
+        """
         metrics, evaluations = jax.device_get((self.metrics, self.evaluations))
         loss, correct, examples = (sum(map(float, sums)) for sums in zip(*metrics, strict=True))
         return Record(
@@ -73,7 +78,7 @@ class UnderWay(NamedTuple):
             bytes_up=self.traffic.up,
             bytes_down_total=self.traffic.down + (before.bytes_down_total if before else 0),
             bytes_up_total=self.traffic.up + (before.bytes_up_total if before else 0),
-            seconds=seconds,
+            seconds=time.perf_counter() - began,
             evaluations={
                 name: Evaluation(float(m.correct / m.examples), float(m.loss / m.examples))
                 for name, m in evaluations.items()

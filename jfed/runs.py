@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from tabulate import tabulate
 
 from jfed import data as data_lib
@@ -170,7 +171,7 @@ def format_table(lines: list[TierSummary]) -> str:
             "bytes up": f"{line.bytes_up:,}",
             **(
                 {
-                    f"{line.twin} bytes": f"{line.twin_bytes:,}",
+                    f"{line.twin}: bytes": f"{line.twin_bytes:,}",
                     "reduction": f"{line.reduction:.1%}",
                 }
                 if line.twin is not None
@@ -234,7 +235,7 @@ def save_figures(folder: pathlib.Path, network: ModelConfig, result: Result) -> 
     if isinstance(network, ODENetConfig):
         points = [
             (
-                sum(per_stage(parse_iterations(name), len(network.widths))),
+                float(np.mean(per_stage(parse_iterations(name), len(network.widths)))),
                 accuracy,
                 name in result.traffic,
             )

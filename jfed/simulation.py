@@ -125,7 +125,7 @@ def run(federation: Federation, on_round: Callable[[Record], None] | None = None
     began = time.perf_counter()
 
     def finish(started: UnderWay) -> None:
-        record = started.fetch(history[-1] if history else None, time.perf_counter() - began)
+        record = started.fetch(history[-1] if history else None, began)
         check_finite(record, bool(started.finite), history)
         history.append(record)
         if on_round is not None:

@@ -1,6 +1,7 @@
 """Whole simulations against NumPy, and what a simulation promises."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,7 @@ def test_history_accuracies_and_bytes():
         on_round=heard.append,
     )
     assert list(result.history) == heard
+    assert all(a.seconds < b.seconds for a, b in itertools.pairwise(heard))
     assert [r.round for r in heard] == [1, 2, 3, 4, 5]
     assert [bool(r.evaluations) for r in heard] == [False, True, False, True, True]
     assert result.accuracies["full"] > 0.9

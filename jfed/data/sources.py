@@ -30,7 +30,7 @@ class Split:
 
     Attributes:
       images: `[N, H, W, C]` uint8, each value from 0 to 255.
-      labels: `[N]` int32, the class of each image.
+      labels: `[N]` integers, kept as int32, the class of each image.
 
     Raises:
       DataError: if a rank or type is another one, or the two lengths differ.
@@ -48,14 +48,20 @@ class Split:
                 f"images have shape {images.shape} and type {images.dtype}; "
                 "expected [N, H, W, C] and uint8."
             )
-        if labels.ndim != 1 or labels.dtype != np.int32:
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             raise DataError(
-                f"labels have shape {labels.shape} and type {labels.dtype}; expected [N] and int32."
+                f"labels have shape {labels.shape} and type {labels.dtype}; "
+                "expected [N] and integers."
             )
         if not len(images):
             raise DataError(f"a split needs images, got shape {images.shape}.")
         if len(images) != len(labels):
             raise DataError(f"{len(images)} images have {len(labels)} labels; expected one each.")
+
+        kept = labels.astype(np.int32)
+        if not np.array_equal(kept, labels):
+            raise DataError(f"labels from {labels.min()} to {labels.max()} do not fit int32.")
+        object.__setattr__(self, "labels", kept)
 
     def __len__(self) -> int:
         return len(self.labels)

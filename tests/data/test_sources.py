@@ -33,7 +33,8 @@ def split(count=4, shape=(4, 4, 1), labels=None):
         (np.zeros((2, 4, 4), np.uint8), np.zeros(2, np.int32), r"\(2, 4, 4\)"),
         (np.zeros((2, 4, 4, 1), np.float32), np.zeros(2, np.int32), "float32"),
         (np.zeros((2, 4, 4, 1), np.uint8), np.zeros((2, 1), np.int32), r"\(2, 1\)"),
-        (np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, np.int64), "int64"),
+        (np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2), "float64"),
+        (np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 2**40]), "do not fit int32"),
         (np.zeros((2, 4, 4, 1), np.uint8), np.zeros(3, np.int32), "2 images have 3 labels"),
     ],
 )
