@@ -69,29 +69,31 @@ def time_conv(
     contributes t times a plane that only depends on the position (it differs at padded borders), so
     it is added as that plane, once for the whole batch, and the convolution keeps its C channels.
     """
-    kh, kw, inputs, outputs = kernel.shape
-    if inputs != x.shape[-1] + 1:
+    if kernel.shape[2] != x.shape[-1] + 1:
         raise ConfigError(
             f"time_conv needs a kernel of C + 1 = {x.shape[-1] + 1} input channels (time first); "
             f"got kernel {kernel.shape} for x {x.shape}."
         )
     y = conv(x, kernel[:, :, 1:], stride=stride, padding=padding, form=form)
-    pads = pads_of(x.shape[1:3], (kh, kw), stride, padding)
-    # Which taps of the kernel lie inside the image, for every output position: [Ho * Wo, kh * kw].
-    ones = np.pad(np.ones(x.shape[1:3]), pads)
-    ho, wo = y.shape[1:3]
-    inside = np.stack(
-        [
-            ones[i : i + (ho - 1) * stride + 1 : stride, j : j + (wo - 1) * stride + 1 : stride]
-            for i in range(kh)
-            for j in range(kw)
-        ],
-        axis=-1,
-    )
-    taps = kernel[:, :, 0].reshape(kh * kw, outputs)
-    plane = jnp.asarray(inside.reshape(ho * wo, kh * kw), x.dtype) @ taps
-    plane = plane * jnp.asarray(t).astype(x.dtype)
-    return y + plane.reshape(1, ho, wo, outputs)
+    plane = constant_response(x.shape[1:3], kernel[:, :, :1], stride=stride, padding=padding)
+    return y + jnp.asarray(t).astype(x.dtype) * plane
+
+
+def constant_response(
+    size: tuple[int, ...],
+    kernel: Float[Array, "kh kw 1 O"],
+    *,
+    stride: int = 1,
+    padding: str = "SAME",
+) -> Float[Array, "1 Ho Wo O"]:
+    """The convolution of one channel of ones of `size` (H, W): sums of the taps that lie inside."""
+    kh, kw, _, outputs = kernel.shape
+    ones = np.pad(np.ones(size), pads_of(size, (kh, kw), stride, padding))
+    inside = np.lib.stride_tricks.sliding_window_view(ones, (kh, kw))[::stride, ::stride]
+    ho, wo = inside.shape[:2]
+    taps = kernel.reshape(kh * kw, outputs)
+    plane = jnp.asarray(inside.reshape(ho * wo, kh * kw), kernel.dtype) @ taps
+    return plane.reshape(1, ho, wo, outputs)
 
 
 # Measured as in experiments/convolution_forms.py: two AVX-512 cores (AMD EPYC), JAX 0.10.2, batch

@@ -151,14 +151,27 @@ def _depthwise_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> Arra
 def _depthwise_backward(
     x: Array, kernel: Array, g: Array, stride: int, pads: Pads
 ) -> tuple[Array, Array]:
-    size, padded = (g.shape[1], g.shape[2]), pad(x, pads)
-    wide = _sum_dtype(x)
     dx = _depthwise_forward(_spread(g, kernel, stride, x.shape, pads), kernel[::-1, ::-1], 1, _NONE)
-    dk = [
-        jnp.sum(_shifted(padded, i, j, stride, size) * g, axis=(0, 1, 2), dtype=wide)
+    wide = _sum_dtype(x)
+    # Sums over a few rows at a time, for all taps in one pass over the images while these are in
+    # the cache; then their sum. Plain reductions, one a tap, took three to five times as long.
+    (b, ho, wo, c), together = g.shape, min(8, g.shape[1])
+    groups = -(-ho // together)
+    more = groups * together - ho
+    g = jnp.pad(g, ((0, 0), (0, more), (0, 0), (0, 0))).astype(wide)
+    padded = jnp.pad(pad(x, pads), ((0, 0), (0, more * stride), (0, 0), (0, 0))).astype(wide)
+
+    def rows(images: Array, i: int, j: int, stride: int) -> Array:
+        """One row of each group, from (i, j) on: [B, groups, Wo, C]."""
+        end = (b, i + (groups - 1) * together * stride + 1, j + (wo - 1) * stride + 1, c)
+        return lax.slice(images, (0, i, j, 0), end, (1, together * stride, stride, 1))
+
+    sums = [
+        sum(rows(padded, i + r * stride, j, stride) * rows(g, r, 0, 1) for r in range(together))
         for i, j in _taps(kernel)
     ]
-    return dx, jnp.stack(dk).reshape(kernel.shape).astype(kernel.dtype)
+    dk = jnp.stack(sums).sum((1, 2, 3))
+    return dx, dk.reshape(kernel.shape).astype(kernel.dtype)
 
 
 _NONE: Pads = ((0, 0), (0, 0))

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jfed.errors import ConfigError, check_integer, check_number
-from jfed.models.convolution import conv, time_conv
+from jfed.models.convolution import constant_response, conv, time_conv
 from jfed.models.model import Mask, Model, Moments, Params, Statistics, functional
 
 NORMS = ("batch", "group")
@@ -78,11 +78,13 @@ class SeparableTimeConv(nnx.Module):
         self.dtype, self.form = style.dtype, style.form
 
     def __call__(self, t: Any, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        x = x.astype(self.dtype)
-        time = jnp.broadcast_to(jnp.asarray(t, self.dtype), (*x.shape[:3], 1))
-        x = jnp.concatenate([time, x], axis=-1)
-        x = conv(x, self.depthwise[...].astype(self.dtype), groups=x.shape[-1], form=self.form)
-        return conv(x, self.pointwise[...].astype(self.dtype), form=self.form)
+        x, t = x.astype(self.dtype), jnp.asarray(t, self.dtype)
+        depthwise = self.depthwise[...].astype(self.dtype)
+        pointwise = self.pointwise[...].astype(self.dtype)
+        # The time's own channel is the same for every image, so it is added as a plane.
+        plane = t * constant_response(x.shape[1:3], depthwise[..., :1])
+        y = conv(x, depthwise[..., 1:], groups=x.shape[-1], form=self.form)
+        return conv(y, pointwise[:, :, 1:], form=self.form) + plane * pointwise[:, :, :1]
 
 
 class Norm(nnx.Module):
@@ -106,28 +108,33 @@ class Norm(nnx.Module):
     ) -> tuple[Float[Array, "B H W C"], Moments | None]:
         if x.dtype == jnp.bfloat16:
             x = x.astype(jnp.float32)
-        used = None
-        if self.kind == "batch":
-            used = batch_moments(x, mask) if given is None else given
-            moments = used
-            if given is None and self.gain != 1:
-                x, moments = x * self.gain, Moments(used.mean * self.gain, used.var * self.gain**2)
-            x = _normalise(x, moments.mean, moments.var)
-        else:
-            x = group_normalise(x * self.gain, _groups(x.shape[-1], self.MAX_GROUPS))
-        return x * _channels(self.scale[...]) + _channels(self.offset[...]), used
+        scale, offset = _channels(self.scale[...]), _channels(self.offset[...])
+        if self.kind == "group":
+            y = group_normalise(x * self.gain, _groups(x.shape[-1], self.MAX_GROUPS))
+            return y * scale + offset, None
+        used = batch_moments(x, mask) if given is None else given
+        gain = self.gain if given is None else 1.0
+        # All factors of a channel first: one pass over x, and one less back.
+        factor = gain * jax.lax.rsqrt(gain**2 * used.var + self.EPSILON)
+        return (x - _channels(used.mean)) * (_channels(factor) * scale) + offset, used
 
 
 def batch_moments(x: Float[Array, "B H W C"], mask: Mask | None) -> Moments:
     """Mean and biased variance over the examples where `mask` is 1 (all, without a mask)."""
     if mask is None:
-        return Moments(x.mean((0, 1, 2)), x.var((0, 1, 2)))
+        mean = x.mean((0, 1, 2))
+        return Moments(mean, _squares(x, mean).mean((0, 1, 2)))
     # A batch of padding alone (a lane without work, the end of an evaluation) counts in full: what
     # comes of it is thrown away, but a variance of zero would make it overflow, and 0 * inf is nan.
     weight = jnp.where(mask.any(), mask, 1).astype(x.dtype)[:, None, None, None]
     count = weight.sum() * (x.shape[1] * x.shape[2])
     mean = (x * weight).sum((0, 1, 2)) / count
-    return Moments(mean, (jnp.square(x - _channels(mean)) * weight).sum((0, 1, 2)) / count)
+    return Moments(mean, (_squares(x, mean) * weight).sum((0, 1, 2)) / count)
+
+
+def _squares(x: Array, mean: Array) -> Array:
+    """Squared distances from the mean, on which their sum does not depend to first order."""
+    return jnp.square(x - _channels(jax.lax.stop_gradient(mean)))
 
 
 def group_normalise(x: Float[Array, "B H W C"], groups: int) -> Float[Array, "B H W C"]:
@@ -135,10 +142,6 @@ def group_normalise(x: Float[Array, "B H W C"], groups: int) -> Float[Array, "B 
     grouped = x.reshape(*x.shape[:3], groups, -1)
     mean, var = grouped.mean((1, 2, 4), keepdims=True), grouped.var((1, 2, 4), keepdims=True)
     return ((grouped - mean) * jax.lax.rsqrt(var + Norm.EPSILON)).reshape(x.shape)
-
-
-def _normalise(x: Array, mean: Array, var: Array) -> Array:
-    return (x - _channels(mean)) * _channels(jax.lax.rsqrt(var + Norm.EPSILON))
 
 
 def _channels(a: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:

@@ -6,6 +6,7 @@ Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -158,11 +159,10 @@ def _joined(x: Array) -> Array:
 def forward(m: int, x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
     """The convolution of the whole batch, see `jfed.models.convolution`; `stride` is 1."""
     del stride
-    f = transform(m, kernel.shape[0])
-    parts = _parts(f, x, kernel, pads)
-    if parts == 1:
-        return _forward(f, x, kernel, pads)
-    return _joined(lax.map(lambda part: _forward(f, part, kernel, pads), _cut(x, parts)))
+    if _pairs_pay(x, kernel, pads):
+        y = _forward_in_parts(m, _pair(x), _paired(kernel), pads)
+        return y.reshape(*x.shape[:3], kernel.shape[-1])
+    return _forward_in_parts(m, x, kernel, pads)
 
 
 def backward(
@@ -170,6 +170,60 @@ def backward(
 ) -> tuple[Array, Array]:
     """Gradients of the images and of the kernel for the whole batch."""
     del stride
+    if _pairs_pay(x, kernel, pads):
+        paired, unpair = jax.vjp(_paired, kernel)
+        dx, dk = _backward_in_parts(m, _pair(x), paired, _pair(g), pads)
+        return dx.reshape(x.shape), unpair(dk)[0]
+    return _backward_in_parts(m, x, kernel, g, pads)
+
+
+# Two neighbouring pixels as one of twice the channels: entry [d, p, q, j] tells whether column j of
+# a 3x3 kernel leads from pixel p of a pair to pixel q of the output's pair, where the former is the
+# one before (d = 0), the same (1) or the one after (2).
+_PAIR = np.array(
+    [
+        [[[2 * (d - 1) + p - q + 1 == j for j in range(3)] for q in range(2)] for p in range(2)]
+        for d in range(3)
+    ]
+)
+
+
+def _pairs_pay(x: Array, kernel: Array, pads: Pads) -> bool:
+    """Whether it is faster in pairs of pixels, though half of the products are with zeros.
+
+    With 16 to 31 channels it takes 0.75 of the time (AMD EPYC, JAX 0.10.2): XLA's loops over so few
+    channels are as slow as over twice as many, and products of narrow matrices are slow. With more
+    it takes 1.3 times as long, with 8 as long.
+    """
+    kw, *channels = kernel.shape[1:]
+    fits = kw == 3 and pads[1] == (1, 1) and x.shape[2] % 2 == 0
+    return fits and min(channels) >= 16 and max(channels) < 32
+
+
+def _pair(x: Array) -> Array:
+    """Images of half the width and twice the channels, which are the same numbers in order."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h, w // 2, 2 * c)
+
+
+def _paired(kernel: Array) -> Array:
+    """The kernel between pairs of pixels: [kh, 3, 2 C, 2 O]."""
+    kh, _, c, o = kernel.shape
+    taps = jnp.einsum("dpqj,ijco->idpcqo", _PAIR.astype(kernel.dtype), kernel)
+    return taps.reshape(kh, 3, 2 * c, 2 * o)
+
+
+def _forward_in_parts(m: int, x: Array, kernel: Array, pads: Pads) -> Array:
+    f = transform(m, kernel.shape[0])
+    parts = _parts(f, x, kernel, pads)
+    if parts == 1:
+        return _forward(f, x, kernel, pads)
+    return _joined(lax.map(lambda part: _forward(f, part, kernel, pads), _cut(x, parts)))
+
+
+def _backward_in_parts(
+    m: int, x: Array, kernel: Array, g: Array, pads: Pads
+) -> tuple[Array, Array]:
     f = transform(m, kernel.shape[0])
     parts = _parts(f, x, kernel, pads)
     if parts == 1:
