@@ -209,7 +209,8 @@ def _pair(x: Array) -> Array:
 def _paired(kernel: Array) -> Array:
     """The kernel between pairs of pixels: [kh, 3, 2 C, 2 O]."""
     kh, _, c, o = kernel.shape
-    taps = jnp.einsum("dpqj,ijco->idpcqo", _PAIR.astype(kernel.dtype), kernel)
+    pairs = _PAIR.astype(kernel.dtype)
+    taps = jnp.einsum("dpqj,ijco->idpcqo", pairs, kernel, precision=lax.Precision.HIGHEST)
     return taps.reshape(kh, 3, 2 * c, 2 * o)
 
 

@@ -18,8 +18,10 @@ SHAPES = {
     "odd": ((9, 11), 5, 6, 3, 1, "SAME"),
     "valid": ((10, 7), 4, 6, 3, 1, "VALID"),
     "stem": ((8, 8), 3, 16, 3, 1, "SAME"),
+    "pairs of pixels": ((7, 6), 16, 20, 3, 1, "SAME"),
     "smaller than a tile": ((3, 3), 4, 4, 3, 1, "SAME"),
     "strided": ((8, 9), 4, 6, 3, 2, "SAME"),
+    "tall strided": ((19, 4), 4, 6, 3, 2, "SAME"),
     "strided valid": ((10, 9), 4, 6, 3, 2, "VALID"),
     "5x5": ((14, 13), 3, 8, 5, 1, "VALID"),
     "even": ((7, 8), 3, 5, 2, 1, "SAME"),
@@ -27,7 +29,7 @@ SHAPES = {
     "1x1 strided": ((7, 6), 4, 6, 1, 2, "SAME"),
 }
 QUICK = {"xla_backend_optimization_level": 0}  # most of the time goes into compiling
-WINOGRAD = ("odd", "valid", "stem", "smaller than a tile", "5x5")
+WINOGRAD = ("odd", "valid", "stem", "pairs of pixels", "smaller than a tile", "5x5")
 DENSE = tuple(form for form in FORMS if form not in ("auto", "xla", "depthwise"))
 CASES = [
     (form, name)
@@ -86,7 +88,7 @@ def test_dense_forms_equal_xla(form, name):
 
 
 @pytest.mark.parametrize("form", ["auto", "xla"])
-@pytest.mark.parametrize("name", ["odd", "strided", "5x5"])
+@pytest.mark.parametrize("name", ["odd", "tall strided", "5x5"])
 def test_depthwise_equals_xla(form, name):
     size, c, _, k, stride, padding = SHAPES[name]
     args = operands(size, c, 1, c, k)
