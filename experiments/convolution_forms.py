@@ -5,12 +5,13 @@
 One step computes a convolution and both its gradients and updates the images and the kernel in the
 scan's carry. Rates are effective GFLOP/s, 2 * B * Ho * Wo * kh * kw * I * O * 3 / time: a form that
 multiplies less (Winograd) may exceed the machine's peak. `vmap` is the same scan vmapped over four
-clients' kernels. Rows of kind "time" have the time as one more input channel: "concat" concatenates
-it, "time_conv" is jfed's. PyTorch's convolution is timed beside them where it is installed; its
-threads suffer from other load on the machine far more than XLA's, so compare the two on an idle
-one. Runs of one row are interleaved and their medians shown. On two busy cores a row takes about
-25 s. The CPU table in `choose_form` was read off such timings; no table of
-this script's is committed yet.
+clients' kernels; "auto, devices" is the form that `auto` picks on a device for each core at once,
+as `jfed run` trains. Rows of kind "time" have the time as one more input channel: "concat"
+concatenates it, "time_conv" is jfed's. PyTorch's convolution is timed beside them where it is
+installed; its threads suffer from other load on the machine far more than XLA's, so compare the two
+on an idle one. Runs of one row are interleaved and their medians shown. It writes
+`experiments/results/convolution_forms_cpu.csv`, from which the CPU table in `choose_form` was read.
+Expected there: "auto, devices" at no less than 0.9 of PyTorch's better layout for 3x3 convolutions.
 """
 
 import functools
@@ -24,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from tabulate import tabulate
 
 from jfed import metrics, provenance
@@ -91,6 +94,15 @@ def operations(layer: Layer) -> dict[str, Callable[[jax.Array, jax.Array], jax.A
     }
 
 
+def auto(layer: Layer) -> str:
+    """What jfed takes for this layer."""
+    if layer.kind == "time":
+        return "time_conv"
+    groups = layer.inputs if layer.kind == "depthwise" else 1
+    size = (layer.size, layer.size)
+    return choose_form(_kernel_shape(layer), stride=layer.stride, groups=groups, size=size)
+
+
 def _fits(layer: Layer, form: str, groups: int) -> bool:
     x = jax.ShapeDtypeStruct((1, layer.size, layer.size, layer.inputs), jnp.float32)
     k = jax.ShapeDtypeStruct(_kernel_shape(layer), jnp.float32)
@@ -107,9 +119,14 @@ def _kernel_shape(layer: Layer) -> tuple[int, int, int, int]:
 
 
 def jax_run(
-    operation: Callable[..., jax.Array], x: np.ndarray, kernel: np.ndarray, steps: int, clients: int
+    operation: Callable[..., jax.Array],
+    x: np.ndarray,
+    kernel: np.ndarray,
+    steps: int,
+    clients: int = 1,
+    devices: int = 1,
 ) -> Callable[[], object]:
-    """A compiled scan of training steps; with clients, one for each of them under `vmap`."""
+    """A compiled scan of training steps; one for each client, under `vmap` or on its device."""
 
     def step(carry: Pair, _: None) -> tuple[Pair, None]:
         y, gradient = jax.vjp(operation, *carry)
@@ -119,11 +136,24 @@ def jax_run(
     def train(x: jax.Array, kernel: jax.Array) -> Pair:
         return jax.lax.scan(step, (x, kernel), None, length=steps)[0]
 
+    run = train
     operands = [jnp.asarray(x), jnp.asarray(kernel)]
-    if clients > 1:
-        operands = [jnp.stack([a] * clients) for a in operands]
-    compiled = jax.jit(jax.vmap(train) if clients > 1 else train).lower(*operands).compile()
+    if clients > 1 or devices > 1:
+        operands = [jnp.stack([a] * clients * devices) for a in operands]
+        run = jax.vmap(train) if clients > 1 else one_of_each(train, devices)
+    compiled = jax.jit(run).lower(*operands).compile()
     return lambda: jax.block_until_ready(compiled(*operands))
+
+
+def one_of_each(train: Callable[..., Pair], devices: int) -> Callable[..., Pair]:
+    """The function of operands with a leading axis that is spread over the devices."""
+
+    def own(x: jax.Array, kernel: jax.Array) -> Pair:
+        x, kernel = train(x[0], kernel[0])
+        return x[None], kernel[None]
+
+    mesh, spread = Mesh(jax.devices()[:devices], ("devices",)), P("devices")
+    return jax.shard_map(own, mesh=mesh, in_specs=spread, out_specs=spread, check_vma=False)
 
 
 def torch_run(
@@ -167,16 +197,17 @@ def measure(layer: Layer, batch: int, repeats: int) -> dict[str, str | float]:
             count = 2 if column in SLOW else steps
             work[column] = flops * count * clients
             runs[column] = jax_run(operation, images, kernel, count, clients)
+    if (devices := jax.device_count()) > 1:
+        best = operations(layer)[auto(layer)]
+        work["auto, devices"] = flops * steps * devices
+        runs["auto, devices"] = jax_run(best, images, kernel, steps, devices=devices)
     if importlib.util.find_spec("torch"):
         for name, last in (("torch", False), ("torch nhwc", True)):
             runs[name] = torch_run(layer, x, kernel, steps, last)
             work[name] = flops * steps
     seconds = median_seconds(runs, repeats)
     row: dict[str, str | float] = {k: str(v) for k, v in layer._asdict().items()}
-    if layer.kind != "time":
-        groups = layer.inputs if layer.kind == "depthwise" else 1
-        size = (layer.size, layer.size)
-        row["auto"] = choose_form(shape, stride=layer.stride, groups=groups, size=size)
+    row["auto"] = auto(layer)
     for name, value in seconds.items():
         row[name] = float(f"{work[name] / value / 1e9:.3g}")
     return row
@@ -200,12 +231,13 @@ def main(
     """Times every form on every layer.
 
     Args:
-      scale: cpu (two cores, a quarter of an hour) or smoke (one small layer).
+      scale: cpu (two cores, ten minutes) or smoke (one small layer).
       batch: images in a batch.
       repeats: timed runs of each form.
       kinds: of layers.
       output: of the CSV; experiments/results/convolution_forms_SCALE.csv where not given.
     """
+    jax.config.update("jax_num_cpu_devices", len(provenance.cores()))
     hardware = provenance.hardware()
     about = {"hardware": f"{hardware['cpus']} x {hardware['machine']}"}
     about |= {name: hardware[name] for name in ("jax", "commit")}

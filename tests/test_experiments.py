@@ -31,11 +31,11 @@ ARMS = {
 }
 
 
-def _run(command):
+def _run(command, compiled):
     """Runs a script, compiled quickly."""
-    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(compiled)}
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=600, env=quick
+        command, capture_output=True, text=True, check=False, timeout=600, env=os.environ | quick
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -50,11 +50,11 @@ def load(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_a_study_runs_at_its_smoke_scale(name, tmp_path):
+def test_a_study_runs_at_its_smoke_scale(name, tmp_path, compiled):
     table = tmp_path / "table.csv"
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--scale", "smoke", "--seeds", "1"]
     command += ["--workdir", str(tmp_path / "runs"), "--output", str(table), "--workers", "1"]
-    first = _run(command)
+    first = _run(command, compiled)
     with table.open() as file:
         lines = list(csv.DictReader(file))
     assert list(dict.fromkeys(line["arm"] for line in lines)) == ARMS[name]
@@ -100,11 +100,11 @@ def test_odenets_stay_within_the_budgets_of_their_rivals(name, rival, scale, mon
     assert all(ours <= theirs for ours, theirs in zip(cheap[1], other[1], strict=True))
 
 
-def test_robustness(tmp_path):
+def test_robustness(tmp_path, compiled):
     table = tmp_path / "table.csv"
     command = [sys.executable, str(SCRIPTS / "robustness.py"), "--scale", "smoke", "--seeds", "1"]
-    command += ["--output", str(table), "--cache", str(tmp_path / "cache")]
-    done = _run(command)
+    command += ["--output", str(table), "--cache", str(compiled)]
+    done = _run(command, compiled)
     with table.open() as file:
         lines = list(csv.DictReader(file))
     names = ["mean", "multi-Krum"]
@@ -114,11 +114,11 @@ def test_robustness(tmp_path):
     assert all(name in done.stdout for name in names)
 
 
-def test_convolution_forms(tmp_path):
+def test_convolution_forms(tmp_path, compiled):
     table = tmp_path / "table.csv"
     command = [sys.executable, str(SCRIPTS / "convolution_forms.py"), "--scale", "smoke"]
     command += ["--output", str(table), "--repeats", "1", "--batch", "2"]
-    _run(command)
+    _run(command, compiled)
     with table.open() as file:
         (line,) = csv.DictReader(file)
     assert line["auto"] in FORMS

@@ -6,6 +6,7 @@ import sys
 import time
 
 import filelock
+import jax
 import pytest
 
 from jfed import study
@@ -14,9 +15,13 @@ from jfed.errors import ConfigError, RunFolderError
 
 
 @pytest.fixture(autouse=True)
-def compiled_quickly(monkeypatch):
-    """In the workers too."""
+def compiled_quickly(monkeypatch, compiled):
+    """In the workers too, and kept out of the user's cache."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
 
 
 SMOKE = dataclasses.replace(run_preset("smoke"), iterations=(1,))
