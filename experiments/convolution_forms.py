@@ -11,7 +11,9 @@ concatenates it, "time_conv" is jfed's. PyTorch's convolution is timed beside th
 installed; its threads suffer from other load on the machine far more than XLA's, so compare the two
 on an idle one. Runs of one row are interleaved and their medians shown. It writes
 `experiments/results/convolution_forms_cpu.csv`, from which the CPU table in `choose_form` was read.
-Expected there: "auto, devices" at no less than 0.9 of PyTorch's better layout for 3x3 convolutions.
+Expected there, "auto, devices" against PyTorch's better layout: 0.95 to 1.65 of its rate for 3x3
+convolutions of 64 to 256 channels, 0.95 to 1.02 of 32, 0.56 of 16; 0.64 to 0.90 for strided 3x3
+ones and 0.47 to 0.63 for depthwise ones.
 """
 
 import functools
