@@ -237,7 +237,8 @@ def main(
       batch: images in a batch.
       repeats: timed runs of each form.
       kinds: of layers.
-      output: of the CSV; experiments/results/convolution_forms_SCALE.csv where not given.
+      output: of the CSV; experiments/results/convolution_forms_cpu.csv where not given, but
+        nowhere for smoke.
     """
     jax.config.update("jax_num_cpu_devices", len(provenance.cores()))
     hardware = provenance.hardware()
@@ -249,9 +250,11 @@ def main(
             rows.append(measure(layer, batch, repeats))
             print(" ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
     print(tabulate(rows, headers="keys"))
-    output = output or RESULTS / f"convolution_forms_{scale}.csv"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    metrics.write_csv([row | about for row in rows], output)
+    if output is None and scale == "cpu":
+        output = RESULTS / "convolution_forms_cpu.csv"
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        metrics.write_csv([row | about for row in rows], output)
 
 
 if __name__ == "__main__":

@@ -183,12 +183,13 @@ def main(
     Args:
       scale: cpu (two cores, a quarter of an hour) or smoke (a minute).
       seeds: how many.
-      output: of the CSV; experiments/results/robustness_SCALE.csv where not given.
+      output: of the CSV; experiments/results/robustness_cpu.csv where not given, but nowhere for
+        smoke.
       cache: where compiled programs are kept, which all seeds, shares and attacks have in common.
     """
     launch.keep_compiled(cache.resolve())
-    output = output or RESULTS / f"robustness_{scale}.csv"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if output is None and scale == "cpu":
+        output = RESULTS / "robustness_cpu.csv"
     hardware, lines = provenance.hardware(), []
     about = {
         "hardware": f"{hardware['cpus']} x {hardware['machine']}",
@@ -200,7 +201,9 @@ def main(
     for arm in prepared(arms(_SCALES[scale], seeds)):
         lines.append(measure(*arm) | about)
         print({k: v for k, v in lines[-1].items() if k not in about}, file=sys.stderr)
-        metrics.write_csv(lines, output)
+        if output:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            metrics.write_csv(lines, output)
     print(table(lines))
 
 

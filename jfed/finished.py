@@ -127,6 +127,8 @@ def read_all(paths: Sequence[epath.PathLike]) -> tuple[list[FinishedRun], list[s
     Raises:
       RunFolderError: none of them holds a finished run.
     """
+    if not paths:
+        raise RunFolderError("no run folder was given; name at least one.")
     found, left_out = [], []
     for path in paths:
         try:

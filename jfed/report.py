@@ -69,13 +69,13 @@ def by_arm(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation of shares, in %."""
+    """Mean and standard deviation of shares, in %; of a single one, itself."""
     return _spread(100 * np.asarray(values))
 
 
 def _spread(values: np.ndarray) -> str:
-    deviation = values.std(ddof=1) if len(values) > 1 else float("nan")
-    return f"{values.mean():,.2f} ± {deviation:.2f}"
+    deviation = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{values.mean():,.2f}{deviation}"
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:

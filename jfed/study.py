@@ -29,7 +29,7 @@ _Jobs = Mapping[_Key, tuple[RunConfig, pathlib.Path]]
 
 def run_all(
     arms: Arms,
-    workdir: pathlib.Path,
+    workdir: str | os.PathLike[str],
     *,
     seeds: int = 3,
     workers: int | None = None,
@@ -56,7 +56,7 @@ def run_all(
       RunFolderError: a folder belongs to other settings.
       JfedError: see `jfed.runs.run`.
     """
-    jobs = _jobs(arms, workdir, check_integer("seeds", seeds, least=1))
+    jobs = _jobs(arms, pathlib.Path(workdir), check_integer("seeds", seeds, least=1))
     found: dict[_Key, FinishedRun] = {}
     for key, (config, path) in jobs.items():
         if folder.inspect(folder.absolute(path), dataclasses.asdict(config)) == "finished":

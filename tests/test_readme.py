@@ -12,15 +12,27 @@ import pytest
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_python_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    shorter = example.replace("rounds=20", "rounds=1").replace("(1, 2, 4)", "(0, 1)")
-    assert shorter != example
-    names = {}
-    exec(shorter, names)
-    result = names["result"]
+def _run(example, *shorter):
+    for long, short in shorter:
+        assert long in example
+        example = example.replace(long, short)
+    names = {"__name__": "__main__"}
+    exec(example, names)
+    return names
+
+
+def test_the_python_examples_run(tmp_path, monkeypatch, compiled):
+    first, study = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    result = _run(first, ("rounds=20", "rounds=1"), ("(1, 2, 4)", "(0, 1)"))["result"]
     assert set(result.accuracies) == {"0", "1"}
     assert len(result.history) == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
+    runs = _run(study, ('run_preset("digits")', 'run_preset("smoke")'), ("seeds=3", "seeds=1"))[
+        "runs"
+    ]
+    assert [run.arm for run in runs] == ["fixed", "proportional"]
 
 
 @pytest.mark.slow

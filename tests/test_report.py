@@ -118,7 +118,7 @@ def test_bytes_to_a_target_that_was_not_reached(runs):
 
 
 def test_one_seed_has_no_deviation():
-    assert report.spread([0.5]) == "50.00 ± nan"
+    assert report.spread([0.5]) == "50.00"
     assert report.difference({0: 0.5}, {0: 0.4}) == "+10.00"
     assert report.difference({0: 0.5}, {1: 0.4}) == ""
     assert report.difference({0: 0.57, 1: 0.58}, {0: 0.56, 1: 0.57}) == "+1.00 ± 0.00 *"

@@ -227,4 +227,4 @@ def _block_sizes(config: ResNetConfig) -> tuple[int, list[list[int]]]:
 def check_network(method: str, config: Any) -> None:
     """Raises ConfigError unless the network is a ResNet."""
     if not isinstance(config, ResNetConfig):
-        raise ConfigError(f"{method} needs a ResNet, got {config!r}.")
+        raise ConfigError(f"{method} needs a ResNet, got {type(config).__name__}.")

@@ -58,6 +58,8 @@ def ode(
         that are learned but shared, or kept per depth but not learned; distillation among tiers
         that keep something for themselves.
     """
+    if not isinstance(config, ODENetConfig):
+        raise ConfigError(f"method 'ode' needs an ODENet, got {type(config).__name__}.")
     own = _OWN[one_of("sharing", sharing, SHARING)]
     if not isinstance(iterations, Sequence) or isinstance(iterations, str):
         raise ConfigError(

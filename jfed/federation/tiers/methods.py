@@ -73,8 +73,8 @@ def make_tiers(network: ModelConfig, config: MethodConfig) -> Tiers:
         if name not in _SETTINGS[method]:
             users = ", ".join(m for m, names in _SETTINGS.items() if name in names)
             raise ConfigError(
-                f"method {method!r} has no {name}, got {name} {value!r}; leave it out. "
-                f"Methods that have it: {users}."
+                f"method {method!r} has no {name}, got {name} {value!r}; leave it out, or set "
+                f"it to None where a preset has it. Methods that have it: {users}."
             )
     for name in {"ratios", "able"} & set(_SETTINGS[method]):
         if name not in given:
@@ -87,8 +87,6 @@ def _make(method: str, network: Any, given: dict[str, Any]) -> Tiers:
         check_network(method, network)
     match method:
         case "ode":
-            if not isinstance(network, ODENetConfig):
-                raise ConfigError(f"method 'ode' needs an ODENet, got {network!r}.")
             return ode(network, **({"iterations": (1, 2, 4)} | given))
         case "depthfl":
             return depthfl(network, **given)
