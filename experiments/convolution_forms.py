@@ -10,10 +10,11 @@ as `jfed run` trains. Rows of kind "time" have the time as one more input channe
 concatenates it, "time_conv" is jfed's. PyTorch's convolution is timed beside them where it is
 installed; its threads suffer from other load on the machine far more than XLA's, so compare the two
 on an idle one. Runs of one row are interleaved and their medians shown. It writes
-`experiments/results/convolution_forms_cpu.csv`, from which the CPU table in `choose_form` was read.
-Expected there, "auto, devices" against PyTorch's better layout: 0.95 to 1.65 of its rate for 3x3
-convolutions of 64 to 256 channels, 0.95 to 1.02 of 32, 0.56 of 16; 0.64 to 0.90 for strided 3x3
-ones and 0.47 to 0.63 for depthwise ones.
+`experiments/results/convolution_forms_cpu.csv`. Expected there, "auto, devices" against PyTorch's
+better layout: 0.95 to 1.65 of its rate for 3x3 convolutions of 64 to 256 channels and 0.95 to 1.02
+of 32; 1.00 to 1.44 with the time as a channel; 0.56 (0.60) of 16 channels; 0.90 to 1.90 for 1x1
+ones, 0.64 to 0.90 for strided 3x3, 0.82 to 1.32 for 3 input channels, 0.88 for 5x5, 0.47 to 0.63
+for depthwise ones.
 """
 
 import functools

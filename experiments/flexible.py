@@ -5,7 +5,7 @@
 trains, for each partition of CIFAR-10 (IID, Dirichlet 0.5 and 0.1), a federation of mixed iteration
 counts, one of each count alone, and the ResNet twin; for IID also the control without iterations.
 The tables of accuracy compare every arm with the mixed one at the same count. It writes
-`experiments/results/flexible_cpu.csv`. Expected there: mixed counts 45.9 to 46.1 % under IID, 40.6
+`experiments/results/flexible_cpu.csv`. Expected there: mixed counts 45.8 to 46.1 % under IID, 40.6
 to 41.2 % under Dirichlet 0.5, 29.3 to 29.6 % under 0.1, and no single count apart from them, where
 both are tested at it, by more than noise; the ResNet 46.4, 36.1 and 22.0 %. At `--scale cpu`
 Dirichlet 0.1 has a protocol of its own, so compare within a partition only: with the other ones'

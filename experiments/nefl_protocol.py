@@ -9,7 +9,8 @@ after three quarters of the rounds, crop and flip; five tiers, and in each round
 within two of its own. NeFL reports 85.96 % for the worst tier of NeFL-D on ResNet-110 (1.73 M
 parameters) and 86.66 % for the mean of the tiers. "ode" has as many parameters as NeFL-D's full
 model; its clients send all of them and compute 3 to 4 times as much as NeFL-D's in the same tier.
-"ode, fewer FLOPs" computes no more than NeFL-D in any tier, with about a quarter of the parameters.
+"ode, fewer FLOPs" computes no more than NeFL-D in any tier, with about a quarter of the parameters
+(at `--scale cpu` 37 %, and no iterations in its smallest tier).
 For an accelerator; not run yet. `--scale cpu` has the same federation with 12 rounds on a tenth of
 the images at 16x16 pixels, and ResNet-32: it compares the methods with each other, not with the
 published figures. It writes `experiments/results/nefl_protocol_cpu.csv`. Expected there, worst tier

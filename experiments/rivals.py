@@ -11,7 +11,7 @@ parameters (DepthFL, whose tiers are stages, less). The upper bounds train the f
 client, the lower one on the third that can afford it. Bytes and FLOPs stand beside the accuracies.
 It writes `experiments/results/rivals_cpu.csv`. Expected there, worst tier / mean of the tiers in %:
 ode 46.4 / 46.7, ode with fewer FLOPs 41.4 / 42.8, NeFL-D 42.5 / 43.1, HeteroFL 41.2 / 43.0, DepthFL
-38.2 / 40.7, FedRolex 25.6 / 35.1; the bounds 41.9, 46.4 and 46.7. `--scale full` is ResNet-56 on
+38.2 / 40.7, FedRolex 25.6 / 35.0; the bounds 41.8, 46.4 and 46.7. `--scale full` is ResNet-56 on
 the preset `cifar10-resnet`, but IID, for an accelerator; not run yet.
 """
 

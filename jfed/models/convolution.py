@@ -96,20 +96,17 @@ def constant_response(
     return plane.reshape(1, ho, wo, outputs)
 
 
-# Measured by experiments/convolution_forms.py: two AVX-512 cores (AMD EPYC), JAX 0.10.2, batch 32,
-# float32. The first row that fits decides; other dense convolutions take im2col. Each row: kernel
-# size, stride, least number of input and of output channels, least height and width, form.
+# Two AVX-512 cores (AMD EPYC), JAX 0.10.2, batch 32, float32. experiments/convolution_forms.py
+# times layers of most rows, though not at their bounds. The first row that fits decides; other
+# dense convolutions take im2col. Where images are small and channels many, F4's transforms of the
+# kernel cost more than its fewer products save; where images are smaller still, most of its tiles
+# would be halo. Each row: kernel size, stride, least number of input and of output channels,
+# least height and width, form.
 _CPU_TABLE = (
     (3, 1, 8, 9, "winograd4"),
-    (
-        3,
-        1,
-        256,
-        1,
-        "winograd2",
-    ),  # kernels larger than the images: F4's transforms of them cost more
-    (3, 1, 8, 5, "winograd4"),
-    (3, 1, 8, 1, "winograd2"),  # of F4's tiles the halo would be most
+    (3, 1, 256, 1, "winograd2"),
+    (3, 1, 8, 7, "winograd4"),
+    (3, 1, 8, 1, "winograd2"),
     (5, 1, 16, 5, "winograd4"),
 )
 

@@ -153,21 +153,25 @@ def _depthwise_backward(
 ) -> tuple[Array, Array]:
     dx = _depthwise_forward(_spread(g, kernel, stride, x.shape, pads), kernel[::-1, ::-1], 1, _NONE)
     wide = _sum_dtype(x)
-    # Sums over a few rows at a time, for all taps in one pass over the images while these are in
-    # the cache; then their sum. Plain reductions, one a tap, took three to five times as long.
-    (b, ho, wo, c), together = g.shape, min(8, g.shape[1])
-    groups = -(-ho // together)
-    more = groups * together - ho
-    g = jnp.pad(g, ((0, 0), (0, more), (0, 0), (0, 0))).astype(wide)
-    padded = jnp.pad(pad(x, pads), ((0, 0), (0, more * stride), (0, 0), (0, 0))).astype(wide)
+    # For each tap the products of a block of rows, added up row by row: one fused pass over the
+    # images, for all taps while they are in the cache. Only what is left of that, an eighth, is
+    # reduced. A reduction for each tap took 1.5 to 3 times as long (16 to 64 channels, AMD EPYC).
+    (b, ho, wo, c), block = g.shape, min(8, g.shape[1])
+    blocks = -(-ho // block)
+    missing = blocks * block - ho
+    g = jnp.pad(g, ((0, 0), (0, missing), (0, 0), (0, 0))).astype(wide)
+    padded = jnp.pad(pad(x, pads), ((0, 0), (0, missing * stride), (0, 0), (0, 0))).astype(wide)
 
-    def rows(images: Array, i: int, j: int, stride: int) -> Array:
-        """One row of each group, from (i, j) on: [B, groups, Wo, C]."""
-        end = (b, i + (groups - 1) * together * stride + 1, j + (wo - 1) * stride + 1, c)
-        return lax.slice(images, (0, i, j, 0), end, (1, together * stride, stride, 1))
+    def row_of_blocks(images: Array, i: int, j: int, step: int) -> Array:
+        """A row of every block, the first at (i, j), `step` pixels apart: [B, blocks, Wo, C]."""
+        end = (b, i + (blocks - 1) * block * step + 1, j + (wo - 1) * step + 1, c)
+        return lax.slice(images, (0, i, j, 0), end, (1, block * step, step, 1))
 
     sums = [
-        sum(rows(padded, i + r * stride, j, stride) * rows(g, r, 0, 1) for r in range(together))
+        sum(
+            row_of_blocks(padded, i + r * stride, j, stride) * row_of_blocks(g, r, 0, 1)
+            for r in range(block)
+        )
         for i, j in _taps(kernel)
     ]
     dk = jnp.stack(sums).sum((1, 2, 3))

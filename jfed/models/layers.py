@@ -122,19 +122,13 @@ class Norm(nnx.Module):
 def batch_moments(x: Float[Array, "B H W C"], mask: Mask | None) -> Moments:
     """Mean and biased variance over the examples where `mask` is 1 (all, without a mask)."""
     if mask is None:
-        mean = x.mean((0, 1, 2))
-        return Moments(mean, _squares(x, mean).mean((0, 1, 2)))
+        return Moments(x.mean((0, 1, 2)), x.var((0, 1, 2)))
     # A batch of padding alone (a lane without work, the end of an evaluation) counts in full: what
     # comes of it is thrown away, but a variance of zero would make it overflow, and 0 * inf is nan.
     weight = jnp.where(mask.any(), mask, 1).astype(x.dtype)[:, None, None, None]
     count = weight.sum() * (x.shape[1] * x.shape[2])
     mean = (x * weight).sum((0, 1, 2)) / count
-    return Moments(mean, (_squares(x, mean) * weight).sum((0, 1, 2)) / count)
-
-
-def _squares(x: Array, mean: Array) -> Array:
-    """Squared distances from the mean, on which their sum does not depend to first order."""
-    return jnp.square(x - _channels(jax.lax.stop_gradient(mean)))
+    return Moments(mean, (jnp.square(x - _channels(mean)) * weight).sum((0, 1, 2)) / count)
 
 
 def group_normalise(x: Float[Array, "B H W C"], groups: int) -> Float[Array, "B H W C"]:

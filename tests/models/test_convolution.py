@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jfed.errors import ConfigError
+from jfed.models import winograd
 from jfed.models.convolution import FORMS, choose_form, conv, time_conv
 
 # (H, W), C, O, kernel size, stride, padding
@@ -18,7 +19,7 @@ SHAPES = {
     "odd": ((9, 11), 5, 6, 3, 1, "SAME"),
     "valid": ((10, 7), 4, 6, 3, 1, "VALID"),
     "stem": ((8, 8), 3, 16, 3, 1, "SAME"),
-    "pairs of pixels": ((7, 6), 16, 20, 3, 1, "SAME"),
+    "pairs of pixels": ((5, 16), 16, 20, 3, 1, "SAME"),
     "smaller than a tile": ((3, 3), 4, 4, 3, 1, "SAME"),
     "strided": ((8, 9), 4, 6, 3, 2, "SAME"),
     "tall strided": ((19, 4), 4, 6, 3, 2, "SAME"),
@@ -85,6 +86,15 @@ def test_dense_forms_equal_xla(form, name):
     options = {"stride": stride, "padding": padding}
     got = with_gradients(functools.partial(conv, form=form, **options), *args)
     assert_close(got, with_gradients(functools.partial(reference, **options), *args))
+
+
+@pytest.mark.parametrize("name", ["odd", "pairs of pixels"])
+def test_winograd_in_parts_equals_xla(name, monkeypatch):
+    monkeypatch.setattr(winograd, "_AT_A_TIME", 1.0)
+    size, c, o, k, _, padding = SHAPES[name]
+    args = operands(size, c, c, o, k)
+    got = with_gradients(functools.partial(conv, form="winograd4", padding=padding), *args)
+    assert_close(got, with_gradients(functools.partial(reference, padding=padding), *args))
 
 
 @pytest.mark.parametrize("form", ["auto", "xla"])
@@ -270,4 +280,7 @@ def test_choice():
     assert choose_form((3, 3, 64, 64), stride=2, size=(16, 16), backend="cpu") == "im2col"
     assert choose_form((3, 3, 1, 64), groups=64, size=(16, 16), backend="cpu") == "depthwise"
     assert choose_form((3, 3, 64, 64), size=(2, 2), backend="cpu") == "winograd2"
+    assert choose_form((3, 3, 64, 64), size=(8, 8), backend="cpu") == "winograd4"
+    assert choose_form((3, 3, 256, 256), size=(8, 8), backend="cpu") == "winograd2"
+    assert choose_form((3, 3, 256, 256), size=(16, 16), backend="cpu") == "winograd4"
     assert choose_form((3, 3, 64, 64), size=(16, 16), backend="gpu") == "xla"
