@@ -43,11 +43,12 @@ class EngineConfig:
     """How clients are spread over hardware. Changes the order of floating-point sums, no more.
 
     What is picked for None and "auto" was measured on a CPU by `jfed benchmark`
-    (experiments/results/benchmark_cpu.json); for accelerators it is a guess.
+    (experiments/results/benchmark_scaling_cpu.json); for accelerators it is a guess.
 
     Attributes:
-      devices: how many; None takes all that JAX sees. A CPU is fastest with a device for each core:
-        `jax.config.update("jax_num_cpu_devices", cores)` before anything else, as `jfed run` does.
+      devices: how many; None takes all that JAX sees. A CPU is mostly fastest with one for each
+        core: `jax.config.update("jax_num_cpu_devices", cores)` before anything else, as `jfed run`
+        does.
       lanes: on each device. More lanes are more clients at the same time, and more memory. None:
         one on a CPU, up to 8 on an accelerator.
       mapping: how a device runs its lanes: "vmap" all at once, "map" or "unroll" one after another;
