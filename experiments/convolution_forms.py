@@ -245,6 +245,7 @@ def main(
     hardware = provenance.hardware()
     about = {"hardware": f"{hardware['cpus']} x {hardware['machine']}"}
     about |= {name: hardware[name] for name in ("jax", "commit")}
+    about["command"] = f"python experiments/convolution_forms.py --scale {scale} --batch {batch}"
     rows: list[dict[str, str | float]] = []
     for layer in (SMOKE,) if scale == "smoke" else LAYERS:
         if layer.kind in kinds:

@@ -48,9 +48,10 @@ def main(
             given, but nowhere for smoke.
         """
         folder, goal = workdir / scale, target[scale] if target else None
+        told = {"command": f"python experiments/{name}.py --scale {scale} --seeds {seeds}"}
 
-        def write(done: Sequence[FinishedRun]) -> None:
-            metrics.write_csv(report.lines(done, goal), folder / "runs.csv")
+        def write(done: Sequence[FinishedRun], table: pathlib.Path = folder / "runs.csv") -> None:
+            metrics.write_csv([line | told for line in report.lines(done, goal)], table)
 
         found, diverged = study.run_all(
             arms(scale), folder, seeds=seeds, workers=workers, on_run=write
@@ -59,12 +60,12 @@ def main(
             print(report.text(found, baseline=baseline, target=goal))
             report.save_figures(found, folder)
         if diverged:
-            told = [f"{arm}, seed {seed}: {why}" for (arm, seed), why in diverged.items()]
-            sys.exit("Diverged, and left out of the tables:\n" + "\n".join(told))
+            lost = [f"{arm}, seed {seed}: {why}" for (arm, seed), why in diverged.items()]
+            sys.exit("Diverged, and left out of the tables:\n" + "\n".join(lost))
         if output or scale != "smoke":
             table = output or results / f"{name}_{scale}.csv"
             table.parent.mkdir(parents=True, exist_ok=True)
-            metrics.write_csv(report.lines(found, goal), table)
+            write(found, table)
 
     try:
         tyro.cli(command)

@@ -60,6 +60,8 @@ def test_a_study_runs_at_its_smoke_scale(name, tmp_path, compiled):
         lines = list(csv.DictReader(file))
     assert list(dict.fromkeys(line["arm"] for line in lines)) == ARMS[name]
     assert all(0 <= float(line["accuracy"]) <= 1 for line in lines)
+    own = f"python experiments/{name}.py --scale smoke --seeds 1"
+    assert {line["command"] for line in lines} == {own}
     assert all(arm.rpartition("/")[2] in first.stdout for arm in ARMS[name])
     if name == "depth_transfer":
         assert {"0", "3", "1 Midpoint", "3 Midpoint"} <= {line["tier"] for line in lines}
