@@ -21,17 +21,22 @@ def _run(example, *shorter):
     return names
 
 
-def test_the_python_examples_run(tmp_path, monkeypatch, compiled):
-    first, study = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    result = _run(first, ("rounds=20", "rounds=1"), ("(1, 2, 4)", "(0, 1)"))["result"]
+SIMULATION, STUDY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_simulation_runs():
+    result = _run(SIMULATION, ("rounds=20", "rounds=1"), ("(1, 2, 4)", "(0, 1)"))["result"]
     assert set(result.accuracies) == {"0", "1"}
     assert len(result.history) == 1
+
+
+@pytest.mark.slow
+def test_the_study_runs(tmp_path, monkeypatch, compiled):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
-    runs = _run(study, ('run_preset("digits")', 'run_preset("smoke")'), ("seeds=3", "seeds=1"))[
-        "runs"
-    ]
+    smaller = ('run_preset("digits")', 'run_preset("smoke")'), ("seeds=3", "seeds=1")
+    runs = _run(STUDY, *smaller)["runs"]
     assert [run.arm for run in runs] == ["fixed", "proportional"]
 
 

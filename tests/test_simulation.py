@@ -576,10 +576,11 @@ def test_a_partition_that_cannot_be_is_refused(partition, message):
             {"sharing": "norms-per-depth"},
             {"engine": jfed.EngineConfig(devices=2, lanes=2)},
         ),
-        (
+        pytest.param(
             {"solver": "Bosh3", "norm": "group", "function": "postactivation"},
             {},
             {"draw_tiers": 1, "client": jfed.ClientConfig(steps=3, batch_size=8)},
+            marks=pytest.mark.slow,
         ),
         (
             {"separable": True, "dtype": "bfloat16"},

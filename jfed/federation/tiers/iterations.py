@@ -10,6 +10,7 @@ from jfed.federation.tiers.entries import Own, init_of, select
 from jfed.federation.tiers.tier import Tier, Tiers
 from jfed.models.model import Model
 from jfed.models.odenet import Iterations, ODENetConfig, is_norm, is_step, odenet, per_stage
+from jfed.models.presets import ModelConfig
 
 
 def _is_classifier(path: tuple[Any, ...]) -> bool:
@@ -29,7 +30,7 @@ _WITH_STEPS = ("steps-per-depth", "norms-and-steps-per-depth")
 
 
 def ode(
-    config: ODENetConfig,
+    config: ModelConfig,
     iterations: Sequence[Iterations],
     *,
     sharing: str = "all",
