@@ -30,6 +30,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from script import table_of
 from tabulate import tabulate
 
 from jfed import metrics, provenance
@@ -37,7 +38,6 @@ from jfed.benchmark.timing import interleaved, timed
 from jfed.errors import ConfigError
 from jfed.models.convolution import FORMS, choose_form, conv, time_conv
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 CLIENTS = 4
 RATE = 1e-6  # learning rate: small enough that values stay where they are
 WORK = 1.5e9  # floating-point operations in one timed run, at least two steps
@@ -57,11 +57,15 @@ class Layer(NamedTuple):
     stride: int = 1
     padding: str = "SAME"
 
+    @property
+    def groups(self) -> int:
+        return self.inputs if self.kind == "depthwise" else 1
+
     def flops(self, batch: int) -> int:
         """Multiplications and additions of the forward pass and both gradients."""
         valid = self.size if self.padding == "SAME" else self.size - self.window + 1
-        inputs = 1 if self.kind == "depthwise" else self.inputs
-        return 6 * batch * (-(-valid // self.stride)) ** 2 * self.window**2 * inputs * self.outputs
+        taps = self.window**2 * self.inputs // self.groups
+        return 6 * batch * (-(-valid // self.stride)) ** 2 * taps * self.outputs
 
 
 SMOKE = Layer("dense", 4, 8, 8)
@@ -87,13 +91,12 @@ def operations(layer: Layer) -> dict[str, Callable[[jax.Array, jax.Array], jax.A
             ),
             "time_conv": lambda x, k: time_conv(x, jnp.float32(0.5), k),
         }
-    groups = layer.inputs if layer.kind == "depthwise" else 1
     return {
         form: functools.partial(
-            conv, stride=layer.stride, padding=layer.padding, groups=groups, form=form
+            conv, stride=layer.stride, padding=layer.padding, groups=layer.groups, form=form
         )
         for form in FORMS
-        if form != "auto" and _fits(layer, form, groups)
+        if form != "auto" and _fits(layer, form)
     }
 
 
@@ -101,24 +104,24 @@ def auto(layer: Layer) -> str:
     """What jfed takes for this layer."""
     if layer.kind == "time":
         return "time_conv"
-    groups = layer.inputs if layer.kind == "depthwise" else 1
     size = (layer.size, layer.size)
-    return choose_form(_kernel_shape(layer), stride=layer.stride, groups=groups, size=size)
+    return choose_form(_kernel_shape(layer), stride=layer.stride, groups=layer.groups, size=size)
 
 
-def _fits(layer: Layer, form: str, groups: int) -> bool:
+def _fits(layer: Layer, form: str) -> bool:
     x = jax.ShapeDtypeStruct((1, layer.size, layer.size, layer.inputs), jnp.float32)
     k = jax.ShapeDtypeStruct(_kernel_shape(layer), jnp.float32)
     try:
-        jax.eval_shape(functools.partial(conv, stride=layer.stride, groups=groups, form=form), x, k)
+        jax.eval_shape(
+            functools.partial(conv, stride=layer.stride, groups=layer.groups, form=form), x, k
+        )
     except ConfigError:
         return False
     return True
 
 
 def _kernel_shape(layer: Layer) -> tuple[int, int, int, int]:
-    inputs = 1 if layer.kind == "depthwise" else layer.inputs
-    return layer.window, layer.window, inputs, layer.outputs
+    return layer.window, layer.window, layer.inputs // layer.groups, layer.outputs
 
 
 def jax_run(
@@ -126,10 +129,10 @@ def jax_run(
     x: np.ndarray,
     kernel: np.ndarray,
     steps: int,
-    clients: int = 1,
-    devices: int = 1,
+    copies: int = 1,
+    spread: Callable[[Callable[..., Pair]], Callable[..., Pair]] = jax.vmap,
 ) -> Callable[[], object]:
-    """A compiled scan of training steps; one for each client, under `vmap` or on its device."""
+    """A compiled scan of training steps; of several copies, `spread` makes one function."""
 
     def step(carry: Pair, _: None) -> tuple[Pair, None]:
         y, gradient = jax.vjp(operation, *carry)
@@ -139,23 +142,21 @@ def jax_run(
     def train(x: jax.Array, kernel: jax.Array) -> Pair:
         return jax.lax.scan(step, (x, kernel), None, length=steps)[0]
 
-    run = train
     operands = [jnp.asarray(x), jnp.asarray(kernel)]
-    if clients > 1 or devices > 1:
-        operands = [jnp.stack([a] * clients * devices) for a in operands]
-        run = jax.vmap(train) if clients > 1 else one_of_each(train, devices)
-    compiled = jax.jit(run).lower(*operands).compile()
+    if copies > 1:
+        operands = [jnp.stack([a] * copies) for a in operands]
+    compiled = jax.jit(spread(train) if copies > 1 else train).lower(*operands).compile()
     return lambda: jax.block_until_ready(compiled(*operands))
 
 
-def one_of_each(train: Callable[..., Pair], devices: int) -> Callable[..., Pair]:
-    """The function of operands with a leading axis that is spread over the devices."""
+def on_devices(train: Callable[..., Pair]) -> Callable[..., Pair]:
+    """The function of operands with a leading axis that is spread over all devices."""
 
     def own(x: jax.Array, kernel: jax.Array) -> Pair:
         x, kernel = train(x[0], kernel[0])
         return x[None], kernel[None]
 
-    mesh, spread = Mesh(jax.devices()[:devices], ("devices",)), P("devices")
+    mesh, spread = Mesh(jax.devices(), ("devices",)), P("devices")
     return jax.shard_map(own, mesh=mesh, in_specs=spread, out_specs=spread, check_vma=False)
 
 
@@ -169,13 +170,12 @@ def torch_run(
     images = torch.tensor(x).permute(0, 3, 1, 2).contiguous(memory_format=layout)
     weights = torch.tensor(kernel).permute(3, 2, 0, 1).contiguous(memory_format=layout)
     padding = layer.window // 2 if layer.padding == "SAME" else 0
-    groups = layer.inputs if layer.kind == "depthwise" else 1
 
     def run() -> None:
         a, k = images, weights
         for _ in range(steps):
             a, k = a.detach().requires_grad_(), k.detach().requires_grad_()
-            y = torch.nn.functional.conv2d(a, k, None, layer.stride, padding, 1, groups)
+            y = torch.nn.functional.conv2d(a, k, None, layer.stride, padding, 1, layer.groups)
             da, dk = torch.autograd.grad(y, (a, k), RATE * y.detach())
             a, k = a.detach() - da, k.detach() - dk
 
@@ -203,7 +203,7 @@ def measure(layer: Layer, batch: int, repeats: int) -> dict[str, str | float]:
     if (devices := jax.device_count()) > 1:
         best = operations(layer)[auto(layer)]
         work["auto, devices"] = flops * steps * devices
-        runs["auto, devices"] = jax_run(best, images, kernel, steps, devices=devices)
+        runs["auto, devices"] = jax_run(best, images, kernel, steps, devices, on_devices)
     if importlib.util.find_spec("torch"):
         for name, last in (("torch", False), ("torch nhwc", True)):
             runs[name] = torch_run(layer, x, kernel, steps, last)
@@ -241,6 +241,7 @@ def main(
       output: of the CSV; experiments/results/convolution_forms_cpu.csv where not given, but
         nowhere for smoke.
     """
+    output = table_of(__file__, scale, output)
     jax.config.update("jax_num_cpu_devices", len(provenance.cores()))
     hardware = provenance.hardware()
     about = {"hardware": f"{hardware['cpus']} x {hardware['machine']}"}
@@ -252,10 +253,7 @@ def main(
             rows.append(measure(layer, batch, repeats))
             print(" ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
     print(tabulate(rows, headers="keys"))
-    if output is None and scale == "cpu":
-        output = RESULTS / "convolution_forms_cpu.csv"
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
         metrics.write_csv([row | about for row in rows], output)
 
 

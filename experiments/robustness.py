@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import jax
 import tyro
+from script import table_of
 from tabulate import tabulate
 
 from jfed import launch, metrics, provenance, report, simulation
@@ -28,7 +29,6 @@ from jfed.config import RunConfig
 from jfed.errors import DivergedError
 from jfed.rounds import Federation
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 HONEST = "none"
 
 
@@ -188,8 +188,7 @@ def main(
       cache: where compiled programs are kept, which all seeds, shares and attacks have in common.
     """
     launch.keep_compiled(cache.resolve())
-    if output is None and scale == "cpu":
-        output = RESULTS / "robustness_cpu.csv"
+    output = table_of(__file__, scale, output)
     hardware, lines = provenance.hardware(), []
     about = {
         "hardware": f"{hardware['cpus']} x {hardware['machine']}",
@@ -202,7 +201,6 @@ def main(
         lines.append(measure(*arm) | about)
         print({k: v for k, v in lines[-1].items() if k not in about}, file=sys.stderr)
         if output:
-            output.parent.mkdir(parents=True, exist_ok=True)
             metrics.write_csv(lines, output)
     print(table(lines))
 

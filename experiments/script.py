@@ -12,6 +12,17 @@ from jfed.errors import JfedError, RunFolderError
 from jfed.finished import FinishedRun
 
 
+def table_of(script: str, scale: str, output: pathlib.Path | None) -> pathlib.Path | None:
+    """Where a script's table goes, in a folder that is there; nowhere for smoke by default."""
+    if output is None:
+        if scale == "smoke":
+            return None
+        own = pathlib.Path(script)
+        output = own.parent / "results" / f"{own.stem}_{scale}.csv"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return output
+
+
 def main(
     script: str,
     arms: Callable[[str], study.Arms],
@@ -27,7 +38,7 @@ def main(
       baseline: see `jfed.report.arm_table`.
       target: likewise, by scale.
     """
-    name, results = pathlib.Path(script).stem, pathlib.Path(script).parent / "results"
+    name = pathlib.Path(script).stem
 
     def command(
         scale: Literal["cpu", "full", "smoke"] = "cpu",
@@ -48,6 +59,7 @@ def main(
             given, but nowhere for smoke.
         """
         folder, goal = workdir / scale, target[scale] if target else None
+        end = table_of(script, scale, output)
         told = {"command": f"python experiments/{name}.py --scale {scale} --seeds {seeds}"}
 
         def write(done: Sequence[FinishedRun], table: pathlib.Path = folder / "runs.csv") -> None:
@@ -62,10 +74,8 @@ def main(
         if diverged:
             lost = [f"{arm}, seed {seed}: {why}" for (arm, seed), why in diverged.items()]
             sys.exit("Diverged, and left out of the tables:\n" + "\n".join(lost))
-        if output or scale != "smoke":
-            table = output or results / f"{name}_{scale}.csv"
-            table.parent.mkdir(parents=True, exist_ok=True)
-            write(found, table)
+        if end:
+            write(found, end)
 
     try:
         tyro.cli(command)

@@ -77,15 +77,13 @@ def _transposed_backward(
 # ------------------------------------------------------------------------------------ "im2col"
 
 
-def _shifted(padded: Array, i: int, j: int, stride: int, size: tuple[int, int]) -> Array:
+def _shifted(
+    padded: Array, i: int, j: int, strides: tuple[int, int], size: tuple[int, int]
+) -> Array:
     """What kernel tap (i, j) sees at every output position: [B, Ho, Wo, C]."""
-    (b, _, _, c), (ho, wo) = padded.shape, size
-    return lax.slice(
-        padded,
-        (0, i, j, 0),
-        (b, i + (ho - 1) * stride + 1, j + (wo - 1) * stride + 1, c),
-        (1, stride, stride, 1),
-    )
+    (b, _, _, c), (ho, wo), (down, right) = padded.shape, size, strides
+    end = (b, i + (ho - 1) * down + 1, j + (wo - 1) * right + 1, c)
+    return lax.slice(padded, (0, i, j, 0), end, (1, down, right, 1))
 
 
 def _unshifted(g: Array, i: int, j: int, stride: int, shape: tuple[int, ...], pads: Pads) -> Array:
@@ -105,7 +103,7 @@ def _patches(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
     """[B * Ho * Wo, kh * kw * C]: one row per output position, in the order of the kernel."""
     size = output_size(x, kernel, stride, pads)
     padded = pad(x, pads)
-    columns = [_shifted(padded, i, j, stride, size) for i, j in _taps(kernel)]
+    columns = [_shifted(padded, i, j, (stride, stride), size) for i, j in _taps(kernel)]
     return jnp.concatenate(columns, axis=-1).reshape(x.shape[0] * size[0] * size[1], -1)
 
 
@@ -142,7 +140,8 @@ def _depthwise_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> Arra
     size, padded = output_size(x, kernel, stride, pads), pad(x, pads)
     wide = _sum_dtype(x)
     y = sum(
-        _shifted(padded, i, j, stride, size).astype(wide) * _tap(kernel, i, j).astype(wide)
+        _shifted(padded, i, j, (stride, stride), size).astype(wide)
+        * _tap(kernel, i, j).astype(wide)
         for i, j in _taps(kernel)
     )
     return jnp.asarray(y).astype(x.dtype)
@@ -156,20 +155,17 @@ def _depthwise_backward(
     # For each tap the products of a block of rows, added up row by row: one fused pass over the
     # images, for all taps while they are in the cache. Only what is left of that, an eighth, is
     # reduced. A reduction for each tap took 1.5 to 3 times as long (16 to 64 channels, AMD EPYC).
-    (b, ho, wo, c), block = g.shape, min(8, g.shape[1])
+    (ho, wo), block = g.shape[1:3], min(8, g.shape[1])
     blocks = -(-ho // block)
     missing = blocks * block - ho
-    g = jnp.pad(g, ((0, 0), (0, missing), (0, 0), (0, 0))).astype(wide)
-    padded = jnp.pad(pad(x, pads), ((0, 0), (0, missing * stride), (0, 0), (0, 0))).astype(wide)
-
-    def row_of_blocks(images: Array, i: int, j: int, step: int) -> Array:
-        """A row of every block, the first at (i, j), `step` pixels apart: [B, blocks, Wo, C]."""
-        end = (b, i + (blocks - 1) * block * step + 1, j + (wo - 1) * step + 1, c)
-        return lax.slice(images, (0, i, j, 0), end, (1, block * step, step, 1))
-
+    (top, bottom), sides = pads
+    padded = pad(x, ((top, bottom + missing * stride), sides)).astype(wide)
+    g = pad(g, ((0, missing), (0, 0))).astype(wide)
+    size = (blocks, wo)
     sums = [
         sum(
-            row_of_blocks(padded, i + r * stride, j, stride) * row_of_blocks(g, r, 0, 1)
+            _shifted(padded, i + r * stride, j, (block * stride, stride), size)
+            * _shifted(g, r, 0, (block, 1), size)
             for r in range(block)
         )
         for i, j in _taps(kernel)

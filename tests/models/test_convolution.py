@@ -98,7 +98,7 @@ def test_winograd_in_parts_equals_xla(name, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["auto", "xla"])
-@pytest.mark.parametrize("name", ["odd", "tall strided", "5x5"])
+@pytest.mark.parametrize("name", ["odd", "strided", "tall strided", "5x5"])
 def test_depthwise_equals_xla(form, name):
     size, c, _, k, stride, padding = SHAPES[name]
     args = operands(size, c, 1, c, k)
