@@ -5,7 +5,7 @@ import functools
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     recorded round is saved, and the same command goes on from there.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    commands = {
-        "run": launch.run,
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "run": functools.partial(launch.run, restart=argv is None),
         "report": _report,
         "models": _models,
         "prepare": _prepare,

@@ -16,7 +16,7 @@ import tyro
 from etils import epath
 from tqdm import tqdm
 
-from jfed import folder, runs
+from jfed import folder, huge_pages, runs
 from jfed.checkpoints import CheckpointConfig
 from jfed.config import RUN_PRESETS, RunConfig, run_preset
 from jfed.errors import ConfigError
@@ -64,9 +64,16 @@ class LaunchConfig:
     process_id: int | None = None
 
 
-def run(args: list[str]) -> None:
-    """The command `jfed run`; see `jfed.cli.main` for how it ends."""
+def run(args: list[str], *, restart: bool = False) -> None:
+    """The command `jfed run`; see `jfed.cli.main` for how it ends.
+
+    Args:
+      args: after the command.
+      restart: the process is this command's own and may be started again, see `jfed.huge_pages`.
+    """
     config, launch = _parse(args)
+    if restart:
+        huge_pages.restart()
     workdir = launch.workdir
     if workdir is None:
         workdir = f"runs/{launch.preset}-{time.strftime('%Y%m%d-%H%M%S')}"

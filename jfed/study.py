@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from jfed import finished, folder, launch, runs
+from jfed import finished, folder, huge_pages, launch, runs
 from jfed.config import RunConfig
 from jfed.errors import ConfigError, DeviceMemoryError, DivergedError, check_integer
 from jfed.finished import FinishedRun
@@ -109,7 +109,7 @@ def _run_jobs(jobs: _Jobs, workers: int | None) -> Iterator[tuple[_Key, str | No
     free = context.Queue()
     for i in range(workers):
         free.put(free_cores[i % len(free_cores)])
-    with _pool(workers, context, free) as pool:
+    with huge_pages.for_children(), _pool(workers, context, free) as pool:
         futures = {pool.submit(_run_job, *job): key for key, job in jobs.items()}
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future.result()

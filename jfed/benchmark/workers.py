@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jfed import provenance
+from jfed import huge_pages, provenance
 from jfed.benchmark.contenders import Contender, build, set_up_jax
 from jfed.benchmark.tasks import RoundWork
 
@@ -108,11 +108,12 @@ class Worker:
 
 @contextlib.contextmanager
 def started(contenders: list[Contender], platform: str) -> Iterator[list[Worker]]:
-    """Starts a process for each contender, and ends them all afterwards."""
+    """Starts a process for each contender, all with huge pages; ends them afterwards."""
     workers: list[Worker] = []
     try:
-        for contender in contenders:
-            workers.append(Worker(contender, platform))
+        with huge_pages.for_children():
+            for contender in contenders:
+                workers.append(Worker(contender, platform))
         yield workers
     finally:
         for worker in workers:
