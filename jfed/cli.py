@@ -41,8 +41,15 @@ commands:
 `jfed COMMAND --help` documents every option."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def command() -> int:
+    """The console script: `main` in a process of its own."""
+    return main(own_process=True)
+
+
+def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int:
     """Runs the command line; returns the exit status.
+
+    With `own_process` the process may be started again, see `jfed.huge_pages`.
 
     0: done. 1: the run diverged or ran out of memory; what it recorded is kept. 2: a setting, a
     data set or a run folder that cannot be used; nothing is lost. 130: interrupted twice, or
@@ -51,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], None]] = {
-        "run": functools.partial(launch.run, restart=argv is None),
+        "run": functools.partial(launch.run, restart=own_process),
         "report": _report,
         "models": _models,
         "prepare": _prepare,

@@ -109,8 +109,9 @@ def _run_jobs(jobs: _Jobs, workers: int | None) -> Iterator[tuple[_Key, str | No
     free = context.Queue()
     for i in range(workers):
         free.put(free_cores[i % len(free_cores)])
-    with huge_pages.for_children(), _pool(workers, context, free) as pool:
-        futures = {pool.submit(_run_job, *job): key for key, job in jobs.items()}
+    with _pool(workers, context, free) as pool:
+        with huge_pages.for_children():
+            futures = {pool.submit(_run_job, *job): key for key, job in jobs.items()}
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future.result()
 

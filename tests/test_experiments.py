@@ -50,7 +50,9 @@ def load(name, monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "ablation")) for n in ARMS]
+)
 def test_a_study_runs_at_its_smoke_scale(name, tmp_path, compiled):
     table = tmp_path / "table.csv"
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--scale", "smoke", "--seeds", "1"]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jfed import plots, provenance
+from jfed import huge_pages, plots, provenance
 from jfed.benchmark import figures, report
 from jfed.benchmark.race import Measured, Progress, race
 from jfed.benchmark.sections import Group, Machine, groups
@@ -54,6 +54,7 @@ def run(
         "settings": dataclasses.asdict(settings),
         "rounds": settings.rounds,
         "hardware": where,
+        "glibc_tunables": _tunables(),
         "load_average": _load(machine, show),
         "commit": provenance.commit(),
         "began": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -71,6 +72,12 @@ def run(
             show("\n".join([*text, *report.notes(section, measured), ""]))
         plots.save(figures.draw(section, done), output / f"{section}.png")
     return record
+
+
+def _tunables() -> str | None:
+    """What the contenders' processes are told of huge pages."""
+    with huge_pages.for_children():
+        return os.environ.get(huge_pages.VARIABLE)
 
 
 def _load(machine: Machine, show: Callable[[str], None]) -> float | None:

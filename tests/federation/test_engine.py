@@ -70,6 +70,11 @@ def test_packing_loses_nothing_and_is_even(sizes, lanes, shuffler):
     jax.tree.map(np.testing.assert_array_equal, pack(work, lanes, 2, steps), schedule)
 
 
+LINEAR = Tier(
+    "linear", Model(lambda key: jnp.zeros((64, 10)), lambda p, x: x.reshape(x.shape[0], -1) @ p)
+)
+
+
 @pytest.fixture(scope="module")
 def task():
     rng = np.random.default_rng(0)
@@ -168,10 +173,13 @@ def test_the_only_collective_is_one_sum_over_devices(task):
 
 
 @pytest.mark.parametrize(
-    ("devices", "mapping"), [pytest.param(1, "map", marks=pytest.mark.slow), (2, "vmap")]
+    ("devices", "mapping", "linear"),
+    [(1, "map", True), (2, "vmap", True), pytest.param(2, "vmap", False, marks=pytest.mark.slow)],
 )
-def test_stacked_updates_are_those_that_are_summed(task, devices, mapping):
+def test_stacked_updates_are_those_that_are_summed(task, devices, mapping, linear):
     images, labels, tier, config, preprocess, work, variables = task
+    if linear:
+        tier, variables = LINEAR, jnp.zeros((64, 10))
     mesh, lanes = make_mesh(devices), 2 * devices
     steps = capacity([len(w.batches) for w in work], len(work), lanes)
 
@@ -264,16 +272,11 @@ def test_memory_does_not_grow_with_the_cohort(task):
 def _linear(task, devices):
     """One step of a linear model for each of four clients on that many devices."""
     images, labels, _, _, _, _, _ = task
-
-    def apply(params, x):
-        return x.reshape(x.shape[0], -1) @ params
-
-    tier = Tier("linear", Model(lambda key: jnp.zeros((64, 10)), apply))
     config = ClientConfig(batch_size=10)
     work = [Work(c, np.arange(10, dtype=np.int32)[None] + 10 * c, 10.0) for c in range(4)]
     mesh = make_mesh(devices)
     preprocess = make_preprocess((128.0,), (64.0,), pad=0, flip=False)
-    train = make_trainer(tier, config, preprocess, mesh, mapping="map")
+    train = make_trainer(LINEAR, config, preprocess, mesh, mapping="map")
     schedule = put_schedule(pack(work, devices, 10, 4 if devices == 1 else 2), mesh)
     scalars = (jax.random.key(0), np.int32(0), np.float32(0.1))
     return train(jnp.zeros((64, 10)), images, labels, schedule, *scalars)[0].total
