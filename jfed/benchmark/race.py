@@ -1,4 +1,10 @@
-"""A race: contenders in their processes, checked to do the same work, timed in turns."""
+"""A race: contenders in their processes, checked to do the same work, timed in turns.
+
+In a simulation one round follows another, so a turn is two rounds, of which the second is timed.
+The first one finds cold caches, and the memory that its process freed is gone: where a virtual
+machine reports free memory to its host while others run (Linux's free page reporting), having it
+back made rounds of 0.7 s last 1.1.
+"""
 
 import dataclasses
 import statistics
@@ -14,6 +20,7 @@ from jfed.benchmark.workers import (
     Memory,
     NotInstalledError,
     Ready,
+    Seconds,
     Worker,
     WorkerError,
     started,
@@ -33,9 +40,9 @@ class Measured:
       seconds: of each timed round.
       work: what a round amounts to.
       build_seconds: of building and compiling, while other processes did the same.
-      cpu_seconds: of all cores together in each round, the untimed first one included. Other
-        programs lengthen them far less than they lengthen `seconds`.
-      losses: mean training loss of each round, the untimed first one included, where it is known.
+      cpu_seconds: of all cores together in each timed round. Other programs lengthen them far less
+        than they lengthen `seconds`.
+      losses: mean training loss of each round, the untimed ones included, where it is known.
       disagreement: of its global update after the first round with the first contender's, relative.
       memory: peak of the process after the last round.
       host_seconds: of jfed's work on the host in some rounds, where asked for.
@@ -105,15 +112,24 @@ class _Entry:
         if ready is not None:
             self.measured.work, self.measured.build_seconds = ready
 
-    def round(self) -> float | None:
-        """Does the next round; returns its seconds, None if it failed."""
+    def turn(self) -> float | None:
+        """Does a round untimed, unless it is a slow one, and times the next; None if it failed."""
+        if not self.worker.contender.once:
+            self.round()
+        found = self.round()
+        if found is None:
+            return None
+        self.measured.cpu_seconds.append(found.cpu)
+        return found.wall
+
+    def round(self) -> Seconds | None:
+        """Does the next round; None if it failed."""
         answer = self.attempt(self.worker.ask, "round", self.rounds)
         if answer is None:
             return None
-        seconds, cpu, loss = answer
-        self._progress(f"  {self.worker.contender.name}, round {self.rounds}: {seconds:.3f} s")
+        seconds, loss = answer
+        self._progress(f"  {self.worker.contender.name}, round {self.rounds}: {seconds.wall:.3f} s")
         self.rounds += 1
-        self.measured.cpu_seconds.append(cpu)
         if loss is not None:
             self.measured.losses.append(loss)
         return seconds
@@ -141,13 +157,14 @@ def race(
     """Times contenders side by side.
 
     Each starts from the same weights and does one round untimed; one whose global model then is
-    another than the first contender's is out. The timed rounds follow on that one.
+    another than the first contender's is out. The turns, two rounds of which the second is timed,
+    follow on that one.
 
     Args:
       contenders: of the same task, and such as measure the machine's peak.
       platform: JAX's.
       repeats: timed rounds of each.
-      pause: seconds between rounds.
+      pause: seconds between turns.
       compare: check the first round; for contenders of the same task only.
       host_rounds: rounds to measure jfed's work on the host of.
       progress: called with what was done, as text.
@@ -158,11 +175,8 @@ def race(
             entry.await_ready()
         if compare:
             _compare([e for e in entries if not e.worker.contender.is_peak])
-        for entry in entries:
-            if not entry.rounds:
-                entry.round()
         once = [c.name for c in contenders if c.once]
-        runs = {e.worker.contender.name: e.round for e in entries if e.running}
+        runs = {e.worker.contender.name: e.turn for e in entries if e.running}
         seconds = interleaved(runs, repeats, once=once, pause=pause)
         for entry in entries:
             entry.measured.seconds = seconds.get(entry.worker.contender.name, [])

@@ -94,8 +94,7 @@ def _bytes(which: str) -> Column:
 
 
 def _cpu(m: Measured, others: Sequence[Measured], peak: float | None) -> str:
-    later = m.cpu_seconds[1:]  # the first round warmed up
-    return f"{statistics.median(later):.2f}" if later else ""
+    return f"{statistics.median(m.cpu_seconds):.2f}" if m.cpu_seconds else ""
 
 
 def _host(m: Measured, others: Sequence[Measured], peak: float | None) -> str:

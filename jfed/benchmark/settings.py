@@ -50,7 +50,7 @@ class Settings:
 
     @property
     def pause(self) -> float:
-        """Seconds between two rounds."""
+        """Seconds between two turns."""
         return _PAUSE[self.scale]
 
     def chosen(self, platform: str) -> tuple[str, ...]:

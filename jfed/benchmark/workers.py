@@ -41,6 +41,18 @@ class Ready(NamedTuple):
     seconds: float
 
 
+class Seconds(NamedTuple):
+    """What a round took.
+
+    Attributes:
+      wall: seconds on the clock.
+      cpu: seconds of all cores together.
+    """
+
+    wall: float
+    cpu: float
+
+
 class Memory(NamedTuple):
     """Peak memory of a process, in bytes.
 
@@ -73,8 +85,8 @@ class Worker:
     def ask(self, command: str, *arguments: Any) -> Any:
         """Has the process do something and waits for its answer; WorkerError if it fails.
 
-        Commands: `round number` (its seconds, those of all cores, and its loss), `variables`,
-        `memory`, `host_seconds number`.
+        Commands: `round number` (its `Seconds` and its loss), `variables`, `memory`,
+        `host_seconds number`.
         """
         try:
             self._connection.send((command, *arguments))
@@ -143,7 +155,7 @@ def _answer(runner: Any, command: str, *arguments: Any) -> Any:
     if command == "round":
         began, cpu = time.perf_counter(), time.process_time()
         loss = runner.round(*arguments)
-        return time.perf_counter() - began, time.process_time() - cpu, loss
+        return Seconds(time.perf_counter() - began, time.process_time() - cpu), loss
     if command == "memory":
         return peak_memory()
     return getattr(runner, command)(*arguments)
