@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jfed.errors import ConfigError, check_integer, check_number
@@ -21,6 +22,11 @@ from jfed.models.model import Mask, Model, Moments, Params, Statistics, function
 NORMS = ("batch", "group")
 SHORTCUTS = ("pad", "projection")
 DTYPES = ("float32", "bfloat16")
+
+_KEPT = "kept"
+# A policy for `jax.checkpoint`: keep what is dear to compute again, which is what convolutions give
+# and norms measure, and compute the rest again, which is what norms and relus give.
+KEEP_CONVOLUTIONS = jax.checkpoint_policies.save_only_these_names(_KEPT)
 
 _he_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
@@ -64,7 +70,7 @@ class TimeConv(nnx.Module):
 
     def __call__(self, t: Any, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        return time_conv(x, jnp.asarray(t, self.dtype), kernel, form=self.form)
+        return _keep(time_conv(x, jnp.asarray(t, self.dtype), kernel, form=self.form))
 
 
 class SeparableTimeConv(nnx.Module):
@@ -83,8 +89,9 @@ class SeparableTimeConv(nnx.Module):
         pointwise = self.pointwise[...].astype(self.dtype)
         # The time's own channel is the same for every image, so it is added as a plane.
         plane = t * constant_response(x.shape[1:3], depthwise[..., :1])
-        y = conv(x, depthwise[..., 1:], groups=x.shape[-1], form=self.form)
-        return conv(y, pointwise[:, :, 1:], form=self.form) + plane * pointwise[:, :, :1]
+        y = _keep(conv(x, depthwise[..., 1:], groups=x.shape[-1], form=self.form))
+        y = conv(y, pointwise[:, :, 1:], form=self.form) + plane * pointwise[:, :, :1]
+        return _keep(y)
 
 
 class Norm(nnx.Module):
@@ -112,7 +119,7 @@ class Norm(nnx.Module):
         if self.kind == "group":
             y = group_normalise(x * self.gain, _groups(x.shape[-1], self.MAX_GROUPS))
             return y * scale + offset, None
-        used = batch_moments(x, mask) if given is None else given
+        used = _keep(batch_moments(x, mask)) if given is None else given
         gain = self.gain if given is None else 1.0
         # All factors of a channel first: one pass over x, and one less back.
         factor = gain * jax.lax.rsqrt(gain**2 * used.var + self.EPSILON)
@@ -134,8 +141,14 @@ def batch_moments(x: Float[Array, "B H W C"], mask: Mask | None) -> Moments:
 def group_normalise(x: Float[Array, "B H W C"], groups: int) -> Float[Array, "B H W C"]:
     """Normalises each example over space and each of `groups` groups of neighbouring channels."""
     grouped = x.reshape(*x.shape[:3], groups, -1)
-    mean, var = grouped.mean((1, 2, 4), keepdims=True), grouped.var((1, 2, 4), keepdims=True)
+    mean, var = _keep(
+        (grouped.mean((1, 2, 4), keepdims=True), grouped.var((1, 2, 4), keepdims=True))
+    )
     return ((grouped - mean) * jax.lax.rsqrt(var + Norm.EPSILON)).reshape(x.shape)
+
+
+def _keep(values: Any) -> Any:
+    return checkpoint_name(values, _KEPT)
 
 
 def _channels(a: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:
