@@ -1,6 +1,6 @@
 """`jfed benchmark`: jfed and its rivals on the same work, side by side in one run.
 
-Each contender runs in a process of its own; their rounds are interleaved. The modules:
+Each contender runs in a process of its own; their turns are interleaved. The modules:
 
     settings.py       what a run of the benchmark is asked to do
     tasks.py          the work: a federation that every contender trains

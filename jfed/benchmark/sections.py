@@ -49,7 +49,7 @@ class Group:
     Attributes:
       title: of the table.
       contenders: the one that others are compared with first.
-      together: their rounds are interleaved and their first rounds compared; else they run one
+      together: their turns are interleaved and their first rounds compared; else they run one
         after another, each with the machine and its memory to itself.
       host_rounds: rounds to measure jfed's work on the host of.
     """

@@ -57,7 +57,8 @@ class ODENetConfig:
       separable: f's convolutions are depthwise-separable (dsODENet).
       shortcut: of the residual blocks between stages, "projection" or "pad".
       norm: "batch" or "group".
-      unroll: trace every solver step, or scan over them (see `jfed.models.integrate.integrate`).
+      unroll: trace every solver step, which runs faster, or scan over them, which compiles faster
+        and takes half the memory or less.
       dtype: what convolutions compute in, "float32" or "bfloat16"; parameters and z stay float32.
       conv: the convolutions' form, see `jfed.models.convolution.conv`.
       learn_steps: each ODE block learns the size h_k of each of its steps, which starts at the
