@@ -77,7 +77,8 @@ class RunConfig:
       function: preactivation or postactivation, the order inside an ODE block.
       learn_steps: ODE blocks learn the sizes of their steps; see sharing.
       norm: batch or group.
-      unroll: trace every solver iteration (faster to run) instead of a loop (faster to compile).
+      unroll: trace every solver iteration (mostly faster to run) instead of a loop (faster to
+        compile, about half the memory).
       dtype: what convolutions compute in: float32 or bfloat16.
       conv: form of the convolutions, see `jfed.models.convolution`.
       rounds: how many.

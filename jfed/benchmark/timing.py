@@ -25,8 +25,8 @@ def interleaved(
     """Does the runs in turns, A B C A B C ..., and returns the seconds of each.
 
     Args:
-      runs: by name; each does its work once and returns its seconds, or None if it cannot go on,
-        after which it is left out.
+      runs: by name; each takes its turn and returns the seconds that count, or None if it cannot go
+        on, after which it is left out.
       repeats: turns.
       once: names of those, slow ones, that take part in the first turn only.
       pause: seconds to wait before each run, in which the threads of the one before fall asleep.

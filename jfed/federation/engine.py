@@ -46,8 +46,9 @@ class EngineConfig:
     (experiments/results/benchmark_scaling_cpu.json); for accelerators it is a guess.
 
     Attributes:
-      devices: how many; None takes all that JAX sees. On a CPU one for each core is fastest:
-        `jax.config.update("jax_num_cpu_devices", cores)` before anything else, as `jfed run` does.
+      devices: how many; None takes all that JAX sees. On a CPU one for each core is as fast or
+        faster: `jax.config.update("jax_num_cpu_devices", cores)` before anything else, as
+        `jfed run` does.
       lanes: on each device. More lanes are more clients at the same time, and more memory. None:
         one on a CPU, up to 8 on an accelerator.
       mapping: how a device runs its lanes: "vmap" all at once, "map" or "unroll" one after another;

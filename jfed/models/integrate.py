@@ -81,7 +81,8 @@ def integrate(
       steps: how many steps; 0 returns z.
       horizon: "fixed" or "proportional", see `step_size`.
       solver: one of `SOLVERS`, by diffrax's name.
-      unroll: True traces every step (faster to run), False scans over them (faster to compile).
+      unroll: True traces every step (mostly faster to run), False scans over them (faster to
+        compile).
       moments: what an earlier call returned, to be used again, with axes `[steps, stages, ...]`.
       sizes: of each step, in place of the horizon's; step k then starts at the sum of those before.
 

@@ -119,7 +119,7 @@ class Norm(nnx.Module):
         if self.kind == "group":
             y = group_normalise(x * self.gain, _groups(x.shape[-1], self.MAX_GROUPS))
             return y * scale + offset, None
-        used = _keep(batch_moments(x, mask)) if given is None else given
+        used = batch_moments(x, mask) if given is None else given
         gain = self.gain if given is None else 1.0
         # All factors of a channel first: one pass over x, and one less back.
         factor = gain * jax.lax.rsqrt(gain**2 * used.var + self.EPSILON)
@@ -129,26 +129,27 @@ class Norm(nnx.Module):
 def batch_moments(x: Float[Array, "B H W C"], mask: Mask | None) -> Moments:
     """Mean and biased variance over the examples where `mask` is 1 (all, without a mask)."""
     if mask is None:
-        return Moments(x.mean((0, 1, 2)), x.var((0, 1, 2)))
+        mean = _keep(x.mean((0, 1, 2)))
+        return Moments(mean, _keep(jnp.square(x - _channels(mean)).mean((0, 1, 2))))
     # A batch of padding alone (a lane without work, the end of an evaluation) counts in full: what
     # comes of it is thrown away, but a variance of zero would make it overflow, and 0 * inf is nan.
     weight = jnp.where(mask.any(), mask, 1).astype(x.dtype)[:, None, None, None]
     count = weight.sum() * (x.shape[1] * x.shape[2])
-    mean = (x * weight).sum((0, 1, 2)) / count
-    return Moments(mean, (jnp.square(x - _channels(mean)) * weight).sum((0, 1, 2)) / count)
+    mean = _keep((x * weight).sum((0, 1, 2)) / count)
+    squares = jnp.square(x - _channels(mean)) * weight
+    return Moments(mean, _keep(squares.sum((0, 1, 2)) / count))
 
 
 def group_normalise(x: Float[Array, "B H W C"], groups: int) -> Float[Array, "B H W C"]:
     """Normalises each example over space and each of `groups` groups of neighbouring channels."""
     grouped = x.reshape(*x.shape[:3], groups, -1)
-    mean, var = _keep(
-        (grouped.mean((1, 2, 4), keepdims=True), grouped.var((1, 2, 4), keepdims=True))
-    )
-    return ((grouped - mean) * jax.lax.rsqrt(var + Norm.EPSILON)).reshape(x.shape)
+    centred = grouped - _keep(grouped.mean((1, 2, 4), keepdims=True))
+    var = _keep(jnp.square(centred).mean((1, 2, 4), keepdims=True))
+    return (centred * jax.lax.rsqrt(var + Norm.EPSILON)).reshape(x.shape)
 
 
-def _keep(values: Any) -> Any:
-    return checkpoint_name(values, _KEPT)
+def _keep(value: Array) -> Array:
+    return checkpoint_name(value, _KEPT)
 
 
 def _channels(a: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:

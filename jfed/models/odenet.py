@@ -57,8 +57,8 @@ class ODENetConfig:
       separable: f's convolutions are depthwise-separable (dsODENet).
       shortcut: of the residual blocks between stages, "projection" or "pad".
       norm: "batch" or "group".
-      unroll: trace every solver step, which runs faster, or scan over them, which compiles faster
-        and takes half the memory or less.
+      unroll: trace every solver step, which mostly runs faster, or scan over them, which compiles
+        faster and takes about half the memory.
       dtype: what convolutions compute in, "float32" or "bfloat16"; parameters and z stay float32.
       conv: the convolutions' form, see `jfed.models.convolution.conv`.
       learn_steps: each ODE block learns the size h_k of each of its steps, which starts at the
@@ -198,8 +198,8 @@ class ODENet(nnx.Module):
     def _field(self, function: ODEFunction, mask: Mask | None) -> VectorField:
         """A block's f for `integrate`.
 
-        The gradient of a scan stacks what it needs of every step, which costs memory, and time to
-        copy; without what `KEEP_CONVOLUTIONS` drops it is half as much.
+        The gradient of a scan stacks what it needs of every evaluation of f, which costs memory,
+        and time to copy; without what `KEEP_CONVOLUTIONS` drops that is half as much or less.
         """
 
         def field(t: Any, z: Array, given: Any) -> tuple[Array, Any]:

@@ -40,16 +40,26 @@ def test_gradients_of_scanned_and_traced_iterations_are_equal(options):
     )
 
 
-@pytest.mark.parametrize(("separable", "norm", "kept"), [
-    (False, "batch", 2),
-    (False, "group", 2),
-    (True, "batch", 4),
-])  # fmt: skip
-def test_a_scan_keeps_the_state_and_each_convolution_but_the_last(separable, norm, kept):
-    """Not what norms and relus give: that is computed again from the convolutions."""
-    gradient, params = _gradient(dataclasses.replace(SCANNED, separable=separable, norm=norm))
-    forward, _ = (e for e in jax.make_jaxpr(gradient)(params).eqns if e.primitive.name == "scan")
-    stacked = forward.outvars[forward.params["num_carry"] :]
-    maps = [v.aval.shape for v in stacked if v.aval.shape[1:] == (*IMAGES.shape[:3], 3)]
-    assert len(maps) == kept
-    assert sum(np.prod(v.aval.shape) for v in stacked) < (kept + 0.5) * np.prod(maps[0])
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, 2),
+        ({"norm": "group"}, 2),
+        ({"separable": True}, 4),
+        ({"dtype": "bfloat16"}, 2),
+        ({"function": "postactivation"}, 3),
+    ],
+    ids=str,
+)
+def test_a_scans_gradient_keeps_the_state_the_convolutions_and_the_moments(options, kept):
+    """What norms and relus give is computed again; the last convolution's output is not needed."""
+    gradient, params = _gradient(dataclasses.replace(SCANNED, **options))
+    forward, backward = (
+        e for e in jax.make_jaxpr(gradient)(params).eqns if e.primitive.name == "scan"
+    )
+    stacked = [v.aval.shape for v in forward.outvars[forward.params["num_carry"] :]]
+    size = np.prod((SCANNED.iterations, *IMAGES.shape[:3], *SCANNED.widths))
+    assert len([shape for shape in stacked if np.prod(shape) == size]) == kept
+    assert sum(map(np.prod, stacked)) < (kept + 0.5) * size
+    assert "square" in str(forward)  # of the variances
+    assert "square" not in str(backward)
