@@ -80,7 +80,8 @@ class RunConfig:
       unroll: trace every solver iteration (mostly faster to run) instead of a loop (faster to
         compile, about half the memory).
       dtype: what convolutions compute in: float32 or bfloat16.
-      conv: form of the convolutions, see `jfed.models.convolution`.
+      conv: form of the convolutions: auto (by a measured table), xla, transposed, im2col,
+        winograd2, winograd4; see `jfed.models.convolution`.
       rounds: how many.
       epochs: passes of a client over its examples in a round.
       steps: batches of a client in a round, in place of epochs.

@@ -50,8 +50,11 @@ def load(name, monkeypatch):
     return module
 
 
+HEAVY = ("ablation", "nefl_protocol", "rivals")
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "ablation")) for n in ARMS]
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in HEAVY)) for n in ARMS]
 )
 def test_a_study_runs_at_its_smoke_scale(name, tmp_path, compiled):
     table = tmp_path / "table.csv"
