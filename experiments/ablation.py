@@ -17,8 +17,8 @@ from typing import Any
 
 from script import main
 
-from jfed.config import run_preset
-from jfed.study import Arms
+from jfed.runs.config import run_preset
+from jfed.runs.study import Arms
 
 _DEFAULT = {
     "cpu": run_preset("cifar10-small"),

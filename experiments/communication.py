@@ -17,8 +17,8 @@ import dataclasses
 
 from script import main
 
-from jfed.config import RunConfig, run_preset
-from jfed.study import Arms
+from jfed.runs.config import RunConfig, run_preset
+from jfed.runs.study import Arms
 
 _BASE: dict[str, RunConfig] = {
     "cpu": dataclasses.replace(run_preset("cifar10-small"), eval_every=2, eval_examples=2000),

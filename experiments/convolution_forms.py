@@ -1,4 +1,4 @@
-"""Times every form of `jfed.models.forms` where training uses it: inside a `lax.scan`.
+"""Times every form of `jfed.models.convolutions.forms` where training uses it: inside a `lax.scan`.
 
     python experiments/convolution_forms.py --scale cpu
 
@@ -33,10 +33,11 @@ from jax.sharding import PartitionSpec as P
 from script import table_of
 from tabulate import tabulate
 
-from jfed import metrics, provenance
+from jfed import provenance
 from jfed.benchmark.timing import interleaved, timed
 from jfed.errors import ConfigError
-from jfed.models.convolution import FORMS, choose_form, conv, time_conv
+from jfed.models.convolutions.convolution import FORMS, choose_form, conv, time_conv
+from jfed.simulation import records as metrics
 
 CLIENTS = 4
 RATE = 1e-6  # learning rate: small enough that values stay where they are

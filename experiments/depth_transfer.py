@@ -15,8 +15,8 @@ import dataclasses
 
 from script import main
 
-from jfed.config import run_preset
-from jfed.study import Arms
+from jfed.runs.config import run_preset
+from jfed.runs.study import Arms
 
 _BASE = {
     "cpu": run_preset("cifar10-small"),

@@ -23,8 +23,8 @@ from typing import Any
 
 from script import main
 
-from jfed.config import RunConfig, run_preset
-from jfed.study import Arms
+from jfed.runs.config import RunConfig, run_preset
+from jfed.runs.study import Arms
 
 _FULL = RunConfig(
     data="cifar10",

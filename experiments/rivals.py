@@ -20,8 +20,8 @@ from typing import Any
 
 from script import main
 
-from jfed.config import RunConfig, run_preset
-from jfed.study import Arms
+from jfed.runs.config import RunConfig, run_preset
+from jfed.runs.study import Arms
 
 _NO_TIERS: dict[str, Any] = {"iterations": None}
 _BASE: dict[str, RunConfig] = {

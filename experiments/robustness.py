@@ -23,11 +23,15 @@ import tyro
 from script import table_of
 from tabulate import tabulate
 
-from jfed import launch, metrics, provenance, report, simulation
-from jfed.assembly import set_up
-from jfed.config import RunConfig
+from jfed import provenance
+from jfed.cli import launch
 from jfed.errors import DivergedError
-from jfed.rounds import Federation
+from jfed.reports import tables as report
+from jfed.runs.assembly import set_up
+from jfed.runs.config import RunConfig
+from jfed.simulation import loop as simulation
+from jfed.simulation import records as metrics
+from jfed.simulation.federation import Federation
 
 HONEST = "none"
 

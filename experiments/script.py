@@ -7,9 +7,11 @@ from typing import Literal
 
 import tyro
 
-from jfed import metrics, report, study
 from jfed.errors import JfedError, RunFolderError
-from jfed.finished import FinishedRun
+from jfed.reports import tables as report
+from jfed.reports.finished import FinishedRun
+from jfed.runs import study
+from jfed.simulation import records as metrics
 
 
 def table_of(script: str, scale: str, output: pathlib.Path | None) -> pathlib.Path | None:
@@ -35,7 +37,7 @@ def main(
     Args:
       script: its `__file__`.
       arms: by scale, "cpu", "full" or "smoke".
-      baseline: see `jfed.report.arm_table`.
+      baseline: see `jfed.reports.tables.arm_table`.
       target: likewise, by scale.
     """
     name = pathlib.Path(script).stem

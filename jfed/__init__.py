@@ -1,6 +1,10 @@
 """Federated learning of Neural ODE image classifiers with different iteration counts, in JAX."""
 
-from jfed import data, models, plots
+from jfed import data, models, tiers
+from jfed.engine.client import Augmentation, ClientConfig
+from jfed.engine.faults import FaultConfig
+from jfed.engine.lanes import EngineConfig
+from jfed.engine.server import ServerConfig
 from jfed.errors import (
     ConfigError,
     DataError,
@@ -11,14 +15,10 @@ from jfed.errors import (
     PreemptedError,
     RunFolderError,
 )
-from jfed.evaluation import EvaluationConfig
-from jfed.federation import tiers
-from jfed.federation.client import Augmentation, ClientConfig
-from jfed.federation.engine import EngineConfig
-from jfed.federation.faults import FaultConfig
-from jfed.federation.server import ServerConfig
-from jfed.metrics import Evaluation, Record
-from jfed.simulation import Result, simulate
+from jfed.reports import plots
+from jfed.simulation.evaluation import EvaluationConfig
+from jfed.simulation.loop import Result, simulate
+from jfed.simulation.records import Evaluation, Record
 
 __version__ = "0.1.0"
 __all__ = [

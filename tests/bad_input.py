@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jfed
-from jfed.assembly import set_up
 from jfed.benchmark.settings import Settings
-from jfed.checkpoints import CheckpointConfig
-from jfed.config import RUN_PRESETS, RunConfig
-from jfed.federation.tiers.methods import MethodConfig
-from jfed.rounds import Federation
+from jfed.runs.assembly import set_up
+from jfed.runs.checkpoints import CheckpointConfig
+from jfed.runs.config import RUN_PRESETS, RunConfig
+from jfed.simulation.federation import Federation
+from jfed.tiers.methods import MethodConfig
 
 NUMBERS = [
     -1,

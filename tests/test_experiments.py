@@ -12,11 +12,11 @@ import sys
 import jax
 import pytest
 
-from jfed.assembly import make_tiers, model_config
-from jfed.federation.communication import tree_size
-from jfed.flops import forward_flops
-from jfed.models.convolution import FORMS
+from jfed.models.convolutions.convolution import FORMS
+from jfed.models.flops import forward_flops
 from jfed.provenance import cores
+from jfed.runs.assembly import make_tiers, model_config
+from jfed.tiers.communication import tree_size
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "experiments"
 

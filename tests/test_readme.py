@@ -44,7 +44,13 @@ def test_the_study_runs(tmp_path, monkeypatch, compiled):
 def test_the_first_command_reaches_90_percent_at_every_trained_count(tmp_path):
     assert "pip install -e . && jfed run\n" in README
     folder = tmp_path / "run"
-    command = [sys.executable, "-c", "from jfed.cli import command; command()", "run", "--no-cache"]
+    command = [
+        sys.executable,
+        "-c",
+        "from jfed.cli import command; command()",
+        "run",
+        "--no-cache",
+    ]
     began = time.monotonic()
     subprocess.run([*command, "--workdir", str(folder)], check=True, timeout=600)
     print(f"{time.monotonic() - began:.1f} s")

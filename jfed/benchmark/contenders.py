@@ -7,8 +7,8 @@ import jax
 
 from jfed.benchmark.matmul import TorchProducts, XlaProducts, product_flops
 from jfed.benchmark.tasks import RoundWork, Task
+from jfed.engine.lanes import EngineConfig
 from jfed.errors import one_of
-from jfed.federation.engine import EngineConfig
 
 KINDS = ("jfed", "loop", "vmap", "torch", "fedjax", "matmul-xla", "matmul-torch")
 

@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jfed.benchmark.tasks import Task, flat
-from jfed.federation.client import make_preprocess
-from jfed.federation.devices import make_mesh
-from jfed.federation.engine import EngineConfig, put_schedule
-from jfed.federation.packing import Work, pack
-from jfed.federation.tiers import Tier
+from jfed.engine.client import make_preprocess
+from jfed.engine.devices import make_mesh
+from jfed.engine.lanes import EngineConfig, put_schedule
+from jfed.engine.packing import Work, pack
 from jfed.models.model import Params
+from jfed.tiers import Tier
 
 
 class JfedRunner:

@@ -7,9 +7,9 @@ from typing import Any
 from jfed.benchmark.contenders import Contender
 from jfed.benchmark.settings import Settings
 from jfed.benchmark.tasks import Task
+from jfed.engine.lanes import MAPPINGS, EngineConfig
 from jfed.errors import ConfigError
-from jfed.federation.engine import MAPPINGS, EngineConfig
-from jfed.models.odenet import ODENetConfig
+from jfed.models.ode_nets import ODENetConfig
 
 JFED = "jfed"
 LOOP = "jitted step, XLA's convolution"

@@ -12,20 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jfed import tiers as tiers_lib
 from jfed.data import Dataset, Split
-from jfed.evaluation import EvaluationConfig
-from jfed.federation import tiers as tiers_lib
-from jfed.federation.client import ClientConfig
-from jfed.federation.engine import EngineConfig
-from jfed.federation.packing import Work
-from jfed.federation.population import Population, make_population
-from jfed.federation.tiers import Tiers
-from jfed.flops import forward_flops
-from jfed.models.cnn import cnn
+from jfed.engine.client import ClientConfig
+from jfed.engine.lanes import EngineConfig
+from jfed.engine.packing import Work
+from jfed.models.flops import forward_flops
 from jfed.models.model import Model, Params, initialise
-from jfed.models.odenet import ODENetConfig
-from jfed.rounds import Federation
+from jfed.models.ode_nets import ODENetConfig
+from jfed.models.small_cnn import cnn
 from jfed.seeds import generator
+from jfed.simulation.evaluation import EvaluationConfig
+from jfed.simulation.federation import Federation
+from jfed.simulation.population import Population, make_population
+from jfed.tiers import Tiers
 
 CLASSES = 10
 ROUNDS = 1_000_000  # more than are ever run: a federation evaluates its last round

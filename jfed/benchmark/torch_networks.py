@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from jfed.benchmark.tasks import CLASSES, Task
 from jfed.errors import ConfigError
-from jfed.models.odenet import ODENetConfig
+from jfed.models.ode_nets import ODENetConfig
 
 _NAMES = {"kernel": "weight", "scale": "weight", "offset": "bias", "bias": "bias"}
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from jfed.benchmark import torch_networks
 from jfed.benchmark.tasks import Task, flat
-from jfed.federation.packing import Work
+from jfed.engine.packing import Work
 
 
 class TorchRunner:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jfed import huge_pages, provenance
+from jfed import provenance
 from jfed.benchmark.contenders import Contender, build, set_up_jax
 from jfed.benchmark.tasks import RoundWork
+from jfed.runs import huge_pages
 
 _LAST_LINES = 3  # of an error's text, in reports
 

@@ -1,11 +1,11 @@
 """Models: the ODENets, their ResNet twins, a small CNN, and what jfed asks of any model."""
 
-from jfed.models.cnn import cnn
-from jfed.models.convolution import conv, time_conv
+from jfed.models.convolutions.convolution import conv, time_conv
 from jfed.models.model import Model, Moments, from_nnx
-from jfed.models.odenet import ODENetConfig, odenet
+from jfed.models.ode_nets import ODENetConfig, odenet
 from jfed.models.presets import PRESETS, build, preset, twin
-from jfed.models.resnet import ResNetConfig, resnet
+from jfed.models.resnets import ResNetConfig, resnet
+from jfed.models.small_cnn import cnn
 
 __all__ = [
     "PRESETS",

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jfed.models.layers import Classifier, network
 from jfed.models.model import Mask, Model, Params, Statistics
-from jfed.models.resnet import ResNetConfig, Trunk
+from jfed.models.resnets import ResNetConfig, Trunk
 
 
 class Exits(NamedTuple):

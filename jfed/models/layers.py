@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jfed.errors import ConfigError, check_integer, check_number
-from jfed.models.convolution import constant_response, conv, time_conv
+from jfed.models.convolutions.convolution import constant_response, conv, time_conv
 from jfed.models.model import Mask, Model, Moments, Params, Statistics, functional
 
 NORMS = ("batch", "group")

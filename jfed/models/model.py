@@ -35,10 +35,10 @@ class Model:
         batch norms use `statistics` if given, else those of the batch's examples where `mask` is 1.
       measure: `measure(params, images, mask) -> statistics` of this one batch, or None for a model
         without batch norm. Statistics of several batches are pooled by
-        `jfed.evaluation.recalibrate`.
+        `jfed.simulation.evaluation.recalibrate`.
       loss: `loss(params, batch) -> (loss, metrics)` of local training, or None for the mean
         cross-entropy of `apply`'s logits; `batch` and `metrics` are the `Batch` and `Metrics` of
-        `jfed.federation.client`.
+        `jfed.engine.client`.
     """
 
     init: Callable[[Array], Params]

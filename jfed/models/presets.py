@@ -9,8 +9,8 @@ from typing import Any
 
 from jfed.errors import one_of
 from jfed.models.model import Model
-from jfed.models.odenet import Iterations, ODENetConfig, odenet, per_stage
-from jfed.models.resnet import ResNetConfig, resnet
+from jfed.models.ode_nets import Iterations, ODENetConfig, odenet, per_stage
+from jfed.models.resnets import ResNetConfig, resnet
 
 ModelConfig = ODENetConfig | ResNetConfig
 

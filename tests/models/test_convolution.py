@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jfed.errors import ConfigError
-from jfed.models import winograd
-from jfed.models.convolution import FORMS, choose_form, conv, time_conv
+from jfed.models.convolutions import winograd
+from jfed.models.convolutions.convolution import FORMS, choose_form, conv, time_conv
 
 # (H, W), C, O, kernel size, stride, padding
 SHAPES = {

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from jfed.errors import ConfigError
-from jfed.federation.communication import tree_bytes, tree_size
 from jfed.models import PRESETS, ODENetConfig, ResNetConfig, build, cnn, odenet, preset, twin
 from jfed.models.model import initialise
-from jfed.models.odenet import per_stage
+from jfed.models.ode_nets import per_stage
+from jfed.tiers.communication import tree_bytes, tree_size
 
 # torchvision's totals with its 7x7 stem and 1000 classes; resnet_total() undoes both.
 TORCHVISION = {18: 11_689_512, 34: 21_797_672, 50: 25_557_032, 101: 44_549_160}

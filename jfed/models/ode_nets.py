@@ -1,0 +1,215 @@
+"""Neural ODE image classifiers: ODENet (rODENet, arXiv 2012.15465) and dsODENet (arXiv 2107.12824).
+
+A stage of a ResNet is z <- z + f_k(z) for k = 1..C, each f_k with weights of its own. An ODE block
+keeps one f and integrates dz/dt = f(t, z) in C solver steps, so its size does not depend on C.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jfed.errors import ConfigError, check_integer, check_type, one_of
+from jfed.models.convolutions.convolution import FORMS
+from jfed.models.integration import HORIZONS, VectorField, check_solver, integrate, step_size
+from jfed.models.layers import (
+    DTYPES,
+    KEEP_CONVOLUTIONS,
+    NORMS,
+    SHORTCUTS,
+    Classifier,
+    ConvNorm,
+    Norm,
+    ResidualBlock,
+    SeparableTimeConv,
+    Style,
+    TimeConv,
+    check_gain,
+    check_widths,
+    network,
+)
+from jfed.models.model import Mask, Model
+
+Iterations = int | tuple[int, ...]
+FUNCTIONS = ("preactivation", "postactivation")
+
+
+@dataclasses.dataclass(frozen=True)
+class ODENetConfig:
+    """An ODENet.
+
+    Attributes:
+      widths: channels of each stage. A stage is an ODE block; stages are joined by residual blocks
+        that halve height and width.
+      iterations: solver steps of each stage's ODE block, or one number for all. 0 leaves the ODE
+        blocks out, the control that shows what they contribute.
+      solver: one of `jfed.models.integration.SOLVERS`, by diffrax's name.
+      horizon: "fixed" integrates over [0, 1] with step 1/C: more iterations approximate the same
+        flow better. "proportional" integrates over [0, C] with step 1: with Euler, a ResNet with
+        tied weights and C blocks.
+      function: f is norm, relu, convolution, twice ("preactivation"), or convolution, norm, relu,
+        twice ("postactivation").
+      separable: f's convolutions are depthwise-separable (dsODENet).
+      shortcut: of the residual blocks between stages, "projection" or "pad".
+      norm: "batch" or "group".
+      unroll: trace every solver step, which mostly runs faster, or scan over them, which compiles
+        faster and takes about half the memory.
+      dtype: what convolutions compute in, "float32" or "bfloat16"; parameters and z stay float32.
+      conv: the convolutions' form, see `jfed.models.convolutions.convolution.conv`.
+      learn_steps: each ODE block learns the size h_k of each of its steps, which starts at the
+        solver's fixed one (see `horizon`); t is then the sum of the steps before.
+      gain: what norms multiply their input by, see `jfed.models.layers.Norm`.
+      classes: how many logits.
+      channels: of the images.
+    """
+
+    widths: tuple[int, ...] = (16, 32, 64)
+    iterations: Iterations = 4
+    solver: str = "Euler"
+    horizon: str = "fixed"
+    function: str = "preactivation"
+    separable: bool = False
+    shortcut: str = "pad"
+    norm: str = "batch"
+    unroll: bool = True
+    dtype: str = "float32"
+    conv: str = "auto"
+    learn_steps: bool = False
+    gain: float = 1.0
+    classes: int = 10
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        one_of("shortcut", self.shortcut, SHORTCUTS)
+        object.__setattr__(self, "widths", check_widths(self.widths, self.shortcut))
+        check_integer("classes", self.classes, least=2)
+        check_integer("channels", self.channels, least=1)
+        check_solver(self.solver)
+        one_of("horizon", self.horizon, HORIZONS)
+        one_of("function", self.function, FUNCTIONS)
+        one_of("norm", self.norm, NORMS)
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("convolution form", self.conv, FORMS)
+        check_gain(self.gain)
+        for name in ("separable", "unroll", "learn_steps"):
+            check_type(name, getattr(self, name), bool)
+        per_stage(self.iterations, len(self.widths))
+
+
+def per_stage(iterations: Iterations, stages: int) -> tuple[int, ...]:
+    """Iterations of each stage; raises ConfigError if they do not fit `stages` or are negative."""
+    counts = iterations if isinstance(iterations, Sequence) else (iterations,) * stages
+    if len(counts) != stages:
+        raise ConfigError(f"iterations {iterations!r} do not fit a network of {stages} stages.")
+    return tuple(check_integer("iterations", count, least=0) for count in counts)
+
+
+def is_norm(path: tuple[Any, ...]) -> bool:
+    """Whether a parameter, by its path in the pytree, is a norm's scale or offset."""
+    return any(str(getattr(key, "key", "")).startswith("norm") for key in path)
+
+
+def is_step(path: tuple[Any, ...]) -> bool:
+    """Whether a parameter, by its path in the pytree, is a learned step size."""
+    return any(getattr(key, "key", None) in ("step", "steps") for key in path)
+
+
+class ODEFunction(nnx.Module):
+    """f(t, z) of an ODE block: two 3x3 convolutions that see t, two norms."""
+
+    def __init__(self, channels: int, config: ODENetConfig, style: Style, rngs: nnx.Rngs) -> None:
+        kind = SeparableTimeConv if config.separable else TimeConv
+        self.conv1, self.conv2 = kind(channels, style, rngs), kind(channels, style, rngs)
+        self.norm1, self.norm2 = Norm(channels, style), Norm(channels, style)
+        self.norm_first = config.function == "preactivation"
+
+    def __call__(
+        self, t: Any, z: Float[Array, "B H W C"], mask: Mask | None, given: Any
+    ) -> tuple[Float[Array, "B H W C"], Any]:
+        used = {}
+        x = z
+        for name, conv, norm in (
+            ("norm1", self.conv1, self.norm1),
+            ("norm2", self.conv2, self.norm2),
+        ):
+            if not self.norm_first:
+                x = conv(t, x)
+            x, used[name] = norm(x, mask, given and given[name])
+            x = nnx.relu(x)
+            if self.norm_first:
+                x = conv(t, x)
+        return x.astype(z.dtype), used
+
+
+class ODENet(nnx.Module):
+    """Stem, ODE blocks joined by down-sampling residual blocks, classifier."""
+
+    def __init__(self, config: ODENetConfig, rngs: nnx.Rngs) -> None:
+        style = Style(config.norm, config.dtype, config.conv, config.gain)
+        widths = config.widths
+        self.config = config
+        self.stem = ConvNorm(config.channels, widths[0], style, rngs)
+        self.functions = nnx.List([ODEFunction(width, config, style, rngs) for width in widths])
+        self.downs = nnx.List(
+            [
+                ResidualBlock(i, o, style, rngs, stride=2, shortcut=config.shortcut)
+                for i, o in itertools.pairwise(widths)
+            ]
+        )
+        # The state of a flow whose f ends in a convolution is not normalised by anything else.
+        self.norm = Norm(widths[-1], style) if config.function == "preactivation" else None
+        self.classifier = Classifier(widths[-1], config.classes, rngs)
+        counts = per_stage(config.iterations, len(widths))
+        sizes = [jnp.full((c,), step_size(config.horizon, max(c, 1)), jnp.float32) for c in counts]
+        self.steps = nnx.List([nnx.Param(h) for h in sizes]) if config.learn_steps else None
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+    ) -> tuple[Float[Array, "B classes"], Any]:
+        used: dict[str, Any] = {}
+        z, used["stem"] = self.stem(x, mask, given and given["stem"])
+        z = nnx.relu(z)
+        steps = per_stage(self.config.iterations, len(self.config.widths))
+        for k, function in enumerate(self.functions):
+            if k > 0:
+                name = f"down{k}"
+                z, used[name] = self.downs[k - 1](z, mask, given and given[name])
+            name = f"ode{k}"
+            z, used[name] = integrate(
+                self._field(function, mask),
+                z,
+                steps=steps[k],
+                horizon=self.config.horizon,
+                solver=self.config.solver,
+                unroll=self.config.unroll,
+                moments=given and given[name],
+                sizes=None if self.steps is None else self.steps[k][...],
+            )
+        if self.norm is not None:
+            z, used["norm"] = self.norm(z, mask, given and given["norm"])
+            z = nnx.relu(z)
+        return self.classifier(z), used
+
+    def _field(self, function: ODEFunction, mask: Mask | None) -> VectorField:
+        """A block's f for `integrate`.
+
+        The gradient of a scan stacks what it needs of every evaluation of f, which costs memory,
+        and time to copy; without what `KEEP_CONVOLUTIONS` drops that is half as much or less.
+        """
+
+        def field(t: Any, z: Array, given: Any) -> tuple[Array, Any]:
+            return function(t, z, mask, given)
+
+        if self.config.unroll:
+            return field
+        return jax.checkpoint(field, policy=KEEP_CONVOLUTIONS, prevent_cse=False)
+
+
+def odenet(config: ODENetConfig) -> Model:
+    """The ODENet as pure functions."""
+    return network(lambda rngs: ODENet(config, rngs), config.norm)

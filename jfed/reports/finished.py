@@ -1,0 +1,148 @@
+"""Finished runs, read from their folders."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from jfed.errors import RunFolderError
+from jfed.runs import folder as folders
+
+# Settings that do not tell one arm of an experiment from another.
+_SAME_ARM = ("seed", "data_dir", "devices", "lanes", "mapping")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One evaluation: after which round, all bytes sent by then, test accuracy by tier."""
+
+    round: int
+    bytes_total: int
+    accuracies: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """What the folder of a finished run holds.
+
+    Attributes:
+      arm: what runs that differ only in their seed have in common; "" where not told.
+      config: its `config.json`.
+      summary: its `summary.json`.
+      history: its evaluations, from `metrics.csv`.
+    """
+
+    arm: str
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    history: tuple[Point, ...]
+
+    @property
+    def seed(self) -> int:
+        """Of everything random."""
+        return self.config["seed"]
+
+    @property
+    def tiers(self) -> list[Mapping[str, Any]]:
+        """What `jfed.reports.summary.TierSummary` says of each evaluated tier."""
+        return self.summary["tiers"]
+
+    @property
+    def trained(self) -> list[Mapping[str, Any]]:
+        """Likewise of those that clients trained."""
+        return [tier for tier in self.tiers if tier["trained"]]
+
+    @property
+    def worst(self) -> float:
+        """Test accuracy of the worst of the trained tiers."""
+        return min(tier["accuracy"] for tier in self.trained)
+
+    @property
+    def average(self) -> float:
+        """Test accuracy, the mean over the trained tiers, however many clients each has."""
+        return float(np.mean([tier["accuracy"] for tier in self.trained]))
+
+    @property
+    def bytes_total(self) -> int:
+        """Of all clients and rounds, in both directions."""
+        return self.summary["bytes_up_total"] + self.summary["bytes_down_total"]
+
+    def average_at(self, point: Point) -> float:
+        """As `average`, at an earlier evaluation."""
+        return float(np.mean([point.accuracies[tier["tier"]] for tier in self.trained]))
+
+    def bytes_to(self, target: float) -> int | None:
+        """All bytes sent until `average` was at least `target`, from 0 to 1; None if it never was.
+
+        Seen at the rounds that were evaluated.
+        """
+        reached = (p.bytes_total for p in self.history if self.average_at(p) >= target)
+        return next(reached, None)
+
+
+def read(folder: epath.PathLike, arm: str = "") -> FinishedRun:
+    """Reads a run folder; RunFolderError if it holds no finished run, or a damaged one."""
+    path = folders.absolute(folder)
+    for name in ("config.json", "summary.json", "metrics.csv"):
+        if not (path / name).exists():
+            what = "no run" if name == "config.json" else "no finished run"
+            raise RunFolderError(f"{str(path)!r} holds {what}: it has no {name}.")
+    config, summary = (folders.read_json(path / f"{n}.json") for n in ("config", "summary"))
+    try:
+        run = FinishedRun(arm, config, summary, _points((path / "metrics.csv").read_text()))
+        # What tables need, which a damaged file or another version of jfed may lack.
+        _ = run.seed, run.bytes_total, summary["rounds"], summary["hardware"]["commit"]
+        _ = [(t["kind"], t["flops"], t["iterations"], t["solver"]) for t in run.tiers]
+        _ = [run.average, *map(run.average_at, run.history)]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(
+            f"{str(path)!r} is damaged, or of another version of jfed: {error!r}."
+        ) from error
+    return run
+
+
+def _points(metrics: str) -> tuple[Point, ...]:
+    """The rounds of a `metrics.csv` that were evaluated."""
+    prefix, points = "test_accuracy_", []
+    for row in csv.DictReader(io.StringIO(metrics)):
+        found = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix) and v}
+        if found:
+            sent = int(row["bytes_down_total"]) + int(row["bytes_up_total"])
+            accuracies = {tier: float(accuracy) for tier, accuracy in found.items()}
+            points.append(Point(int(row["round"]), sent, accuracies))
+    return tuple(points)
+
+
+def read_all(paths: Sequence[epath.PathLike]) -> tuple[list[FinishedRun], list[str]]:
+    """Reads run folders, and names arms by the settings in which they differ.
+
+    Returns:
+      The runs, and why folders were left out, one text for each of those.
+
+    Raises:
+      RunFolderError: none of them holds a finished run.
+    """
+    if not paths:
+        raise RunFolderError("no run folder was given; name at least one.")
+    found, left_out = [], []
+    for path in paths:
+        try:
+            found.append(read(path))
+        except RunFolderError as error:
+            left_out.append(str(error))
+    if not found:
+        raise RunFolderError(f"no finished run among {[str(path) for path in paths]}.")
+    names = sorted({name for run in found for name in run.config} - set(_SAME_ARM))
+    texts = [{n: json.dumps(run.config.get(n)) for n in names} for run in found]
+    differing = [n for n in names if len({text[n] for text in texts}) > 1]
+    titles = [", ".join(f"{n} {text[n]}" for n in differing).replace('"', "") for text in texts]
+    runs = [
+        dataclasses.replace(run, arm=title or "all")
+        for run, title in zip(found, titles, strict=True)
+    ]
+    return runs, left_out

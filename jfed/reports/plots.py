@@ -1,0 +1,115 @@
+"""Figures of a run, as matplotlib figures that the caller shows or saves."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from jfed.simulation.records import Record
+
+
+def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _curves(history: Sequence[Record]) -> dict[str, list[tuple[Record, float]]]:
+    curves: dict[str, list[tuple[Record, float]]] = {}
+    for record in history:
+        for name, evaluation in record.evaluations.items():
+            curves.setdefault(name, []).append((record, evaluation.accuracy))
+    return curves
+
+
+def accuracy(history: Sequence[Record], kind: str = "tier") -> Figure:
+    """Test accuracy over rounds, one line a tier; `kind` tells what the tiers' names are."""
+    figure, axes = _axes("round", "test accuracy")
+    for name, points in _curves(history).items():
+        axes.plot([r.round for r, _ in points], [a for _, a in points], marker=".", label=name)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(title=kind)
+    return figure
+
+
+def accuracy_by_bytes(history: Sequence[Record], kind: str = "tier") -> Figure:
+    """Test accuracy against all bytes sent so far in both directions, one line a tier."""
+    figure, axes = _axes("communication [MB]", "test accuracy")
+    for name, points in _curves(history).items():
+        sent = [(r.bytes_down_total + r.bytes_up_total) / 1e6 for r, _ in points]
+        axes.plot(sent, [a for _, a in points], marker=".", label=name)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend(title=kind)
+    return figure
+
+
+class Reached(NamedTuple):
+    """What a tier reached: accuracies from 0 to 1, one for each seed, at a place on an x axis."""
+
+    x: float
+    accuracies: Sequence[float]
+    trained: bool
+
+
+def accuracy_curves(xlabel: str, curves: Mapping[str, Sequence[Reached]]) -> Figure:
+    """Test accuracy of tiers, a line for each label: mean, and standard deviation over seeds.
+
+    Full markers are tiers that clients trained, hollow ones were only evaluated.
+    """
+    figure, axes = _axes(xlabel, "test accuracy")
+    for number, (label, points) in enumerate(curves.items()):
+        found, colour = sorted(points), f"C{number % 10}"
+        x, mean = [p.x for p in found], [float(np.mean(p.accuracies)) for p in found]
+        several = [len(p.accuracies) > 1 for p in found]
+        deviation = [
+            float(np.std(p.accuracies, ddof=1)) if many else 0.0
+            for p, many in zip(found, several, strict=True)
+        ]
+        axes.errorbar(x, mean, deviation, color=colour, capsize=2, label=label)
+        for p, y in zip(found, mean, strict=True):
+            axes.plot(p.x, y, "o", color=colour, markerfacecolor=colour if p.trained else "white")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if all(p.x.is_integer() for points in curves.values() for p in points):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize="small")
+    return figure
+
+
+def accuracy_over(
+    xlabel: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> Figure:
+    """Test accuracy over rounds or bytes: x and y for each label."""
+    figure, axes = _axes(xlabel, "test accuracy")
+    for label, (x, y) in curves.items():
+        axes.plot(x, y, marker=".", label=label)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend(fontsize="small")
+    return figure
+
+
+def classes_by_client(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """How many examples of each class each client holds, `counts` `[clients, classes]`."""
+    figure, axes = _axes("client", "examples")
+    left = np.zeros(len(counts))
+    for label, name in enumerate(class_names):
+        colour = f"C{label}" if len(class_names) <= 10 else None
+        axes.bar(np.arange(len(counts)), counts[:, label], bottom=left, color=colour, label=name)
+        left += counts[:, label]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(class_names) <= 20:
+        figure.legend(loc="outside right upper", fontsize="small")
+    return figure
+
+
+def save(figure: Figure, path: epath.PathLike) -> None:
+    """Writes a figure as PNG."""
+    with epath.Path(path).open("wb") as file:
+        figure.savefig(file, format="png", dpi=150)

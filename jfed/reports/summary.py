@@ -1,0 +1,164 @@
+"""What a run came to: the table that ends it, `summary.json`, and its figures."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from tabulate import tabulate
+
+from jfed.data import Dataset
+from jfed.models.flops import forward_flops
+from jfed.models.ode_nets import ODENetConfig
+from jfed.models.presets import ModelConfig, build, twin
+from jfed.reports import plots
+from jfed.runs.config import RunConfig
+from jfed.simulation.loop import Result
+from jfed.tiers.communication import traffic, tree_bytes, tree_size
+
+
+@dataclasses.dataclass(frozen=True)
+class TierSummary:
+    """One line of the table that ends a run.
+
+    Attributes:
+      kind: what its name tells, such as "iterations".
+      tier: its name, such as the iteration count.
+      iterations: solver steps of each stage; None where the tier is no iteration count.
+      solver: that takes them; likewise.
+      trained: whether clients ran it, or it was only evaluated.
+      accuracy: on the test set, from 0 to 1.
+      loss: on the test set, in nats.
+      parameters: of the tier's submodel.
+      flops: of classifying one image, see `jfed.models.flops.forward_flops`.
+      bytes_down: to one client in one round.
+      bytes_up: from one client in one round.
+      twin: the ResNet it is compared with; None where the model is itself a ResNet.
+      twin_bytes: one upload of the twin.
+      reduction: 1 - bytes_up / twin_bytes.
+    """
+
+    kind: str
+    tier: str
+    iterations: tuple[int, ...] | None
+    solver: str | None
+    trained: bool
+    accuracy: float
+    loss: float
+    parameters: int
+    flops: int
+    bytes_down: int
+    bytes_up: int
+    twin: str | None
+    twin_bytes: int | None
+    reduction: float | None
+
+
+def summarise(
+    config: RunConfig, network: ModelConfig, result: Result, image_shape: tuple[int, int, int]
+) -> list[TierSummary]:
+    """What the table at the end of a run says, one entry for each evaluated tier."""
+    twin_name, twin_bytes = None, None
+    if isinstance(network, ODENetConfig):
+        run = [t.iterations for t in result.tiers.members if t.iterations is not None]
+        deepest = max(run, key=sum, default=None)
+        twin_name, twin_config = twin(config.model, network, deepest)
+        twin_bytes = tree_bytes(jax.eval_shape(build(twin_config).init, jax.random.key(0)))
+    last, lines = result.history[-1].evaluations, []
+    for tier in result.evaluated:
+        bytes_, shapes = traffic(tier, result.variables), tier.shapes(result.variables)
+        lines.append(
+            TierSummary(
+                kind=result.tiers.kind,
+                tier=tier.name,
+                iterations=tier.iterations,
+                solver=tier.solver,
+                trained=tier.name in result.traffic,
+                accuracy=last[tier.name].accuracy,
+                loss=last[tier.name].loss,
+                parameters=tree_size(shapes),
+                flops=forward_flops(tier.model, shapes, image_shape),
+                bytes_down=bytes_.down,
+                bytes_up=bytes_.up,
+                twin=twin_name,
+                twin_bytes=twin_bytes,
+                reduction=None if twin_bytes is None else 1 - bytes_.up / twin_bytes,
+            )
+        )
+    return lines
+
+
+def format_table(lines: list[TierSummary]) -> str:
+    """The table that ends a run, as text."""
+    rows = [
+        {
+            line.kind: line.tier if line.trained else f"{line.tier} (not trained)",
+            "accuracy": f"{line.accuracy:.2%}",
+            "parameters": f"{line.parameters:,}",
+            "MFLOPs": f"{line.flops / 1e6:,.1f}",
+            "bytes down": f"{line.bytes_down:,}",
+            "bytes up": f"{line.bytes_up:,}",
+            **(
+                {
+                    f"{line.twin}: bytes": f"{line.twin_bytes:,}",
+                    "reduction": f"{line.reduction:.1%}",
+                }
+                if line.twin is not None
+                else {}
+            ),
+        }
+        for line in lines
+    ]
+    return tabulate(rows, headers="keys", disable_numparse=True, stralign="right")
+
+
+def to_json(
+    config: RunConfig,
+    data: Dataset,
+    result: Result,
+    table: list[TierSummary],
+    hardware: dict[str, Any],
+) -> dict[str, Any]:
+    """What `summary.json` holds."""
+    last = result.history[-1]
+    return {
+        "rounds": last.round,
+        "train_loss": last.train_loss if last.examples else None,
+        "train_examples": len(data.train),
+        "test_examples": len(data.test),
+        "tiers": [dataclasses.asdict(line) for line in table],
+        "bytes_down_total": last.bytes_down_total,
+        "bytes_up_total": last.bytes_up_total,
+        "seconds": last.seconds,
+        "compile_seconds": result.compile_seconds,
+        "lane_utilisation": _mean(result, "lane_utilisation"),
+        "padded_utilisation": _mean(result, "padded_utilisation"),
+        "engine": dataclasses.asdict(result.engine),
+        "seed": config.seed,
+        "hardware": hardware,
+    }
+
+
+def _mean(result: Result, column: str) -> float:
+    return float(np.mean([getattr(record, column) for record in result.history]))
+
+
+def save_figures(path: epath.Path, result: Result, table: Sequence[TierSummary]) -> None:
+    """Accuracy over rounds and over bytes, against FLOPs, and against iteration counts."""
+    kind = result.tiers.kind
+    plots.save(plots.accuracy(result.history, kind), path / "accuracy.png")
+    plots.save(plots.accuracy_by_bytes(result.history, kind), path / "accuracy_by_bytes.png")
+    by_flops: dict[str, list[plots.Reached]] = {}
+    by_iterations: dict[str, list[plots.Reached]] = {}
+    for line in table:
+        flops = plots.Reached(line.flops / 1e6, [line.accuracy], line.trained)
+        by_flops.setdefault(line.solver or kind, []).append(flops)
+        if line.iterations is not None:
+            count = plots.Reached(float(np.mean(line.iterations)), *flops[1:])
+            by_iterations.setdefault(line.solver or "", []).append(count)
+    plots.save(plots.accuracy_curves("MFLOPs an image", by_flops), path / "accuracy_by_flops.png")
+    if by_iterations:
+        figure = plots.accuracy_curves("iterations of an ODE block", by_iterations)
+        plots.save(figure, path / "accuracy_by_iterations.png")

@@ -1,0 +1,280 @@
+"""Finished runs as tables and figures: mean and standard deviation over seeds."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from etils import epath
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from jfed.errors import ConfigError, check_number, one_of
+from jfed.reports import plots
+from jfed.reports.finished import FinishedRun
+from jfed.runs import folder as folders
+
+_LEVEL = 0.05  # a star says that noise alone would give such a difference less often than this
+STYLES = ("simple", "github", "latex_booktabs")  # Tabulate's names
+NOTE = (
+    "Accuracies: mean ± standard deviation over seeds; means of tiers are of the trained ones, "
+    "however many clients each has. Differences are paired by seed, in points, * where a two-sided "
+    "paired t-test of that one difference gives p < 0.05. FLOPs are of classifying an image."
+)
+
+Groups = Mapping[str, Sequence[FinishedRun]]
+Measure = Callable[[FinishedRun], float | None]
+_MEASURES: dict[str, Measure] = {"mean": lambda run: run.average, "worst": lambda run: run.worst}
+
+
+def lines(runs: Sequence[FinishedRun], target: float | None = None) -> list[dict[str, Any]]:
+    """One line for each run and evaluated tier: all that a table is made of.
+
+    Args:
+      runs: of any arms and seeds.
+      target: adds `bytes_to_target`, see `FinishedRun.bytes_to`.
+    """
+    found = []
+    for run in runs:
+        hardware = run.summary["hardware"]
+        about = {
+            "bytes_total": run.bytes_total,
+            "rounds": run.summary["rounds"],
+            "hardware": hardware["machine"],
+            "devices": " + ".join(hardware["devices"]),
+            "jax": hardware["jax"],
+            "commit": hardware["commit"],
+        }
+        if target is not None:
+            about |= {"target": target, "bytes_to_target": run.bytes_to(target)}
+        for tier in run.tiers:
+            own = {"arm": run.arm, "seed": run.seed}
+            own |= {name: tier[name] for name in ("kind", "tier", "trained")}
+            own |= {name: round(tier[name], 6) for name in ("accuracy", "loss")}
+            own |= {name: tier[name] for name in ("parameters", "flops", "bytes_up")}
+            found.append(own | about)
+    return found
+
+
+def by_arm(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    """The runs of each arm, in their first order; ConfigError if an arm has a seed twice."""
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        group = groups.setdefault(run.arm, [])
+        if run.seed in (other.seed for other in group):
+            raise ConfigError(f"seed {run.seed} is there twice of the runs {run.arm!r}.")
+        group.append(run)
+    return groups
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation of shares, in %; of a single one, itself."""
+    return _spread(100 * np.asarray(values))
+
+
+def _spread(values: np.ndarray) -> str:
+    deviation = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{values.mean():,.2f}{deviation}"
+
+
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
+    """Mean and standard deviation of differences of shares by seed, in points; see `NOTE`."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return ""
+    points = np.round([100 * (ours[seed] - theirs[seed]) for seed in seeds], 9)
+    if len(seeds) == 1:
+        return f"{points[0]:+.2f}"
+    mean, error = points.mean(), points.std(ddof=1) / np.sqrt(len(seeds))
+    critical = scipy.stats.t.ppf(1 - _LEVEL / 2, len(seeds) - 1)
+    star = " *" if abs(mean) > critical * error else ""
+    return f"{mean:+.2f} ± {points.std(ddof=1):.2f}{star}"
+
+
+def arm_table(
+    runs: Sequence[FinishedRun],
+    *,
+    baseline: str | None = None,
+    target: float | None = None,
+    style: str = "simple",
+) -> str:
+    """One line for each arm.
+
+    Args:
+      runs: of any arms and seeds.
+      baseline: the arm whose mean and worst tier others' are compared with, where they have as many
+        tiers; none by default.
+      target: accuracy from 0 to 1; adds the bytes that it took to get there.
+      style: one of `STYLES`.
+
+    Raises:
+      ConfigError: no such arm or style, a target outside of 0 to 1, an arm with a seed twice.
+    """
+    groups, rows = by_arm(runs), []
+    if target is not None and check_number("target", target, above=0.0) > 1:
+        raise ConfigError(f"target must be above 0 and at most 1, got {target!r}.")
+    for arm, group in groups.items():
+        trained = [tier for run in group for tier in run.trained]
+        row = {
+            "arm": arm,
+            "seeds": str(len(group)),
+            "tiers": str(len(group[0].trained)),
+            "worst tier [%]": spread([run.worst for run in group]),
+            "mean of tiers [%]": spread([run.average for run in group]),
+            "MFLOPs": f"{np.mean([tier['flops'] for tier in trained]) / 1e6:.1f}",
+            "upload [kB]": f"{np.mean([tier['bytes_up'] for tier in trained]) / 1e3:,.0f}",
+            "all traffic [MB]": f"{np.mean([run.bytes_total for run in group]) / 1e6:,.1f}",
+        }
+        if target is not None:
+            row[f"MB to {100 * target:g} %"] = _bytes_to(group, target)
+        if baseline is not None:
+            other = groups[one_of("baseline", baseline, tuple(groups))]
+            same = len(other[0].trained) == len(group[0].trained)
+            comparable = same and arm != baseline
+            for title, measure in _MEASURES.items():
+                cell = _compare(group, other, measure) if comparable else ""
+                row[f"{title} vs {baseline}"] = cell
+        rows.append(row)
+    return _format(rows, style)
+
+
+def tier_table(
+    runs: Sequence[FinishedRun], *, baseline: str | None = None, style: str = "simple"
+) -> str:
+    """One line for each arm and evaluated tier; arguments as of `arm_table`.
+
+    A tier is compared with the one of the same name, if it is of the same kind: an iteration count
+    with that count, not with a width.
+    """
+    groups, rows = by_arm(runs), []
+    for arm, group in groups.items():
+        for tier in group[0].tiers:
+            key = tier["kind"], tier["tier"]
+
+            def accuracy(run: FinishedRun, key: tuple[str, str] = key) -> float | None:
+                found = {(t["kind"], t["tier"]): t["accuracy"] for t in run.tiers}
+                return found.get(key)
+
+            row = {
+                "arm": arm,
+                "tier": tier["tier"] if tier["trained"] else f"{tier['tier']} (not trained)",
+                "accuracy [%]": spread([a for run in group if (a := accuracy(run)) is not None]),
+                "MFLOPs": f"{tier['flops'] / 1e6:.1f}",
+                "parameters": f"{tier['parameters']:,}",
+                "upload [kB]": f"{tier['bytes_up'] / 1e3:,.0f}",
+            }
+            if baseline is not None:
+                other = groups[one_of("baseline", baseline, tuple(groups))]
+                row[f"vs {baseline}"] = "" if arm == baseline else _compare(group, other, accuracy)
+            rows.append(row)
+    return _format(rows, style)
+
+
+def _format(rows: Sequence[Mapping[str, str]], style: str) -> str:
+    one_of("style", style, STYLES)
+    return tabulate(rows, headers="keys", tablefmt=style, disable_numparse=True, stralign="right")
+
+
+def _bytes_to(group: Sequence[FinishedRun], target: float) -> str:
+    reached = [found for run in group if (found := run.bytes_to(target)) is not None]
+    if len(reached) < len(group):
+        return f"reached by {len(reached)} of {len(group)}"
+    return _spread(np.array(reached) / 1e6)
+
+
+def _compare(
+    group: Sequence[FinishedRun],
+    other: Sequence[FinishedRun],
+    measure: Measure,
+) -> str:
+    ours, theirs = (
+        {run.seed: value for run in runs if (value := measure(run)) is not None}
+        for runs in (group, other)
+    )
+    return difference(ours, theirs)
+
+
+def sections(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    """Runs by section: what their arm's name says before a slash, which is taken off."""
+    found: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        section, _, arm = run.arm.rpartition("/")
+        found.setdefault(section, []).append(dataclasses.replace(run, arm=arm))
+    return found
+
+
+def text(
+    runs: Sequence[FinishedRun],
+    *,
+    baseline: str | None = None,
+    target: float | None = None,
+    style: str = "simple",
+) -> str:
+    """Both tables of every section, and what they mean; arguments as of `arm_table`."""
+    parts = []
+    for section, members in sections(runs).items():
+        parts += [section] if section else []
+        parts.append(tier_table(members, baseline=baseline, style=style))
+        parts.append(arm_table(members, baseline=baseline, target=target, style=style))
+    return "\n\n".join([*parts, NOTE])
+
+
+def figures(runs: Sequence[FinishedRun]) -> dict[str, Figure]:
+    """Accuracy of each arm over rounds and bytes, against FLOPs and iterations, by name."""
+    groups, found = by_arm(runs), {}
+    curves = {arm: _over_rounds(group) for arm, group in groups.items()}
+    if max(len(rounds) for rounds, _, _ in curves.values()) > 1:
+        over_rounds = {arm: (rounds, mean) for arm, (rounds, _, mean) in curves.items()}
+        over_bytes = {arm: (sent, mean) for arm, (_, sent, mean) in curves.items()}
+        found["accuracy"] = plots.accuracy_over("round", over_rounds)
+        found["accuracy_by_bytes"] = plots.accuracy_over("communication [MB]", over_bytes)
+    flops = _reached(groups, lambda tier: tier["flops"] / 1e6)
+    found["accuracy_by_flops"] = plots.accuracy_curves("MFLOPs an image", flops)
+    counts = _reached(groups, lambda tier: tier["iterations"] and np.mean(tier["iterations"]))
+    if counts:
+        title = "iterations of an ODE block"
+        found["accuracy_by_iterations"] = plots.accuracy_curves(title, counts)
+    return found
+
+
+def _over_rounds(
+    group: Sequence[FinishedRun],
+) -> tuple[list[float], list[float], list[float]]:
+    """Rounds, MB sent by then and accuracy, the tiers' mean, averaged over an arm's runs."""
+    shortest = min((run.history for run in group), key=len)
+    rounds = [float(point.round) for point in shortest]
+    sent = np.mean(
+        [[point.bytes_total / 1e6 for point in run.history[: len(rounds)]] for run in group], 0
+    )
+    mean = np.mean(
+        [[run.average_at(point) for point in run.history[: len(rounds)]] for run in group], 0
+    )
+    return rounds, sent.tolist(), mean.tolist()
+
+
+def _reached(
+    groups: Groups, place: Callable[[Mapping[str, Any]], float | None]
+) -> dict[str, list[plots.Reached]]:
+    """The tiers of each arm and solver, where they have a place on the x axis."""
+    curves: dict[str, list[plots.Reached]] = {}
+    for arm, group in groups.items():
+        solvers = {tier["solver"] for tier in group[0].tiers}
+        for i, tier in enumerate(group[0].tiers):
+            if (x := place(tier)) is None:
+                continue
+            accuracies = [run.tiers[i]["accuracy"] for run in group]
+            label = f"{arm}, {tier['solver']}" if len(solvers) > 1 else arm
+            point = plots.Reached(float(x), accuracies, tier["trained"])
+            curves.setdefault(label, []).append(point)
+    return curves
+
+
+def save_figures(runs: Sequence[FinishedRun], folder: epath.PathLike) -> None:
+    """Writes the figures of every section as PNG."""
+    path = folders.absolute(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    for section, members in sections(runs).items():
+        for name, figure in figures(members).items():
+            title = f"{section} {name}".strip().replace(" ", "_")
+            plots.save(figure, path / f"{title}.png")

@@ -1,0 +1,1 @@
+"""Runs on disk: settings, the folder, checkpoints, studies of many runs."""

@@ -1,0 +1,138 @@
+"""The folder of a run: whose it is, what it holds, and that only one process works in it."""
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import filelock
+from etils import epath
+
+from jfed.errors import JfedError, RunFolderError
+from jfed.simulation.records import is_local, write_text
+
+_LOCK = ".lock"
+# What writing to an open file may end with, of which the error names no file.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+FOUND = ("nothing", "begun", "finished")
+
+
+def absolute(folder: epath.PathLike) -> epath.Path:
+    """The folder's full path, which Orbax wants."""
+    path = epath.Path(folder)
+    return epath.Path(os.path.abspath(path)) if is_local(path) else path
+
+
+def inspect(folder: epath.Path, config: dict[str, Any]) -> str:
+    """What a run with these settings finds in a folder, one of `FOUND`.
+
+    Raises:
+      RunFolderError: the folder belongs to other settings, is no run folder, or cannot be read.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise RunFolderError(f"the run folder {str(folder)!r} is a file; choose another one.")
+        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    except OSError as error:
+        raise RunFolderError(f"cannot read the run folder {str(folder)!r}: {error}.") from error
+    if not names - {_LOCK, "config.partial", "clients.png"}:  # what comes before config.json
+        return "nothing"
+    if "config.json" not in names:
+        raise RunFolderError(
+            f"the run folder {str(folder)!r} exists already and holds no run but "
+            f"{sorted(names)[:5]}; choose another one."
+        )
+    differences = _differences(read_json(folder / "config.json"), config)
+    if differences:
+        raise RunFolderError(
+            f"the run folder {str(folder)!r} belongs to a run with other settings: "
+            f"{'; '.join(differences)}. Choose another folder, or give the same settings to go on."
+        )
+    return "finished" if "summary.json" in names else "begun"
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    here = json.loads(json.dumps(here))  # tuples become lists, as in the file
+    missing = "not set"
+    return [
+        f"{name} is {there.get(name, missing)!r} there, {here.get(name, missing)!r} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name, missing) != here.get(name, missing)
+    ]
+
+
+@contextlib.contextmanager
+def claim(folder: epath.Path) -> Iterator[None]:
+    """Makes the folder if need be, and keeps other processes out of it.
+
+    The lock is the operating system's: a process that dies loses it. Remote folders have none. A
+    folder that is empty at the end is taken away again.
+
+    Raises:
+      RunFolderError: it cannot be made or written to, or another process works in it.
+    """
+    lock = filelock.FileLock(folder / _LOCK, is_singleton=False) if is_local(folder) else None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if lock is not None:
+            lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise RunFolderError(
+            f"another process is running in {str(folder)!r}; wait for it, or choose another folder."
+        ) from None
+    except OSError as error:
+        raise RunFolderError(f"cannot write a run to {str(folder)!r}: {error}.") from error
+    try:
+        yield
+    finally:
+        if lock is not None:
+            with contextlib.suppress(OSError):
+                if {path.name for path in folder.iterdir()} <= {_LOCK}:
+                    (folder / _LOCK).unlink()
+                    folder.rmdir()
+            lock.release()
+
+
+@contextlib.contextmanager
+def explain_disk(folder: epath.Path) -> Iterator[None]:
+    """Turns what the operating system says of a full or failing disk into a RunFolderError."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, JfedError) or not _of_disk(error, folder):
+            raise
+        raise RunFolderError(
+            f"cannot write to the run folder {str(folder)!r}: {error}. What was saved before is "
+            "kept; the same command goes on from there."
+        ) from error
+
+
+def _of_disk(error: OSError, folder: epath.Path) -> bool:
+    """Whether an error is of the run folder's disk, not of another file or of a network."""
+    if not is_local(folder):
+        return True  # whose libraries raise OSErrors of many kinds
+    if isinstance(error.filename, str):
+        there = pathlib.Path(error.filename).resolve()
+        return there.is_relative_to(pathlib.Path(folder).resolve())
+    return error.errno in _DISK_ERRORS
+
+
+def read_json(path: epath.Path) -> Any:
+    """Reads what `write_json` wrote; RunFolderError if it is damaged."""
+    try:
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds {value!r}")
+    except (OSError, ValueError) as error:
+        raise RunFolderError(
+            f"{str(path)!r} is damaged: {error}. Remove the run folder to start anew."
+        ) from error
+    return value
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Writes JSON that a reader never sees half of."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,1 @@
+"""The federation on its devices, its rounds, and what they record."""

@@ -1,0 +1,182 @@
+"""The command line, run as a user runs it."""
+
+import csv
+import json
+import os
+import pathlib
+import re
+
+import jax
+import pytest
+
+from jfed.cli.commands import main, model_table
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+SMALL = (
+    "--rounds 3 --epochs 1 --train-examples 200 --clients 6 --cohort 4 --iterations 0 1 "
+    "--eval-iterations 2 --eval-solvers Heun --eval-every 2 --widths 4 8 --conv transposed --seed 1"
+).split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Keeps the tests' compiled programs out of the user's cache, and off for other tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "jfed"
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, cache_folder):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)  # a relative folder, as the default is
+        assert main(["run", *SMALL, "--workdir", folder.name]) == 0
+    return folder
+
+
+def test_run_writes_its_folder(run_folder, cache_folder):
+    assert any(cache_folder.iterdir())
+    config = json.loads((run_folder / "config.json").read_text())
+    assert config["rounds"] == 3
+    assert config["seed"] == 1
+    assert config["iterations"] == [0, 1]
+    with (run_folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["round"] for row in rows] == ["1", "2", "3"]
+    assert [bool(row["test_accuracy_2"]) for row in rows] == [False, True, True]
+    assert int(rows[2]["bytes_up_total"]) == sum(int(row["bytes_up"]) for row in rows)
+    summary = json.loads((run_folder / "summary.json").read_text())
+    names = ["0", "1", "2", "1 Heun", "2 Heun"]  # 0 iterations are the same with any solver
+    assert [tier["tier"] for tier in summary["tiers"]] == names
+    assert [tier["trained"] for tier in summary["tiers"]] == [True, True] + [False] * 3
+    tier = summary["tiers"][0]
+    assert tier["bytes_up"] == tier["bytes_down"] == 4 * tier["parameters"]
+    assert tier["reduction"] == 1 - tier["bytes_up"] / tier["twin_bytes"]
+    assert int(rows[0]["bytes_up"]) == 4 * tier["bytes_up"]
+    for figure in (
+        "accuracy",
+        "accuracy_by_bytes",
+        "accuracy_by_flops",
+        "accuracy_by_iterations",
+        "clients",
+    ):
+        assert (run_folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_folder_is_never_overwritten(run_folder, capsys):
+    before = (run_folder / "metrics.csv").read_bytes()
+    assert main(["run", *SMALL, "--workdir", str(run_folder), "--rounds", "4"]) == 2
+    assert "other settings: rounds is 3 there, 4 here" in capsys.readouterr().err
+    assert (run_folder / "metrics.csv").read_bytes() == before
+
+
+def test_a_resnet_runs_in_the_same_federation(tmp_path, capsys):
+    flags = [*SMALL[: SMALL.index("--iterations")], "--widths", "4", "8", "--conv", "transposed"]
+    flags += ["--model", "resnet-digits", "--iterations", "--workdir", str(tmp_path / "run")]
+    assert main(["run", *flags]) == 0
+    captured = capsys.readouterr()
+    assert "full" in captured.out
+    assert re.search(r"^read and compiled in \d+\.\d s$", captured.err, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_a_method_is_chosen_by_name(tmp_path, capsys):
+    folder = tmp_path / "run"
+    flags = "--method heterofl --ratios 0.5 1 --mask-absent-classes --widths 4 8 --conv transposed"
+    flags += " --rounds 1 --epochs 1 --train-examples 200 --clients 6 --no-cache"
+    assert main(["run", *flags.split(), "--workdir", str(folder)]) == 0
+    assert capsys.readouterr().out.split()[0] == "ratio"
+    tiers = json.loads((folder / "summary.json").read_text())["tiers"]
+    assert [(tier["kind"], tier["tier"]) for tier in tiers] == [("ratio", "0.5"), ("ratio", "1")]
+    assert tiers[0]["bytes_up"] < 0.4 * tiers[1]["bytes_up"]
+    assert not (folder / "accuracy_by_iterations.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "cifar10-flexibl"], "Did you mean 'cifar10-flexible'"),
+        (["--preset=digit"], "Did you mean 'digits'"),
+        (["--alpha", "0"], "alpha"),
+        (["--solver", "Kvaerno3"], "'Kvaerno3' of diffrax"),
+        (["--data", "cifar10", "--data-dir", "nowhere"], "jfed prepare cifar10 --data-dir nowhere"),
+        (["--clients", "5000"], "5000"),
+        (["--iterations", "1", "-1"], "-1"),
+        (["--method", "heterofl", "--ratios", "1.5"], "1.5"),
+        (["--method", "full", "--ratios", "0.5"], "has no ratios"),
+    ],
+    ids=str,
+)
+def test_bad_settings_touch_no_folder(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", *flags, "--workdir", "run"]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_diverged_run_keeps_what_it_recorded(tmp_path, capsys):
+    flags = [*SMALL, "--learning-rate", "1e38", "--workdir", str(tmp_path / "run")]
+    assert main(["run", *flags]) == 1
+    assert "diverged" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.csv").read_text().startswith("round,")
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_a_run_in_which_nobody_delivers_writes_its_folder(tmp_path):
+    flags = [*SMALL, "--dropout", "1", "--aggregator", "median", "--workdir", str(tmp_path / "run")]
+    assert main(["run", *flags]) == 0
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["train_loss"] for row in rows] == ["nan"] * 3
+    assert [(row["delivered"], row["dropped"], row["bytes_up"]) for row in rows] == [
+        ("0", "4", "0")
+    ] * 3
+    assert len({row["test_loss_1"] for row in rows[1:]}) == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["train_loss"] is None
+
+
+def test_an_unknown_field_names_the_close_ones(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--epoch", "3"])
+    assert "--epochs" in capsys.readouterr().err
+
+
+def test_an_unknown_command_names_the_close_ones(capsys):
+    assert main(["rum"]) == 2
+    assert "Did you mean 'run'" in capsys.readouterr().err
+    assert main([]) == 0
+    assert "commands:" in capsys.readouterr().out
+
+
+def test_models_lists_every_preset():
+    table = model_table(32, (1,))
+    lines = {line.split()[0]: line.split() for line in table.splitlines()[2:]}
+    assert len(lines) == 30
+    assert lines["odenet-34"][-2:] == ["resnet-34", "92.6%"]
+    assert lines["dsodenet-34"][-2:] == ["resnet-34", "96.1%"]
+    assert lines["odenet-20"][2:4] == ["169,978", "679,912"]
+    assert lines["resnet-110"][1] == "1,727,962"
+
+
+def _cifar10():
+    for folder in (
+        os.environ.get("TFDS_DATA_DIR"),
+        REPOSITORY.parent / "shared/tensorflow_datasets",
+    ):
+        if folder and (pathlib.Path(folder) / "cifar10").is_dir():
+            return str(folder)
+    return pytest.skip("CIFAR-10 is not prepared in TFDS_DATA_DIR")
+
+
+def test_cifar10_runs_on_real_images(tmp_path):
+    flags = "--preset cifar10-flexible --rounds 1 --seed 1 --steps 1 --cohort 4 --iterations 1 2"
+    flags += " --image-size 8 --widths 4 8 8 --conv transposed --eval-examples 500"
+    flags += f" --data-dir {_cifar10()} --workdir {tmp_path / 'run'}"
+    assert main(["run", *flags.split()]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["train_examples"] == 50000
+    assert summary["test_examples"] == 500

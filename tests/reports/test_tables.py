@@ -1,0 +1,210 @@
+"""Tables of runs against figures worked out by hand."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jfed.cli import main
+from jfed.errors import ConfigError, RunFolderError
+from jfed.reports import finished
+from jfed.reports import tables as report
+
+# Accuracies at 1 and 2 iterations by arm and seed.
+ACCURACIES = {
+    "mixed": {0: (0.50, 0.60), 1: (0.52, 0.64), 2: (0.48, 0.62)},
+    "deep": {0: (0.40, 0.61), 1: (0.42, 0.63), 2: (0.39, 0.65)},
+}
+
+
+def tier(name, accuracy, trained=True):
+    return {
+        "kind": "iterations",
+        "tier": name,
+        "iterations": [int(name)],
+        "solver": "Euler",
+        "trained": trained,
+        "accuracy": accuracy,
+        "loss": 1.0,
+        "parameters": 100,
+        "flops": 10**6 * int(name),
+        "bytes_down": 400,
+        "bytes_up": 400,
+    }
+
+
+def write(folder, arm, seed):
+    """A finished run of two evaluated rounds of 1 MB each, the first at half of the accuracy."""
+    folder.mkdir(parents=True)
+    accuracies = dict(zip(("1", "2"), ACCURACIES[arm][seed], strict=True))
+    trained = {"1": arm == "mixed", "2": True}
+    summary = {
+        "rounds": 2,
+        "tiers": [tier(n, a, trained[n]) for n, a in accuracies.items()],
+        "bytes_down_total": 10**6,
+        "bytes_up_total": 10**6,
+        "hardware": {"machine": "a CPU", "devices": ["cpu"], "jax": "0.10", "commit": "abc"},
+    }
+    iterations = [1, 2] if arm == "mixed" else [2]
+    config = {"seed": seed, "iterations": iterations, "rounds": 2, "data_dir": str(folder)}
+    lines = ["round,bytes_down_total,bytes_up_total,test_accuracy_1,test_accuracy_2"]
+    one, two = accuracies.values()
+    lines += [f"1,500000,500000,{one / 2},{two / 2}", f"2,1000000,1000000,{one},{two}"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    found = []
+    for arm, seeds in ACCURACIES.items():
+        for seed in seeds:
+            found.append(tmp_path / arm / str(seed))
+            write(found[-1], arm, seed)
+    return found
+
+
+@pytest.fixture
+def runs(folders):
+    return [finished.read(path, path.parent.name) for path in folders]
+
+
+def cells(table):
+    """Rows of a table by their first two columns."""
+    rows = [line.split("  ") for line in table.splitlines()[2:]]
+    rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_arms_are_averaged_over_seeds(runs):
+    found = cells(report.arm_table(runs, baseline="mixed", target=0.55))
+    # The mixed arm's tiers have means of 55, 58 and 55 %, deep has one tier of 61, 63 and 65 %.
+    assert found["mixed"][:4] == ["3", "2", "50.00 ± 2.00", "56.00 ± 1.73"]
+    assert found["deep"][:4] == ["3", "1", "63.00 ± 2.00", "63.00 ± 2.00"]
+    assert found["mixed"][4:7] == ["1.5", "0", "2.0"]
+    assert found["mixed"][7] == "2.00 ± 0.00"
+    assert len(found["deep"]) == 8  # one tier is not compared with the mean of two
+
+
+def test_arms_of_as_many_tiers_are_compared(runs):
+    """6, 5 and 10 points: t = 7 / (2.646 / sqrt(3)) = 4.58, beyond the 4.30 of two degrees."""
+    others = [
+        dataclasses.replace(run, arm="other", summary=run.summary | {"tiers": [deep, deep]})
+        for run in runs
+        if run.arm == "deep"
+        for deep in run.trained
+    ]
+    found = cells(report.arm_table([*runs, *others], baseline="mixed"))
+    assert found["other"][7] == "+7.00 ± 2.65 *"
+    # The worst tiers: 61 - 50, 63 - 52 and 65 - 48.
+    assert found["other"][8] == "+13.00 ± 3.46 *"
+
+
+def test_a_difference_within_the_noise_has_no_star(runs):
+    rows = report.tier_table(runs, baseline="mixed").splitlines()
+    deep = [row for row in rows if row.strip().startswith("deep")]
+    # At 1 iteration -10, -10 and -9 points; at 2 iterations +1, -1 and +3.
+    assert "-9.67 ± 0.58 *" in deep[0]
+    assert "1 (not trained)" in deep[0]
+    assert deep[1].endswith("+1.00 ± 2.00")
+
+
+def test_bytes_to_a_target_that_was_not_reached(runs):
+    found = cells(report.arm_table(runs, target=0.62))
+    assert found["mixed"][7] == "reached by 0 of 3"
+    assert found["deep"][7] == "reached by 2 of 3"
+    assert report.lines(runs, 0.62)[-1]["bytes_to_target"] == 2 * 10**6
+    assert runs[0].bytes_to(0.25) == 10**6
+
+
+def test_one_seed_has_no_deviation():
+    assert report.spread([0.5]) == "50.00"
+    assert report.difference({0: 0.5}, {0: 0.4}) == "+10.00"
+    assert report.difference({0: 0.5}, {1: 0.4}) == ""
+    assert report.difference({0: 0.57, 1: 0.58}, {0: 0.56, 1: 0.57}) == "+1.00 ± 0.00 *"
+    assert report.difference({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6}) == "+0.00 ± 0.00"
+
+
+def test_tiers_of_another_kind_are_not_compared(runs):
+    """A width called 1 is no iteration count."""
+    widths = [
+        dataclasses.replace(
+            run,
+            arm="widths",
+            summary=run.summary | {"tiers": [tier | {"kind": "ratio"} for tier in run.tiers]},
+        )
+        for run in runs
+        if run.arm == "deep"
+    ]
+    rows = report.tier_table([*runs, *widths], baseline="mixed").splitlines()
+    assert all(not row.endswith("*") for row in rows if "widths" in row)
+
+
+def test_a_seed_that_is_there_twice_is_refused(runs):
+    with pytest.raises(ConfigError, match="seed 0 is there twice of the runs 'mixed'"):
+        report.text([*runs, runs[0]])
+
+
+def test_sections_are_reported_apart(folders):
+    runs = [finished.read(path, f"{path.name}/{path.parent.name}") for path in folders]
+    assert list(report.sections(runs)) == ["0", "1", "2"]
+    text = report.text(runs, baseline="mixed", style="github")
+    assert text.count("|---") > 6
+    assert text.count("mean vs mixed") == 3
+    assert text.count(report.NOTE) == 1
+
+
+def test_the_command_names_arms_by_their_settings(folders, tmp_path, capsys):
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text("{}")
+    output = tmp_path / "out"
+    args = ["report", *map(str, folders), str(unfinished), "--output", str(output)]
+    assert main([*args, "--baseline", "iterations [2]"]) == 0
+    told = capsys.readouterr()
+    assert "iterations [1, 2]" in told.out
+    assert "unfinished' holds no finished run" in told.err
+    assert len((output / "runs.csv").read_text().splitlines()) == 1 + 12
+    figures = {path.name for path in output.glob("*.png")}
+    assert figures == {
+        "accuracy.png",
+        "accuracy_by_bytes.png",
+        "accuracy_by_flops.png",
+        "accuracy_by_iterations.png",
+    }
+
+
+def test_what_cannot_be_reported_is_refused(runs, tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown baseline 'mxed'. Did you mean 'mixed'"):
+        report.arm_table(runs, baseline="mxed")
+    with pytest.raises(ConfigError, match=r"target must be above 0 and at most 1, got 40"):
+        report.arm_table(runs, target=40.0)
+    with pytest.raises(ConfigError, match="unknown style 'markdown'"):
+        report.tier_table(runs, style="markdown")
+    with pytest.raises(RunFolderError, match="holds no run"):
+        finished.read(tmp_path)
+    with pytest.raises(RunFolderError, match="no finished run among"):
+        finished.read_all([tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "instead"),
+    [
+        ("summary.json", '"flops"', '"operations"'),
+        ("summary.json", '"commit"', '"version"'),
+        ("metrics.csv", "500000", "5\0"),
+        ("metrics.csv", "test_accuracy_2", "test_accuracy_3"),
+    ],
+)
+def test_a_damaged_run_is_refused(folders, name, there, instead):
+    path = folders[0] / name
+    path.write_text(path.read_text().replace(there, instead))
+    with pytest.raises(RunFolderError, match="is damaged, or of another version of jfed"):
+        finished.read(folders[0])
+
+
+def test_output_that_cannot_be_written_is_told(folders, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(folders[0]), "--output", str(tmp_path / "file")]) == 2
+    assert "error: cannot write to" in capsys.readouterr().err

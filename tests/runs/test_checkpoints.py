@@ -1,0 +1,146 @@
+"""Checkpoints come back bit for bit, or not at all."""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jfed.engine.server import ServerState
+from jfed.errors import ConfigError, RunFolderError
+from jfed.runs.checkpoints import CheckpointConfig, Checkpoints
+from jfed.simulation.records import Evaluation, Record
+
+
+def _state(seed):
+    """The tree of a Flax network (integer keys) and of a server with momentum and a counter."""
+    leaves = np.random.default_rng(seed).normal(size=(40, 7)).astype(np.float32)
+    variables = {"blocks": {0: {"w": leaves}, 1: {"w": 3 * leaves}}, "norm": leaves[0]}
+    optimizer = optax.adam(0.1)
+    return ServerState(variables, optimizer.init(variables))
+
+
+def _record(number, **changes):
+    fields = {
+        field.name: 0.1 * number if "float" in str(field.type) else number
+        for field in dataclasses.fields(Record)
+        if field.name != "evaluations"
+    }
+    return Record(**fields | {"evaluations": {"1": Evaluation(1 / 3, 2.5)}} | changes)
+
+
+HISTORY = [_record(n) for n in range(1, 6)]
+
+
+def _saved(folder, rounds, keep=3):
+    checkpoints = Checkpoints(folder, CheckpointConfig(every=1, keep=keep))
+    for number in rounds:
+        checkpoints.save(_state(number), HISTORY[:number])
+    checkpoints.close()
+
+
+def _latest(folder):
+    checkpoints = Checkpoints(folder, CheckpointConfig())
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _state(0))
+    try:
+        return checkpoints.latest(like)
+    finally:
+        checkpoints.close()
+
+
+def _check(checkpoint, number):
+    assert list(checkpoint.history) == HISTORY[:number]
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.state, _state(number))
+    assert jax.tree.structure(checkpoint.state) == jax.tree.structure(_state(number))
+
+
+def test_the_latest_comes_back_and_the_oldest_go(tmp_path):
+    assert _latest(tmp_path / "c") is None
+    _saved(tmp_path / "c", range(1, 6), keep=2)
+    _check(_latest(tmp_path / "c"), 5)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["4", "5"]
+
+
+def test_what_is_saved_is_a_copy(tmp_path):
+    """The device may reuse its memory while the save goes on."""
+    checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig())
+    state = jax.tree.map(jnp.asarray, _state(1))
+    checkpoints.save(state, HISTORY[:1])
+    jax.tree.map(lambda x: x.delete(), state)
+    checkpoints.close()
+    _check(_latest(tmp_path / "c"), 1)
+
+
+def _files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def _truncate(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("damage", [_flip, _truncate, lambda path: path.unlink()])
+def test_a_damaged_checkpoint_is_never_used(tmp_path, damage):
+    """Each file of the newest one in turn: the one before takes its place, or nothing was lost."""
+    passed_over = 0
+    _saved(tmp_path / "0", (1, 2))
+    for i in range(len(_files(tmp_path / "0" / "2"))):
+        folder = tmp_path / f"run{i}"
+        _saved(folder, (1, 2))
+        files = _files(folder / "2")
+        if i >= len(files):
+            break
+        damage(files[i])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = _latest(folder)
+        _check(found, len(found.history))
+        if len(found.history) == 1:
+            passed_over += 1
+            assert (folder / "damaged-2").exists()
+            assert not (folder / "2").exists()
+            assert any(
+                "damaged checkpoint set aside, that of round 2" in str(w.message) for w in caught
+            )
+    assert passed_over >= 3
+
+
+def test_without_any_intact_checkpoint_the_reasons_are_given(tmp_path):
+    _saved(tmp_path / "c", (1, 2))
+    for number in "12":
+        for path in _files(tmp_path / "c" / number / "state"):
+            _truncate(path)
+    with pytest.raises(RunFolderError, match=r"no checkpoint in .* is intact: that of round 2"):
+        _latest(tmp_path / "c")
+    assert (tmp_path / "c" / "2").exists()
+
+
+def test_a_save_that_fails_is_told(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig())
+    checkpoints.save(_state(1), HISTORY[:1])
+    checkpoints.wait()
+    (tmp_path / "c").rename(tmp_path / "elsewhere")
+    (tmp_path / "c").touch()
+
+    def save_on():
+        checkpoints.save(_state(2), HISTORY[:2])
+        checkpoints.wait()
+
+    with pytest.raises(RunFolderError, match="cannot save a checkpoint in"):
+        save_on()
+
+
+@pytest.mark.parametrize("name", ["every", "keep"])
+def test_bad_settings_are_quoted(name):
+    with pytest.raises(ConfigError, match=f"checkpoint_{name} must be 1 or more, got 0"):
+        CheckpointConfig(**{name: 0})
