@@ -33,11 +33,10 @@ from jax.sharding import PartitionSpec as P
 from script import table_of
 from tabulate import tabulate
 
-from jfed import provenance
+from jfed import files, provenance
 from jfed.benchmark.timing import interleaved, timed
 from jfed.errors import ConfigError
 from jfed.models.convolutions.convolution import FORMS, choose_form, conv, time_conv
-from jfed.simulation import records as metrics
 
 CLIENTS = 4
 RATE = 1e-6  # learning rate: small enough that values stay where they are
@@ -255,7 +254,7 @@ def main(
             print(" ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
     print(tabulate(rows, headers="keys"))
     if output:
-        metrics.write_csv([row | about for row in rows], output)
+        files.write_csv([row | about for row in rows], output)
 
 
 if __name__ == "__main__":

@@ -23,14 +23,13 @@ import tyro
 from script import table_of
 from tabulate import tabulate
 
-from jfed import provenance
+from jfed import files, provenance
 from jfed.cli import launch
 from jfed.errors import DivergedError
 from jfed.reports import tables as report
 from jfed.runs.assembly import set_up
 from jfed.runs.config import RunConfig
 from jfed.simulation import loop as simulation
-from jfed.simulation import records as metrics
 from jfed.simulation.federation import Federation
 
 HONEST = "none"
@@ -205,7 +204,7 @@ def main(
         lines.append(measure(*arm) | about)
         print({k: v for k, v in lines[-1].items() if k not in about}, file=sys.stderr)
         if output:
-            metrics.write_csv(lines, output)
+            files.write_csv(lines, output)
     print(table(lines))
 
 

@@ -7,11 +7,11 @@ from typing import Literal
 
 import tyro
 
+from jfed import files
 from jfed.errors import JfedError, RunFolderError
 from jfed.reports import tables as report
 from jfed.reports.finished import FinishedRun
 from jfed.runs import study
-from jfed.simulation import records as metrics
 
 
 def table_of(script: str, scale: str, output: pathlib.Path | None) -> pathlib.Path | None:
@@ -65,7 +65,7 @@ def main(
         told = {"command": f"python experiments/{name}.py --scale {scale} --seeds {seeds}"}
 
         def write(done: Sequence[FinishedRun], table: pathlib.Path = folder / "runs.csv") -> None:
-            metrics.write_csv([line | told for line in report.lines(done, goal)], table)
+            files.write_csv([line | told for line in report.lines(done, goal)], table)
 
         found, diverged = study.run_all(
             arms(scale), folder, seeds=seeds, workers=workers, on_run=write

@@ -1,7 +1,8 @@
 """Federated learning of Neural ODE image classifiers with different iteration counts, in JAX."""
 
 from jfed import data, models, tiers
-from jfed.engine.client import Augmentation, ClientConfig
+from jfed.data.preprocessing import Augmentation
+from jfed.engine.client import ClientConfig
 from jfed.engine.faults import FaultConfig
 from jfed.engine.lanes import EngineConfig
 from jfed.engine.server import ServerConfig

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jfed.benchmark.tasks import Task, flat
-from jfed.engine.client import make_preprocess
+from jfed.data.preprocessing import make_preprocess
 from jfed.engine.devices import make_mesh
 from jfed.engine.lanes import EngineConfig, put_schedule
 from jfed.engine.packing import Work, pack

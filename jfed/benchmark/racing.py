@@ -14,9 +14,9 @@ from jfed.benchmark.sections import Group, Machine, groups
 from jfed.benchmark.settings import Settings, check_output
 from jfed.benchmark.workers import hardware
 from jfed.errors import ConfigError
+from jfed.files import write_json
 from jfed.reports import plots
 from jfed.runs import huge_pages
-from jfed.runs.folder import write_json
 
 FILE = "benchmark.json"
 

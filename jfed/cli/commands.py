@@ -13,6 +13,7 @@ import tyro
 from tabulate import tabulate
 
 import jfed
+from jfed import files
 from jfed import tiers as tiers_lib
 from jfed.cli import launch
 from jfed.errors import (
@@ -27,7 +28,6 @@ from jfed.models.flops import forward_flops
 from jfed.models.presets import PRESETS, ModelConfig, ODENetConfig, build, twin
 from jfed.reports import finished
 from jfed.reports import tables as report
-from jfed.simulation import records as metrics
 from jfed.tiers.communication import tree_bytes, tree_size
 
 _USAGE = """usage: jfed COMMAND [options]
@@ -119,7 +119,7 @@ def _report(args: list[str]) -> None:
         if output is not None:
             try:
                 report.save_figures(found, output)
-                metrics.write_csv(report.lines(found, target), output / "runs.csv")
+                files.write_csv(report.lines(found, target), output / "runs.csv")
             except OSError as error:
                 raise RunFolderError(f"cannot write to {str(output)!r}: {error}.") from error
             print(f"Written to {output}")

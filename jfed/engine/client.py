@@ -5,12 +5,12 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from jfed.errors import ConfigError, check_integer, check_number, check_type, one_of
 from jfed.models.model import Model, Params
@@ -71,23 +71,6 @@ class ClientConfig:
             check_number("clip_norm", self.clip_norm, above=0.0)
         one_of("schedule", self.schedule, SCHEDULES)
         try_optimizer(make_optimizer(self), self.optimizer)
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """Random changes to training images, on the device.
-
-    Attributes:
-      pad: zeros (the mean colour) around an image before a random crop of its old size; 0 for no
-        crop.
-      flip: mirror half of the images left to right.
-    """
-
-    pad: int = 0
-    flip: bool = False
-
-    def __post_init__(self) -> None:
-        check_integer("augmentation pad", self.pad, least=0)
 
 
 def optimizer_from(optimizer: str | MakeOptimizer, momentum: float | None) -> MakeOptimizer:
@@ -165,47 +148,6 @@ def learning_rate(config: ClientConfig, round_: int, rounds: int) -> float:
     return config.learning_rate
 
 
-class Batch(NamedTuple):
-    """One batch; `mask` is 1 for real examples, 0 for padding.
-
-    With `present`, the logits of the classes where it is False are masked in the loss.
-    """
-
-    images: Float[Array, "B H W C"]
-    labels: Int[Array, " B"]
-    mask: Float[Array, " B"]
-    present: Bool[Array, " classes"] | None = None
-
-
-class Metrics(NamedTuple):
-    """Sums over examples, float32 scalars; divide by `examples` for means."""
-
-    loss: Float[Array, ""]
-    correct: Float[Array, ""]
-    examples: Float[Array, ""]
-
-
-def cross_entropy(
-    logits: Float[Array, "B classes"], batch: Batch
-) -> tuple[Float[Array, ""], Metrics]:
-    """Mean cross-entropy of the real examples, and the sums that metrics are made of."""
-    if batch.present is not None:
-        logits = jnp.where(batch.present[None], logits, 0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-    right = (jnp.argmax(logits, -1) == batch.labels).astype(jnp.float32)
-    count = batch.mask.sum()
-    total = (losses * batch.mask).sum()
-    metrics = Metrics(total, (right * batch.mask).sum(), count)
-    return total / jnp.maximum(count, 1), metrics
-
-
-def training_logits(model: Model, params: Params, batch: Batch) -> Float[Array, "B classes"]:
-    """Logits in training: batch norms use what they measure on the real examples of the batch."""
-    if model.measure is None:
-        return model.apply(params, batch.images)
-    return model.apply(params, batch.images, batch.mask)
-
-
 def make_step(model: Model) -> Callable:
     """One step of local training.
 
@@ -226,46 +168,3 @@ def make_step(model: Model) -> Callable:
         return optax.apply_updates(params, updates), state, metrics
 
     return step
-
-
-Preprocess = Callable[[Array, Array | None], Float[Array, "B H W C"]]
-
-
-def make_preprocess(
-    mean: tuple[float, ...], std: tuple[float, ...], *, pad: int, flip: bool
-) -> Preprocess:
-    """uint8 images -> standardised float32 images, augmented if a key is given.
-
-    Args:
-      mean: of each channel, in units of 0 to 255.
-      std: of each channel, likewise.
-      pad: zeros (the mean colour) around a standardised image before a random crop of its old
-        size; 0 for no crop.
-      flip: mirror half of the images left to right.
-
-    Returns:
-      `preprocess(images, key)`; the key is consumed; without one nothing is augmented.
-    """
-    centre, scale = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-
-    def preprocess(images: Array, key: Array | None) -> Float[Array, "B H W C"]:
-        x = (images.astype(jnp.float32) - centre[None, None, None]) / scale[None, None, None]
-        if key is None:
-            return x
-        crop_key, flip_key = jax.random.split(key)
-        if pad:
-            x = _random_crop(x, pad, crop_key)
-        if flip:
-            mirrored = jax.random.bernoulli(flip_key, shape=(x.shape[0], 1, 1, 1))
-            x = jnp.where(mirrored, x[:, :, ::-1], x)
-        return x
-
-    return preprocess
-
-
-def _random_crop(x: Float[Array, "B H W C"], pad: int, key: Array) -> Float[Array, "B H W C"]:
-    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    offsets = jax.random.randint(key, (x.shape[0], 2), 0, 2 * pad + 1)
-    return jax.vmap(lambda image, o: jax.lax.dynamic_slice(image, (o[0], o[1], 0), x.shape[1:]))(
-        padded, offsets
-    )

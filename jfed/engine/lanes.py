@@ -19,19 +19,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jfed.engine.client import (
-    Batch,
-    ClientConfig,
-    Metrics,
-    Preprocess,
-    make_optimizer,
-    make_step,
-)
+from jfed.data.preprocessing import Preprocess
+from jfed.engine.client import ClientConfig, make_optimizer, make_step
 from jfed.engine.devices import AXIS, EVERYWHERE, SPREAD, make_mesh, put
 from jfed.engine.faults import FaultConfig, corrupt
 from jfed.engine.merging import Updates, add, clip_update, nothing
 from jfed.engine.packing import Schedule, Steps
 from jfed.errors import check_integer, one_of
+from jfed.models.losses import Metrics
 from jfed.models.model import Params
 from jfed.tiers import Tier
 
@@ -259,16 +254,3 @@ def _sum_of_lanes(run_lane: Callable[[Steps], Delivered], steps: Steps, mapping:
         return jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *ends)
     mapped = jax.vmap(run_lane)(steps) if mapping == "vmap" else jax.lax.map(run_lane, steps)
     return jax.tree.map(lambda x: x.sum(0), mapped)
-
-
-def gather(
-    images: Array,
-    labels: Array,
-    examples: Int[Array, " B"],
-    preprocess: Preprocess,
-    key: Array | None,
-) -> Batch:
-    """The batch of the given examples; -1 stands for padding."""
-    at = jnp.maximum(examples, 0)
-    mask = (examples >= 0).astype(jnp.float32)
-    return Batch(preprocess(images[at], key), labels[at], mask)

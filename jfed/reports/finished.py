@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from jfed import files
 from jfed.errors import RunFolderError
-from jfed.runs import folder as folders
 
 # Settings that do not tell one arm of an experiment from another.
 _SAME_ARM = ("seed", "data_dir", "devices", "lanes", "mapping")
@@ -87,12 +87,12 @@ class FinishedRun:
 
 def read(folder: epath.PathLike, arm: str = "") -> FinishedRun:
     """Reads a run folder; RunFolderError if it holds no finished run, or a damaged one."""
-    path = folders.absolute(folder)
+    path = files.absolute(folder)
     for name in ("config.json", "summary.json", "metrics.csv"):
         if not (path / name).exists():
             what = "no run" if name == "config.json" else "no finished run"
             raise RunFolderError(f"{str(path)!r} holds {what}: it has no {name}.")
-    config, summary = (folders.read_json(path / f"{n}.json") for n in ("config", "summary"))
+    config, summary = (files.read_json(path / f"{n}.json") for n in ("config", "summary"))
     try:
         run = FinishedRun(arm, config, summary, _points((path / "metrics.csv").read_text()))
         # What tables need, which a damaged file or another version of jfed may lack.

@@ -10,10 +10,10 @@ from etils import epath
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from jfed import files
 from jfed.errors import ConfigError, check_number, one_of
 from jfed.reports import plots
 from jfed.reports.finished import FinishedRun
-from jfed.runs import folder as folders
 
 _LEVEL = 0.05  # a star says that noise alone would give such a difference less often than this
 STYLES = ("simple", "github", "latex_booktabs")  # Tabulate's names
@@ -272,7 +272,7 @@ def _reached(
 
 def save_figures(runs: Sequence[FinishedRun], folder: epath.PathLike) -> None:
     """Writes the figures of every section as PNG."""
-    path = folders.absolute(folder)
+    path = files.absolute(folder)
     path.mkdir(parents=True, exist_ok=True)
     for section, members in sections(runs).items():
         for name, figure in figures(members).items():

@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 from jfed import data as data_lib
 from jfed import tiers as tiers_lib
-from jfed.engine.client import Augmentation, ClientConfig
+from jfed.data.preprocessing import Augmentation
+from jfed.engine.client import ClientConfig
 from jfed.engine.devices import make_mesh
 from jfed.engine.faults import FaultConfig
 from jfed.engine.lanes import EngineConfig

@@ -15,7 +15,7 @@ from etils import epath
 
 from jfed.engine.server import ServerState
 from jfed.errors import RunFolderError, check_integer
-from jfed.runs.folder import absolute
+from jfed.files import absolute
 from jfed.simulation.records import Record
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -12,18 +11,12 @@ import filelock
 from etils import epath
 
 from jfed.errors import JfedError, RunFolderError
-from jfed.simulation.records import is_local, write_text
+from jfed.files import is_local
 
 _LOCK = ".lock"
 # What writing to an open file may end with, of which the error names no file.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 FOUND = ("nothing", "begun", "finished")
-
-
-def absolute(folder: epath.PathLike) -> epath.Path:
-    """The folder's full path, which Orbax wants."""
-    path = epath.Path(folder)
-    return epath.Path(os.path.abspath(path)) if is_local(path) else path
 
 
 def inspect(folder: epath.Path, config: dict[str, Any]) -> str:
@@ -118,21 +111,3 @@ def _of_disk(error: OSError, folder: epath.Path) -> bool:
         there = pathlib.Path(error.filename).resolve()
         return there.is_relative_to(pathlib.Path(folder).resolve())
     return error.errno in _DISK_ERRORS
-
-
-def read_json(path: epath.Path) -> Any:
-    """Reads what `write_json` wrote; RunFolderError if it is damaged."""
-    try:
-        value = json.loads(path.read_text())
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds {value!r}")
-    except (OSError, ValueError) as error:
-        raise RunFolderError(
-            f"{str(path)!r} is damaged: {error}. Remove the run folder to start anew."
-        ) from error
-    return value
-
-
-def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes JSON that a reader never sees half of."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -13,6 +13,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from jfed import data as data_lib
+from jfed import files
 from jfed.errors import PreemptedError, RunFolderError
 from jfed.provenance import hardware
 from jfed.reports import plots
@@ -56,7 +57,7 @@ def run(
       PreemptedError: `stop` said so, or the cluster's preemption notice.
       JfedError: see `jfed.runs.assembly.set_up` and `jfed.simulate`.
     """
-    path, settings = folder.absolute(workdir), dataclasses.asdict(config)
+    path, settings = files.absolute(workdir), dataclasses.asdict(config)
     _inspect(path, settings)
     made_with = hardware()  # before anything on the disk can change
     federation, data, network = set_up(config)
@@ -78,9 +79,7 @@ def run(
         table = summarise(config, network, result, data.image_shape)
         if found != "finished" and _writes():
             save_figures(path, result, table)
-            folder.write_json(
-                path / "summary.json", to_json(config, data, result, table, made_with)
-            )
+            files.write_json(path / "summary.json", to_json(config, data, result, table, made_with))
     return result, table
 
 
@@ -108,7 +107,7 @@ def _begin(
     partition = federation.population.partition
     counts = data_lib.class_counts(data.train.labels, partition, data.num_classes)
     plots.save(plots.classes_by_client(counts, data.class_names), path / "clients.png")
-    folder.write_json(path / "config.json", settings)
+    files.write_json(path / "config.json", settings)
 
 
 def _restore(federation: Federation, saver: Callable[[], Checkpoints]) -> Checkpoint | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from jfed import files
 from jfed.cli import launch
 from jfed.errors import ConfigError, DeviceMemoryError, DivergedError, check_integer
 from jfed.provenance import cores
@@ -62,7 +63,7 @@ def run_all(
     jobs = _jobs(arms, pathlib.Path(workdir), check_integer("seeds", seeds, least=1))
     found: dict[_Key, FinishedRun] = {}
     for key, (config, path) in jobs.items():
-        if folder.inspect(folder.absolute(path), dataclasses.asdict(config)) == "finished":
+        if folder.inspect(files.absolute(path), dataclasses.asdict(config)) == "finished":
             found[key] = finished.read(path, key[0])
     left = {key: job for key, job in jobs.items() if key not in found}
     diverged, began = {}, time.perf_counter()

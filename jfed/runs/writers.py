@@ -8,7 +8,8 @@ from typing import Any
 from etils import epath
 
 from jfed.errors import ConfigError
-from jfed.simulation.records import Record, write_text
+from jfed.files import write_text
+from jfed.simulation.records import Record
 
 
 class TensorBoardWriter:

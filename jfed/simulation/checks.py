@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jfed.data import Dataset
-from jfed.engine.client import Batch, ClientConfig, make_optimizer, make_step
+from jfed.engine.client import ClientConfig, make_optimizer, make_step
 from jfed.errors import ConfigError
+from jfed.models.losses import Batch
 from jfed.models.model import Params
 from jfed.tiers import Tier
 

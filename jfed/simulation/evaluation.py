@@ -9,11 +9,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jfed.engine.client import Metrics, Preprocess, cross_entropy
+from jfed.data.preprocessing import Preprocess, gather
 from jfed.engine.devices import AXIS, EVERYWHERE, SPREAD
-from jfed.engine.lanes import gather
 from jfed.errors import check_integer, check_sequence
 from jfed.models.integration import check_solver
+from jfed.models.losses import Metrics, cross_entropy
 from jfed.models.model import Model, Moments, Params, Statistics
 from jfed.tiers import Iterations, Tier
 

@@ -13,13 +13,8 @@ from jaxtyping import Array
 
 from jfed import tiers as tiers_lib
 from jfed.data import Dataset, check_partition, class_counts
-from jfed.engine.client import (
-    Augmentation,
-    ClientConfig,
-    Metrics,
-    learning_rate,
-    make_preprocess,
-)
+from jfed.data.preprocessing import Augmentation, make_preprocess
+from jfed.engine.client import ClientConfig, learning_rate
 from jfed.engine.devices import EVERYWHERE, SPREAD, make_mesh, put
 from jfed.engine.faults import FaultConfig
 from jfed.engine.lanes import EngineConfig, make_trainer, put_schedule
@@ -32,6 +27,7 @@ from jfed.engine.server import (
     make_server_step,
 )
 from jfed.errors import ConfigError, check_integer, check_type
+from jfed.models.losses import Metrics
 from jfed.models.model import Model, Params, initialise
 from jfed.seeds import check_seed, generator
 from jfed.simulation.checks import check_model, check_training

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from jfed.data import Dataset
-from jfed.engine.client import Augmentation, ClientConfig
+from jfed.data.preprocessing import Augmentation
+from jfed.engine.client import ClientConfig
 from jfed.engine.faults import FaultConfig
 from jfed.engine.lanes import EngineConfig
 from jfed.engine.server import ServerConfig, ServerState

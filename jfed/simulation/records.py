@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
@@ -144,24 +144,3 @@ def _lines(names: Sequence[str], records: Sequence[Record]) -> str:
     text = io.StringIO()
     csv.DictWriter(text, names, lineterminator="\n").writerows(r.row() for r in records)
     return text.getvalue()
-
-
-def write_csv(rows: Sequence[Mapping[str, Any]], path: epath.PathLike) -> None:
-    """Writes dictionaries as a CSV table, whole or not at all; what one lacks stays empty."""
-    names, text = list(dict.fromkeys(name for row in rows for name in row)), io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def is_local(path: epath.PathLike) -> bool:
-    """Whether the path is in a file system of this machine."""
-    return "://" not in str(path)
-
-
-def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes a file that a reader never sees half of."""
-    partial = epath.Path(path).with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)

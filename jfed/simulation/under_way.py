@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from jfed.engine.client import Metrics
 from jfed.engine.lanes import Report
 from jfed.engine.packing import Load
+from jfed.models.losses import Metrics
 from jfed.simulation.records import Evaluation, Record
 from jfed.tiers.communication import Traffic
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jfed.engine.client import Batch, Metrics, cross_entropy
 from jfed.errors import ConfigError, check_integer, check_number
 from jfed.models.exits import Exits, exit_resnet
+from jfed.models.losses import Batch, Metrics, cross_entropy
 from jfed.models.model import Model, Params
 from jfed.models.ode_nets import is_norm, is_step
 from jfed.models.resnets import ResNetConfig, resnet

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jfed.engine.client import Batch, Metrics, cross_entropy, training_logits
+from jfed.models.losses import Batch, Metrics, cross_entropy, training_logits
 from jfed.models.model import Model, Params
 
 

@@ -6,15 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from jfed.engine.client import (
-    Batch,
-    ClientConfig,
-    cross_entropy,
-    learning_rate,
-    make_optimizer,
-    make_preprocess,
-)
+from jfed.data.preprocessing import make_preprocess
+from jfed.engine.client import ClientConfig, learning_rate, make_optimizer
 from jfed.errors import ConfigError
+from jfed.models.losses import Batch, cross_entropy
 
 
 def test_cross_entropy_counts_real_examples_only():

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jfed.engine.client import ClientConfig, make_preprocess
+from jfed.data.preprocessing import make_preprocess
+from jfed.engine.client import ClientConfig
 from jfed.engine.devices import make_mesh
 from jfed.engine.faults import (
     ATTACKS,

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jfed.data import dirichlet
-from jfed.engine.client import ClientConfig, make_optimizer, make_preprocess, make_step
+from jfed.data.preprocessing import gather, make_preprocess
+from jfed.engine.client import ClientConfig, make_optimizer, make_step
 from jfed.engine.devices import make_mesh
-from jfed.engine.lanes import EngineConfig, gather, make_trainer, put_schedule
+from jfed.engine.lanes import EngineConfig, make_trainer, put_schedule
 from jfed.engine.packing import Work, capacity, client_batches, client_steps, load, pack
 from jfed.errors import ConfigError
 from jfed.models import Model, ODENetConfig, cnn, odenet

@@ -11,7 +11,8 @@ import pytest
 from etils import epath
 
 from jfed.errors import DataNotFoundError, RunFolderError
-from jfed.runs.folder import claim, explain_disk, inspect, write_json
+from jfed.files import write_json
+from jfed.runs.folder import claim, explain_disk, inspect
 
 CONFIG = {"seed": 1, "iterations": (1, 2), "shares": None}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jfed.engine.client import make_preprocess
+from jfed.data.preprocessing import make_preprocess
 from jfed.engine.devices import make_mesh
 from jfed.errors import ConfigError
 from jfed.models import Model, Moments, ODENetConfig, odenet

@@ -8,10 +8,11 @@ import pytest
 import scipy.special
 
 from jfed import tiers as tiers_lib
-from jfed.engine.client import Batch, make_step
+from jfed.engine.client import make_step
 from jfed.errors import ConfigError
 from jfed.models import ResNetConfig, preset
 from jfed.models.exits import exit_resnet
+from jfed.models.losses import Batch
 from jfed.models.model import initialise
 from jfed.tiers.communication import tree_size
 from jfed.tiers.depth import blocks_for, check_blocks, mutual_divergence

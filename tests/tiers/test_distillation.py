@@ -12,8 +12,9 @@ import scipy.special
 import jfed
 from jfed import tiers as tiers_lib
 from jfed.data import Dataset, Split
-from jfed.engine.client import Batch, make_step
+from jfed.engine.client import make_step
 from jfed.models import ODENetConfig
+from jfed.models.losses import Batch
 from jfed.models.model import initialise
 from jfed.tiers import MethodConfig, make_tiers
 

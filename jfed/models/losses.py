@@ -1,0 +1,50 @@
+"""What a loss gets and gives: batches, sums of metrics, and the cross-entropy."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from jfed.models.model import Model, Params
+
+
+class Batch(NamedTuple):
+    """One batch; `mask` is 1 for real examples, 0 for padding.
+
+    With `present`, the logits of the classes where it is False are masked in the loss.
+    """
+
+    images: Float[Array, "B H W C"]
+    labels: Int[Array, " B"]
+    mask: Float[Array, " B"]
+    present: Bool[Array, " classes"] | None = None
+
+
+class Metrics(NamedTuple):
+    """Sums over examples, float32 scalars; divide by `examples` for means."""
+
+    loss: Float[Array, ""]
+    correct: Float[Array, ""]
+    examples: Float[Array, ""]
+
+
+def cross_entropy(
+    logits: Float[Array, "B classes"], batch: Batch
+) -> tuple[Float[Array, ""], Metrics]:
+    """Mean cross-entropy of the real examples, and the sums that metrics are made of."""
+    if batch.present is not None:
+        logits = jnp.where(batch.present[None], logits, 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    right = (jnp.argmax(logits, -1) == batch.labels).astype(jnp.float32)
+    count = batch.mask.sum()
+    total = (losses * batch.mask).sum()
+    metrics = Metrics(total, (right * batch.mask).sum(), count)
+    return total / jnp.maximum(count, 1), metrics
+
+
+def training_logits(model: Model, params: Params, batch: Batch) -> Float[Array, "B classes"]:
+    """Logits in training: batch norms use what they measure on the real examples of the batch."""
+    if model.measure is None:
+        return model.apply(params, batch.images)
+    return model.apply(params, batch.images, batch.mask)
