@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jfed.errors import ConfigError, check_integer, check_number, check_type, one_of
+from jfed.models.losses import Batch, Metrics, cross_entropy, training_logits
 from jfed.models.model import Model, Params
 
 _MANY = 10**6  # more epochs, steps, or examples in a batch than anyone means

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jfed.data.preprocessing import Preprocess
+from jfed.data.preprocessing import Preprocess, gather
 from jfed.engine.client import ClientConfig, make_optimizer, make_step
 from jfed.engine.devices import AXIS, EVERYWHERE, SPREAD, make_mesh, put
 from jfed.engine.faults import FaultConfig, corrupt

@@ -11,7 +11,7 @@ import filelock
 from etils import epath
 
 from jfed.errors import JfedError, RunFolderError
-from jfed.files import is_local
+from jfed.files import is_local, read_json
 
 _LOCK = ".lock"
 # What writing to an open file may end with, of which the error names no file.

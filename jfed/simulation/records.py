@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
+from jfed.files import is_local, write_text
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
