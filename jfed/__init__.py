@@ -1,11 +1,11 @@
 """Federated learning of Neural ODE image classifiers with different iteration counts, in JAX."""
 
 from jfed import data, models, tiers
+from jfed.algorithms.clients import ClientConfig
+from jfed.algorithms.servers import ServerConfig
 from jfed.data.preprocessing import Augmentation
-from jfed.engine.client import ClientConfig
+from jfed.engine.devices import EngineConfig
 from jfed.engine.faults import FaultConfig
-from jfed.engine.lanes import EngineConfig
-from jfed.engine.server import ServerConfig
 from jfed.errors import (
     ConfigError,
     DataError,

@@ -1,9 +1,10 @@
 """The errors that jfed raises. Each message quotes the offending value and says what is allowed."""
 
+import contextlib
 import difflib
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -109,3 +110,32 @@ def check_number(
     if wrong_type or not math.isfinite(number) or number <= above or number < least:
         raise ConfigError(f"{name} must be a number, {bound}, got {value!r}.")
     return number
+
+
+def name_of(function: Any) -> str:
+    """How messages call a function: by its own name, in quotes; anything else as it is written."""
+    name = getattr(function, "__qualname__", None)
+    return repr(function if name is None else name)
+
+
+@contextlib.contextmanager
+def calling(what: str, **given: Any) -> Iterator[None]:
+    """Turns any exception of a user's function into a ConfigError that says what was called.
+
+    Args:
+      what: is called, such as "the model of tier 'full'".
+      given: to it, by name: values, or pytrees whose shapes are told.
+    """
+    try:
+        yield
+    except JfedError:
+        raise
+    except Exception as error:
+        told = ", ".join(f"{name} {_told(value)}" for name, value in given.items())
+        reason = str(error).strip() or type(error).__name__
+        raise ConfigError(f"{what} cannot be used on {told}: {reason}") from error
+
+
+def _told(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return repr(value) if shape is None else f"of shape {tuple(shape)} {value.dtype}"

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jfed import tiers as tiers_lib
+from jfed.algorithms.clients import ClientConfig
 from jfed.data import Dataset, Split
-from jfed.engine.client import ClientConfig
-from jfed.engine.lanes import EngineConfig
+from jfed.engine.devices import EngineConfig
 from jfed.engine.packing import Work
 from jfed.models.flops import forward_flops
 from jfed.models.model import Model, Params, initialise

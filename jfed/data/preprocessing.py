@@ -1,11 +1,12 @@
 """From images as they are stored to what a model sees: gathered, standardised, augmented."""
 
 import dataclasses
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
 
 from jfed.errors import check_integer
 from jfed.models.losses import Batch
@@ -28,39 +29,70 @@ class Augmentation:
         check_integer("augmentation pad", self.pad, least=0)
 
 
-Preprocess = Callable[[Array, Array | None], Float[Array, "B H W C"]]
+class Images(NamedTuple):
+    """A set of examples as it lies on the devices.
+
+    Attributes:
+      pixels: `[N, H, W, C]` uint8.
+      labels: `[N]` int32.
+      mean: `[C]` of each channel, in units of 0 to 255.
+      std: `[C]` likewise.
+    """
+
+    pixels: Array
+    labels: Int[Array, " N"]
+    mean: Float[Array, " C"]
+    std: Float[Array, " C"]
 
 
-def make_preprocess(
-    mean: tuple[float, ...], std: tuple[float, ...], *, pad: int, flip: bool
-) -> Preprocess:
-    """uint8 images -> standardised float32 images, augmented if a key is given.
+def gather(
+    images: Images,
+    examples: Int[Array, " B"],
+    mask: Float[Array, " B"],
+    augmentation: Augmentation | None = None,
+    key: Array | None = None,
+) -> Batch:
+    """The batch of the given examples: standardised float32 images, augmented if a key is given.
 
     Args:
-      mean: of each channel, in units of 0 to 255.
-      std: of each channel, likewise.
-      pad: zeros (the mean colour) around a standardised image before a random crop of its old
-        size; 0 for no crop.
-      flip: mirror half of the images left to right.
-
-    Returns:
-      `preprocess(images, key)`; the key is consumed; without one nothing is augmented.
+      images: all of them.
+      examples: which are in the batch.
+      mask: 1 for those that count, 0 for padding.
+      augmentation: what to do to them with the key.
+      key: consumed.
     """
-    centre, scale = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    x = images.pixels[examples].astype(jnp.float32)
+    x = (x - images.mean[None, None, None]) / images.std[None, None, None]
+    if augmentation is not None and key is not None:
+        x = augment(x, augmentation, key)
+    return Batch(x, images.labels[examples], mask)
 
-    def preprocess(images: Array, key: Array | None) -> Float[Array, "B H W C"]:
-        x = (images.astype(jnp.float32) - centre[None, None, None]) / scale[None, None, None]
-        if key is None:
-            return x
-        crop_key, flip_key = jax.random.split(key)
-        if pad:
-            x = _random_crop(x, pad, crop_key)
-        if flip:
-            mirrored = jax.random.bernoulli(flip_key, shape=(x.shape[0], 1, 1, 1))
-            x = jnp.where(mirrored, x[:, :, ::-1], x)
-        return x
 
-    return preprocess
+def augment(
+    x: Float[Array, "B H W C"], augmentation: Augmentation, key: Array
+) -> Float[Array, "B H W C"]:
+    """Standardised images, cropped and mirrored at random; the key is consumed."""
+    crop_key, flip_key = jax.random.split(key)
+    if augmentation.pad:
+        x = _random_crop(x, augmentation.pad, crop_key)
+    if augmentation.flip:
+        mirrored = jax.random.bernoulli(flip_key, shape=(x.shape[0], 1, 1, 1))
+        x = jnp.where(mirrored, x[:, :, ::-1], x)
+    return x
+
+
+def channel_moments(
+    images: UInt8[np.ndarray, "N H W C"],
+) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
+    """Mean and standard deviation of each channel over all images, in units of 0 to 255."""
+    values = np.arange(256)
+    counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
+    means = [(n @ values) / n.sum() for n in counts]
+    stds = [
+        max(np.sqrt((n @ np.square(values - m)) / n.sum()), 1e-3)
+        for n, m in zip(counts, means, strict=True)
+    ]
+    return np.asarray(means, np.float32), np.asarray(stds, np.float32)
 
 
 def _random_crop(x: Float[Array, "B H W C"], pad: int, key: Array) -> Float[Array, "B H W C"]:
@@ -69,16 +101,3 @@ def _random_crop(x: Float[Array, "B H W C"], pad: int, key: Array) -> Float[Arra
     return jax.vmap(lambda image, o: jax.lax.dynamic_slice(image, (o[0], o[1], 0), x.shape[1:]))(
         padded, offsets
     )
-
-
-def gather(
-    images: Array,
-    labels: Array,
-    examples: Int[Array, " B"],
-    preprocess: Preprocess,
-    key: Array | None,
-) -> Batch:
-    """The batch of the given examples; -1 stands for padding."""
-    at = jnp.maximum(examples, 0)
-    mask = (examples >= 0).astype(jnp.float32)
-    return Batch(preprocess(images[at], key), labels[at], mask)

@@ -1,16 +1,70 @@
 """The devices of a run, on one host or several, and how arrays get to them."""
 
+import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jfed.errors import ConfigError
+from jfed.errors import ConfigError, check_integer, one_of
 
+MAPPINGS = ("auto", "vmap", "map", "unroll", "debug")
 AXIS = "clients"  # the mesh axis that lanes and evaluation batches are spread over
 EVERYWHERE = PartitionSpec()
 SPREAD = PartitionSpec(AXIS)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """How clients are spread over hardware. Changes the order of floating-point sums, no more.
+
+    What is picked for None and "auto" was measured on a CPU by `jfed benchmark`
+    (experiments/results/benchmark_scaling_cpu.json); for accelerators it is a guess.
+
+    Attributes:
+      devices: how many; None takes all that JAX sees. On a CPU one for each core is as fast or
+        faster: `jax.config.update("jax_num_cpu_devices", cores)` before anything else, as
+        `jfed run` does.
+      lanes: on each device. More lanes are more clients at the same time, and more memory. None:
+        one on a CPU, up to 8 on an accelerator.
+      mapping: how a device runs its lanes: "vmap" all at once, "map" or "unroll" one after another;
+        "auto": "map" on a CPU, "vmap" on an accelerator. "debug" is another engine, a plain Python
+        loop over clients and batches on one device, to compare with and to step through.
+    """
+
+    devices: int | None = None
+    lanes: int | None = None
+    mapping: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "lanes"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least=1)
+        one_of("mapping", self.mapping, MAPPINGS)
+
+    def resolve(self, clients: int, backend: str | None = None) -> "EngineConfig":
+        """The same with numbers in place of None and a mapping in place of "auto".
+
+        Args:
+          clients: about how many train in a round; lanes beyond them would idle.
+          backend: "cpu", "gpu" or "tpu"; JAX's default one if not given.
+
+        Raises:
+          ConfigError: there are fewer devices.
+        """
+        cpu = (backend or jax.default_backend()) == "cpu"
+        if self.mapping == "debug":
+            return EngineConfig(devices=1, lanes=1, mapping="debug")
+        devices = make_mesh(self.devices).size
+        lanes = 1 if cpu else max(1, min(8, clients // devices))
+        mapping = "map" if cpu else "vmap"
+        return EngineConfig(
+            devices=devices,
+            lanes=self.lanes or lanes,
+            mapping=mapping if self.mapping == "auto" else self.mapping,
+        )
 
 
 def make_mesh(devices: int | None) -> Mesh:
@@ -35,7 +89,7 @@ def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     """Puts arrays on a mesh, copied everywhere or spread along their first axis.
 
     Args:
-      tree: arrays of the host, the same on every host.
+      tree: arrays of the host, the same on every host, or keys.
       mesh: see `make_mesh`.
       spec: `EVERYWHERE` or `SPREAD`.
     """
@@ -44,7 +98,20 @@ def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
         return jax.device_put(tree, sharding)
 
     def place(x: Any) -> jax.Array:
+        if is_key(x):
+            data = place(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(place, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays of the devices as NumPy arrays; typed keys, which NumPy lacks, as they are."""
+    return jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), tree)
+
+
+def is_key(x: Any) -> bool:
+    """Whether an array is of typed random keys."""
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -1,12 +1,12 @@
-"""The engine: one compiled program per tier trains all of its clients of a round.
+"""The engine: one compiled program trains all clients of a round whose tiers share it.
 
 Clients are packed on lanes, and lanes are spread over devices. A lane is one loop over batches that
-trains client after client without pause: where a client starts, weights and optimizer are reset to
-the server's; where it finishes, its weighted update is added to the lane's sum. So clients of
-different sizes cost no padding, and memory does not grow with the number of clients. An aggregator
-that needs every update has them stacked instead, and memory does grow.
+trains client after client: at a client's first batch it begins anew from what the server sent, at
+its last one the client's message is added to the device's sum. So clients of different sizes and
+tiers cost no padding, and memory does not grow with their number. Beginnings and ends are rare, so
+they stand behind predicates that are scalars even where several lanes step together (`vmap`).
 
-An update that is not finite is left out, and so is what its client measured.
+A message that is not finite is left out, and so is what its client measured and remembers.
 """
 
 import dataclasses
@@ -19,238 +19,389 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jfed.data.preprocessing import Preprocess, gather
-from jfed.engine.client import ClientConfig, make_optimizer, make_step
-from jfed.engine.devices import AXIS, EVERYWHERE, SPREAD, make_mesh, put
+from jfed.algorithms.algorithm import Algorithm, Client, Server, is_like, map_parts
+from jfed.algorithms.clients import Codec
+from jfed.data.preprocessing import Augmentation, Images, gather
+from jfed.engine.devices import AXIS, EVERYWHERE, SPREAD
 from jfed.engine.faults import FaultConfig, corrupt
-from jfed.engine.merging import Updates, add, clip_update, nothing
-from jfed.engine.packing import Schedule, Steps
-from jfed.errors import check_integer, one_of
-from jfed.models.losses import Metrics
+from jfed.engine.merging import Delivered, Report, clip
+from jfed.engine.packing import Cohort, Lanes, Schedule
+from jfed.models.losses import Metrics, training_loss
 from jfed.models.model import Params
-from jfed.tiers import Tier
+from jfed.tiers.tier import Tier
 
-MAPPINGS = ("auto", "vmap", "map", "unroll")
+# What else than a step's number is folded into a client's key.
+_BEGIN, _END, _CODEC, _FAULT = (np.uint32(2**32 - i) for i in (1, 2, 3, 4))
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """How clients are spread over hardware. Changes the order of floating-point sums, no more.
-
-    What is picked for None and "auto" was measured on a CPU by `jfed benchmark`
-    (experiments/results/benchmark_scaling_cpu.json); for accelerators it is a guess.
+class Training:
+    """What decides a training program, beside the shapes of its arguments.
 
     Attributes:
-      devices: how many; None takes all that JAX sees. On a CPU one for each core is as fast or
-        faster: `jax.config.update("jax_num_cpu_devices", cores)` before anything else, as
-        `jfed run` does.
-      lanes: on each device. More lanes are more clients at the same time, and more memory. None:
-        one on a CPU, up to 8 on an accelerator.
-      mapping: how a device runs its lanes: "vmap" all at once, "map" or "unroll" one after another;
-        "auto": "map" on a CPU, "vmap" on an accelerator.
+      tiers: that it serves; they differ in their settings only.
+      algorithm: of the clients.
+      augmentation: of training images.
+      mesh: see `jfed.engine.devices.make_mesh`.
+      mapping: "vmap", "map" or "unroll", see `EngineConfig`.
+      slots: the most clients in a round.
+      stacked: keep every client's message by itself, for an aggregator that needs it.
+      clip: the largest L2 norm of an update that counts as it is; longer ones are scaled down.
+      codec: how updates travel.
+      faults: of clients whose `Work` has some; None compiles none in.
     """
 
-    devices: int | None = None
-    lanes: int | None = None
-    mapping: str = "auto"
+    tiers: tuple[Tier, ...]
+    algorithm: Algorithm
+    augmentation: Augmentation
+    mesh: Mesh
+    mapping: str
+    slots: int
+    stacked: bool = False
+    clip: float | None = None
+    codec: Codec | None = None
+    faults: FaultConfig | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("devices", "lanes"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), least=1)
-        one_of("mapping", self.mapping, MAPPINGS)
 
-    def resolve(self, clients: int, backend: str | None = None) -> "EngineConfig":
-        """The same with numbers in place of None and a mapping in place of "auto".
+class Inputs(NamedTuple):
+    """What every device has in a round.
 
-        Args:
-          clients: about how many train in a round in one tier; lanes beyond them would idle.
-          backend: "cpu", "gpu" or "tpu"; JAX's default one if not given.
+    Attributes:
+      server: what the server keeps.
+      images: the whole training set.
+      present: `[clients, classes]` which classes each client has examples of, where the logits of
+        the others are masked; None where they are not.
+      key: of the run.
+      round: from 0.
+      learning_rate: of the clients.
+    """
 
-        Raises:
-          ConfigError: there are fewer devices.
+    server: Server
+    images: Images
+    present: Bool[Array, "clients classes"] | None
+    key: Array
+    round: Int[Array, ""]
+    learning_rate: Float[Array, ""]
+
+
+class _Carry(NamedTuple):
+    """What lanes that step together carry from step to step; all but the last two by lane."""
+
+    local: Any
+    metrics: Metrics
+    delivered: Delivered
+    memory: Any
+
+
+class _Trainer:
+    """A training program while it is traced, on one device."""
+
+    def __init__(self, config: Training, inputs: Inputs, cohort: Cohort) -> None:
+        self.config, self.inputs, self.cohort = config, inputs, cohort
+        self.tier, self.algorithm = config.tiers[0], config.algorithm
+        variables = inputs.server.variables
+        self.shapes = self.tier.shapes(variables)
+        self.sent = map_parts(self._cut, variables, config.algorithm.send(inputs.server))
+        self.key = jax.random.fold_in(inputs.key, inputs.round)
+        self.settings = jax.tree.map(
+            lambda *values: np.asarray(values, np.int32), *(t.setting for t in config.tiers)
+        )
+
+    def _cut(self, variables: Params) -> Params:
+        return self.tier.extract(variables, self.inputs.round)
+
+    def setting(self, slot: Array) -> Any:
+        """Of the tiers of clients, one slot or several."""
+        tier = self.cohort.tier[slot]
+        return jax.tree.map(lambda values: jnp.asarray(values)[tier], self.settings)
+
+    def client(self, slot: Array, largest: Any = None) -> tuple[Client, Array]:
+        """What the client of a slot knows, and its key of this round."""
+        of = jax.tree.map(lambda column: column[slot], self.cohort)
+        model = self.tier.bound(self.setting(slot), largest)
+        client = Client(
+            sent=self.sent,
+            loss=training_loss(model),
+            number=of.client,
+            examples=of.examples,
+            steps=of.steps,
+            weight=of.weight,
+            round=self.inputs.round,
+            learning_rate=self.inputs.learning_rate,
+        )
+        return client, jax.random.fold_in(self.key, of.client)
+
+    def begin(self, slot: Array, memory: Any) -> Any:
+        """A client's local state at its first batch; `memory` are its device's rows."""
+        client, key = self.client(slot)
+        row = jax.tree.map(lambda rows: rows[self.cohort.row[slot]], memory)
+        cut = map_parts(self._cut, self.inputs.server.variables, row)
+        return self.algorithm.client_init(client, cut, jax.random.fold_in(key, _BEGIN))
+
+    def step(self, slot: Array, now: Lanes, local: Any, largest: Any) -> tuple[Any, Metrics]:
+        """One batch of one client."""
+        client, key = self.client(slot, largest)
+        data_key, loss_key = jax.random.split(jax.random.fold_in(key, now.step))
+        mask = (jnp.arange(now.examples.shape[-1]) < now.real).astype(jnp.float32)
+        batch = gather(self.inputs.images, now.examples, mask, self.config.augmentation, data_key)
+        if self.inputs.present is not None:
+            batch = batch._replace(present=self.inputs.present[client.number])
+        return self.algorithm.client_step(client, local, batch, loss_key)
+
+    def end(self, slot: Array, local: Any, metrics: Metrics, memory: Any) -> tuple[Any, ...]:
+        """What a client sends after its last batch, times its weights, and whether it counts.
+
+        Returns:
+          The parts of its message, their weights, whether they are finite, and its new memory.
         """
-        cpu = (backend or jax.default_backend()) == "cpu"
-        devices = make_mesh(self.devices).size
-        lanes = 1 if cpu else max(1, min(8, clients // devices))
-        mapping = "map" if cpu else "vmap"
-        return EngineConfig(
-            devices=devices,
-            lanes=self.lanes or lanes,
-            mapping=mapping if self.mapping == "auto" else self.mapping,
+        client, key = self.client(slot)
+        message, remembered = self.algorithm.client_final(
+            client, local, jax.random.fold_in(key, _END)
+        )
+        message = self._as_sent(message, slot, key)
+        weights = {
+            name: jnp.asarray(self.algorithm.weights.get(name, _own_weight)(client), jnp.float32)
+            for name in message
+        }
+        weighted = {
+            name: jax.tree.map(lambda u, w=weights[name]: w.astype(u.dtype) * u, part)
+            for name, part in message.items()
+        }
+        # Weighted, as the sum takes it: what is too large for that counts as infinite.
+        finite = [jnp.isfinite(u).all() for u in jax.tree.leaves((weighted, metrics.loss))]
+        counts = jnp.stack(finite).all()
+        parts = {n: message[n] if self.is_stacked(message[n]) else weighted[n] for n in message}
+        return parts, weights, counts, self._remember(slot, remembered, memory, counts)
+
+    def _as_sent(self, message: dict[str, Any], slot: Array, key: Array) -> dict[str, Any]:
+        """A message as the server gets it: encoded and decoded, corrupted, clipped."""
+        codec, faults = self.config.codec, self.config.faults
+        if codec is not None:
+            sent = codec.encode(message["update"], jax.random.fold_in(key, _CODEC))
+            message = message | {"update": codec.decode(sent)}
+        if faults is not None and faults.corrupts:
+            fault_key = jax.random.fold_in(key, _FAULT)
+            message = corrupt(faults, message, self.cohort.fault[slot], fault_key)
+        if self.config.clip is not None:
+            message = message | {"update": clip(message["update"], self.config.clip)}
+        mask = self.tier.mask
+        if mask is None:
+            return message
+        own = mask(self.shapes, self.setting(slot))
+        keep = lambda part: jax.tree.map(lambda u, o: jnp.where(o > 0, u, 0), part, own)  # noqa: E731
+        return map_parts(keep, self.shapes, message)
+
+    def _remember(self, slot: Array, new: Any, memory: Any, counts: Array) -> Any:
+        """A client's row after a round: its tier's part of it is new, if the client counts."""
+        variables, round_ = self.inputs.server.variables, self.inputs.round
+        old = jax.tree.map(lambda rows: rows[self.cohort.row[slot]], memory)
+
+        def put_back(before: Params, after: Params) -> Params:
+            owned = self.tier.owned(variables, round_, self.setting(slot))
+            placed = self.tier.embed(after, variables, round_)
+            return jax.tree.map(lambda b, a, o: jnp.where(o > 0, a, b), before, placed, owned)
+
+        row = map_parts(put_back, variables, old, new, otherwise=lambda before, after: after)
+        return jax.tree.map(lambda b, a: jnp.where(counts, a, b), old, row)
+
+    def is_stacked(self, part: Any) -> bool:
+        """Whether a part of the messages is kept by itself for each client."""
+        return self.config.stacked and is_like(part, self.shapes)
+
+    def nothing(self, local: Any, metrics: Metrics, memory: Any) -> Delivered:
+        """What is delivered before any client has ended."""
+        slot = jnp.zeros((), jnp.int32)
+        parts, weights, *_ = jax.eval_shape(self.end, slot, local, metrics, memory)
+        slots = self.config.slots
+
+        def zeros(part: Any) -> Any:
+            shape = (slots,) if self.is_stacked(part) else ()
+            return jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape), x.dtype), part)
+
+        nobody = jnp.zeros(slots, bool)
+        told = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), metrics)
+        return Delivered(
+            {name: zeros(part) for name, part in parts.items()},
+            {name: jnp.zeros(slots) for name in weights},
+            Report(told, nobody, nobody),
         )
 
 
-class Report(NamedTuple):
-    """What a tier's clients tell of a round, summed over them: float32 scalars.
-
-    Attributes:
-      loss: over the examples of clients whose update counts, in nats.
-      correct: how many of these examples were classified right.
-      examples: how many they are, epochs counted.
-      delivered: clients whose update counts.
-      rejected: clients whose update or loss is not finite; neither counts.
-      lost: how many of the rejected ones were honest.
-    """
-
-    loss: Float[Array, ""]
-    correct: Float[Array, ""]
-    examples: Float[Array, ""]
-    delivered: Float[Array, ""]
-    rejected: Float[Array, ""]
-    lost: Float[Array, ""]
+def _own_weight(client: Client) -> Array:
+    return client.weight
 
 
-class Delivered(NamedTuple):
-    """What the clients that a lane has finished delivered."""
-
-    updates: Updates
-    report: Report
-
-
-class Carry(NamedTuple):
-    """What a lane carries from step to step; `metrics` are those of the client in training."""
-
-    params: Params
-    optimizer: Any
-    metrics: Metrics
-    delivered: Delivered
-
-
-def make_trainer(
-    tier: Tier,
-    config: ClientConfig,
-    preprocess: Preprocess,
-    mesh: Mesh,
-    *,
-    mapping: str,
-    present: Bool[np.ndarray, "clients classes"] | None = None,
-    slots: int | None = None,
-    clip: float | None = None,
-    faults: FaultConfig | None = None,
-) -> jax.stages.Wrapped:
-    """The program that trains one tier's clients of a round.
-
-    Args:
-      tier: which submodel.
-      config: of local training.
-      preprocess: uint8 images and a key -> the model's input.
-      mesh: see `jfed.engine.devices.make_mesh`.
-      mapping: see `EngineConfig`; not "auto".
-      present: which classes each client has examples of; the logits of the others are masked.
-      slots: the most clients in a round, to stack their updates: memory for so many on each lane.
-        None sums the updates.
-      clip: the largest L2 norm of an update that counts as it is, longer ones are scaled down.
-      faults: of clients whose `Work` has some; None compiles none in.
+def make_trainer(config: Training) -> jax.stages.Wrapped:
+    """The program that trains the clients of a round whose tiers share it.
 
     Returns:
-      A jitted `train(variables, images, labels, schedule, key, round_, learning_rate)` that returns
-      the tier's `TierUpdate`, or `StackedUpdates` with `slots`, and the clients' `Report`. `images`
-      `[N, H, W, C]` uint8 and `labels` `[N]` int32 are the whole training set; `key` belongs to the
-      run.
+      A jitted `train(inputs, schedule, memory) -> (delivered, memory)`: `Inputs`, a `Schedule`, and
+      rows of client memory, `[devices * rows, ...]`, each device's own; what is delivered is summed
+      over devices, the rows stay where they are.
     """
-    make, step = make_optimizer(config), make_step(tier.model)
 
-    def train(
-        variables: Params,
-        images: Array,
-        labels: Array,
-        schedule: Schedule,
-        key: Array,
-        round_: Int[Array, ""],
-        learning_rate: Float[Array, ""],
-    ) -> Delivered:
-        server = tier.extract(variables, round_)
-        optimizer = make(learning_rate)
-        fresh = optimizer.init(server)
-        round_key = jax.random.fold_in(key, round_)
+    def train(inputs: Inputs, schedule: Schedule, memory: Any) -> tuple[Delivered, Any]:
+        trainer = _Trainer(config, inputs, schedule.cohort)
+        local, metrics = _shapes_of_lane(trainer, schedule, memory)
+        delivered = trainer.nothing(local, metrics, memory)
+        lanes, length = schedule.lanes, schedule.length
+        if config.mapping == "vmap":
+            delivered, memory = _run(trainer, lanes, length.max(), delivered, memory)
+        elif config.mapping == "map" and len(length) > 1:
 
-        def one_step(i: Array, carry: Carry, lane: Steps) -> Carry:
-            row = jax.tree.map(lambda a: a[i], lane)
-            client_key = jax.random.fold_in(round_key, row.client)
-            params, state = jax.lax.cond(
-                row.start, lambda: (server, fresh), lambda: (carry.params, carry.optimizer)
-            )
-            step_key = jax.random.fold_in(client_key, row.step)
-            batch = gather(images, labels, row.examples, preprocess, step_key)
-            if present is not None:
-                batch = batch._replace(present=jnp.asarray(present)[row.client])
-            params, state, metrics = step(optimizer, params, state, batch)
-            metrics = jax.tree.map(
-                lambda old, new: jnp.where(row.start, 0, old) + new, carry.metrics, metrics
-            )
+            def one(carry: Any, lane: Any) -> Any:
+                return _run(trainer, _axis(lane[0]), lane[1], *carry), None
 
-            def finish() -> Delivered:
-                update = jax.tree.map(jnp.subtract, params, server)
-                if config.transform is not None:
-                    update = config.transform(update, jax.random.fold_in(client_key, _TRANSFORM))
-                if faults is not None and faults.corrupts:
-                    fault_key = jax.random.fold_in(client_key, _FAULT)
-                    update = corrupt(faults, update, jnp.asarray(row.fault), fault_key)
-                if clip is not None:
-                    update = clip_update(update, clip)
-                return deliver(carry.delivered, update, metrics, row)
-
-            delivered = jax.lax.cond(row.weight > 0, finish, lambda: carry.delivered)
-            return Carry(params, state, metrics, delivered)
-
-        def run_lane(lane: Steps) -> Delivered:
-            zero = jnp.zeros(())
-            before = Delivered(nothing(server, slots), Report(*(zero,) * len(Report._fields)))
-            start = Carry(server, fresh, Metrics(zero, zero, zero), before)
-            end = jax.lax.fori_loop(0, schedule.length, lambda i, c: one_step(i, c, lane), start)
-            return end.delivered
-
-        return jax.lax.psum(_sum_of_lanes(run_lane, schedule.steps, mapping), AXIS)
+            (delivered, memory), _ = jax.lax.scan(one, (delivered, memory), (lanes, length))
+        else:
+            for i in range(len(length)):
+                alone = jax.tree.map(lambda a, i=i: a[i : i + 1], lanes)
+                delivered, memory = _run(trainer, alone, length[i], delivered, memory)
+        return jax.lax.psum(delivered, AXIS), memory
 
     # Unchecked: the check would want every loop inside a user's model, and inside diffrax, to start
     # from values that are marked as varying over devices. Nothing is differentiated through `psum`.
     sharded = jax.shard_map(
         train,
-        mesh=mesh,
-        in_specs=(*(EVERYWHERE,) * 3, _SCHEDULE, *(EVERYWHERE,) * 3),
-        out_specs=EVERYWHERE,
+        mesh=config.mesh,
+        in_specs=(EVERYWHERE, Schedule(*SCHEDULE), SPREAD),
+        out_specs=(EVERYWHERE, SPREAD),
         check_vma=False,
     )
-    return jax.jit(sharded)
+    return jax.jit(sharded, donate_argnums=2)
 
 
-# In place of a step's number in the keys of a client's transform and of what it sends instead.
-_TRANSFORM, _FAULT = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
-_SCHEDULE = Schedule(Steps(*(SPREAD,) * len(Steps._fields)), EVERYWHERE)  # type: ignore[arg-type]
+# How a schedule is spread over devices: lanes, the table of clients, lengths.
+SCHEDULE = (SPREAD, EVERYWHERE, SPREAD)
 
 
-def put_schedule(schedule: Schedule, mesh: Mesh) -> Schedule:
-    """Sends each device its lanes."""
-    return Schedule(put(schedule.steps, mesh, SPREAD), put(schedule.length, mesh, EVERYWHERE))
+def _axis(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[None], tree)
 
 
-def deliver(before: Delivered, update: Params, metrics: Metrics, row: Steps) -> Delivered:
-    """Adds what one client delivers, or one rejection if anything of it is not finite.
+def _shapes_of_lane(trainer: _Trainer, schedule: Schedule, memory: Any) -> tuple[Any, Metrics]:
+    """Shapes of one client's local state and metrics."""
 
-    Args:
-      before: by the clients before it.
-      update: of the client.
-      metrics: of the client, over all of its steps.
-      row: the client's last step, scalars.
-    """
-    # Weighted, as the sum takes it: what is too large for that counts as infinite.
-    finite = [jnp.isfinite(row.weight.astype(u.dtype) * u).all() for u in jax.tree.leaves(update)]
-    counts = jnp.stack([*finite, jnp.isfinite(metrics.loss)]).all()
-    lost = ~counts & (row.fault == 0)
-    told = jax.tree.map(lambda m: jnp.where(counts, m, 0), metrics)
-    told = Report(*told, *(flag.astype(jnp.float32) for flag in (counts, ~counts, lost)))
-    update = jax.tree.map(lambda u: jnp.where(counts, u, 0), update)
-    updates = add(before.updates, update, jnp.where(counts, row.weight, 0), jnp.asarray(row.slot))
-    return Delivered(updates, jax.tree.map(jnp.add, before.report, told))
+    def first() -> tuple[Any, Metrics]:
+        now = jax.tree.map(lambda a: a[0, 0], schedule.lanes)
+        slot = jnp.zeros((), jnp.int32)
+        return trainer.step(slot, now, trainer.begin(slot, memory), None)
+
+    return jax.eval_shape(first)
 
 
-def _sum_of_lanes(run_lane: Callable[[Steps], Delivered], steps: Steps, mapping: str) -> Delivered:
-    """Runs every lane and adds up what they deliver; of stacked updates each has its own slots."""
-    lanes = steps.start.shape[0]
-    if lanes == 1 or mapping == "unroll":
-        # One lane is not vmapped: batching its kernels would make other programs of them.
-        ends = [run_lane(jax.tree.map(lambda a, i=i: a[i], steps)) for i in range(lanes)]
-        return jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *ends)
-    mapped = jax.vmap(run_lane)(steps) if mapping == "vmap" else jax.lax.map(run_lane, steps)
-    return jax.tree.map(lambda x: x.sum(0), mapped)
+def _run(
+    trainer: _Trainer, lanes: Lanes, length: Array, delivered: Delivered, memory: Any
+) -> tuple[Delivered, Any]:
+    """Runs lanes that take their steps together; of a single lane nothing is batched."""
+    slots, count = trainer.config.slots, len(lanes.slot)
+    each = jax.vmap if count > 1 else _alone
+    steps = trainer.cohort.steps
+
+    def begin(slot: Array, memory: Any) -> Any:
+        return each(lambda s: trainer.begin(s, memory))(slot)
+
+    def one_step(i: Array, carry: _Carry) -> _Carry:
+        now = jax.tree.map(lambda a: a[:, i], lanes)
+        active, slot = now.slot < slots, jnp.minimum(now.slot, slots - 1)
+        starts = active & (now.step == 0)
+        ends = active & (now.step == steps[slot] - 1)
+        local = jax.lax.cond(
+            starts.any(),
+            lambda: _select(starts, begin(slot, carry.memory), carry.local),
+            lambda: carry.local,
+        )
+        largest = None if count == 1 else _largest(trainer.setting(slot), active)
+        local, metrics = each(lambda s, n, x: trainer.step(s, n, x, largest))(slot, now, local)
+        metrics = jax.tree.map(
+            lambda old, new: jnp.where(_along(starts, old), 0, old) + new, carry.metrics, metrics
+        )
+
+        def deliver() -> tuple[Delivered, Any]:
+            told = each(lambda s, x, m: trainer.end(s, x, m, carry.memory))(slot, local, metrics)
+            at = jnp.where(ends, slot, slots)
+            return _add(trainer, carry.delivered, carry.memory, told, metrics, at, ends)
+
+        delivered, memory = jax.lax.cond(
+            ends.any(), deliver, lambda: (carry.delivered, carry.memory)
+        )
+        return _Carry(local, metrics, delivered, memory)
+
+    # Lanes that have not begun yet hold the first client's state; nothing of it is delivered.
+    local = begin(jnp.zeros(count, jnp.int32), memory)
+    zero = jax.tree.map(
+        lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), delivered.report.metrics
+    )
+    end = jax.lax.fori_loop(0, length, one_step, _Carry(local, zero, delivered, memory))
+    return end.delivered, end.memory
+
+
+def _add(
+    trainer: _Trainer,
+    before: Delivered,
+    memory: Any,
+    told: tuple[Any, ...],
+    metrics: Metrics,
+    at: Int[Array, " l"],
+    ends: Bool[Array, " l"],
+) -> tuple[Delivered, Any]:
+    """Adds what the lanes whose client ends deliver; `at` are their slots, too large for others."""
+    parts, weights, finite, rows = told
+    counts = ends & finite
+    stacks = {name: trainer.is_stacked(_first(part)) for name, part in parts.items()}
+
+    def put(column: Array, values: Array) -> Array:
+        """Sets what clients that count deliver, in their slots."""
+        shown = jnp.where(_along(counts, values), values, 0)
+        return column.at[at].set(shown.astype(column.dtype), mode="drop")
+
+    def total(whole: Array, values: Array) -> Array:
+        return whole + jnp.where(_along(counts, values), values, 0).sum(0)
+
+    report = before.report
+    delivered = Delivered(
+        {
+            name: jax.tree.map(put if stacks[name] else total, before.parts[name], part)
+            for name, part in parts.items()
+        },
+        {name: put(before.weights[name], weight) for name, weight in weights.items()},
+        Report(
+            jax.tree.map(put, report.metrics, metrics),
+            report.delivered.at[at].set(counts, mode="drop"),
+            report.rejected.at[at].set(~counts, mode="drop"),
+        ),
+    )
+    size = max((len(x) for x in jax.tree.leaves(memory)), default=0)
+    row = jnp.where(ends, trainer.cohort.row[jnp.minimum(at, trainer.config.slots - 1)], size)
+    memory = jax.tree.map(lambda all_, new: all_.at[row].set(new, mode="drop"), memory, rows)
+    return delivered, memory
+
+
+def _alone(f: Callable) -> Callable:
+    """`f` over a leading axis of one, which it never sees: `vmap` would make other kernels."""
+
+    def mapped(*args: Any) -> Any:
+        return _axis(f(*jax.tree.map(lambda x: x[0], args)))
+
+    return mapped
+
+
+def _select(which: Bool[Array, " l"], new: Any, old: Any) -> Any:
+    if len(which) == 1:  # called where one of them is True
+        return new
+    return jax.tree.map(lambda n, o: jnp.where(_along(which, n), n, o), new, old)
+
+
+def _largest(settings: Any, active: Bool[Array, " l"]) -> Any:
+    """The largest of each number over the lanes that train a client."""
+    return jax.tree.map(lambda s: jnp.where(_along(active, s), s, 0).max(0), settings)
+
+
+def _along(values: Array, like: Array) -> Array:
+    """`[l]` -> `[l, 1, ...]`, to go with an array of more axes."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _first(tree: Any) -> Any:
+    """Shapes without the axis of lanes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)

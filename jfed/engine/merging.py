@@ -1,69 +1,63 @@
-"""What clients deliver, and the heterogeneous merge: a mean over those that own an entry."""
+"""The heterogeneous merge: what clients delivered, as a mean over those that own an entry."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jfed.algorithms.aggregators import Aggregator, Stack
+from jfed.algorithms.algorithm import is_like
 from jfed.models.model import Params
 from jfed.tiers.tier import Round, Tier
 
 
-class TierUpdate(NamedTuple):
-    """What the clients of one tier deliver together.
+class Report(NamedTuple):
+    """What the clients of a round tell, by slots.
 
     Attributes:
-      total: the sum of weight * update over the tier's clients, shaped as the tier's variables. An
-        update is what local training added to the variables.
-      weight: the sum of the weights (a client's weight is its number of examples).
+      metrics: `jfed.models.losses.Metrics`, sums over the examples that each client trained on;
+        zeros where it delivered nothing.
+      delivered: whether its message counts.
+      rejected: whether it had one that does not, since it or its loss is not finite.
     """
 
-    total: Params
-    weight: Float[Array, ""] | Float[np.ndarray, ""]
+    metrics: Any
+    delivered: Bool[Array, " slots"]
+    rejected: Bool[Array, " slots"]
 
 
-class StackedUpdates(NamedTuple):
-    """What the clients of one tier deliver, each by itself: memory grows with the cohort.
+class Delivered(NamedTuple):
+    """What the clients that share a program delivered.
 
     Attributes:
-      updates: shaped as the tier's variables with an axis of slots before, `[slots, ...]`; zeros in
-        a slot that nobody delivered to.
-      weight: `[slots]`, 0 where nobody delivered.
+      parts: of their messages by name: the sum of weight * part; or each by itself, with an axis of
+        slots before, where the aggregator needs a stack and the part is like the tier's variables.
+      weights: `[slots]` of each part, by name; 0 where nobody delivered.
+      report: on the clients.
     """
 
-    updates: Params
-    weight: Float[Array, " slots"] | Float[np.ndarray, " slots"]
+    parts: dict[str, Any]
+    weights: dict[str, Float[Array, " slots"]]
+    report: Report
 
 
-Updates = TierUpdate | StackedUpdates
+class Group(NamedTuple):
+    """Tiers that share a program, and what their clients delivered.
 
-
-def nothing(like: Params, slots: int | None = None) -> Updates:
-    """What a tier delivers before any of its clients has.
-
-    Args:
-      like: the tier's variables; only shapes and dtypes matter.
-      slots: the most clients to stack the updates of; None for their sum.
+    Attributes:
+      tiers: which differ in their settings only.
+      delivered: by their clients.
+      tier: `[slots]` the tier of each, by place among `tiers`.
     """
-    shape = () if slots is None else (slots,)
-    zeros = jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape), x.dtype), like)
-    weight = jnp.zeros(shape, jnp.float32)
-    return TierUpdate(zeros, weight) if slots is None else StackedUpdates(zeros, weight)
+
+    tiers: Sequence[Tier]
+    delivered: Delivered
+    tier: Int[Array, " slots"]
 
 
-def add(before: Updates, update: Params, weight: Float[Array, ""], slot: Int[Array, ""]) -> Updates:
-    """Adds one client's update: to the sum, times its weight, or to its slot."""
-    if isinstance(before, TierUpdate):
-        total = jax.tree.map(lambda t, u: t + weight.astype(t.dtype) * u, before.total, update)
-        return TierUpdate(total, before.weight + weight)
-    updates = jax.tree.map(lambda b, u: b.at[slot].set(u), before.updates, update)
-    return StackedUpdates(updates, jnp.asarray(before.weight).at[slot].set(weight))
-
-
-def clip_update(update: Params, norm: float) -> Params:
+def clip(update: Params, norm: float) -> Params:
     """The update, scaled down to that L2 norm if it is longer."""
     leaves = jax.tree.leaves(update)
     # Relative to the largest entry, whose square may not be representable.
@@ -75,34 +69,101 @@ def clip_update(update: Params, norm: float) -> Params:
 
 
 def merge(
-    variables: Params, tiers: Sequence[Tier], updates: Sequence[TierUpdate], round_: Round = 0
-) -> tuple[Params, Params]:
-    """The mean update of every global entry, and the weight that stands behind it.
+    variables: Params,
+    groups: Sequence[Group],
+    aggregator: Aggregator | None = None,
+    round_: Round = 0,
+) -> tuple[dict[str, Any], Params]:
+    """The parts of all messages merged, and how many clients own and delivered each entry.
 
-    For each entry `sum_k w_k m_k u_k / sum_k w_k m_k`, where m_k tells whether client k's tier owns
-    it, and 0 where no client does. Adding it to `variables` gives the weighted mean of the clients'
-    values, and the old value where nobody owns the entry.
+    A part like the variables is merged entry by entry: sum_k w_k m_k u_k / sum_k w_k m_k, where m_k
+    tells whether client k's tier owns the entry, and 0 where no client does. Of any other part the
+    weighted mean over all clients is taken.
 
     Args:
       variables: global ones; only shapes and dtypes matter.
-      tiers: of the clients that took part.
-      updates: one for each of `tiers`.
+      groups: of the clients that took part.
+      aggregator: in place of the weighted mean, for parts like the variables.
       round_: from 0; it matters to tiers whose part of the variables moves over rounds.
     """
-    totals = [
-        tier.embed(u.total, variables, round_) for tier, u in zip(tiers, updates, strict=True)
-    ]
-    weights = [
-        jax.tree.map(lambda owned, w=u.weight: owned * w, tier.owned(variables, round_))
-        for tier, u in zip(tiers, updates, strict=True)
-    ]
+    there = [group.delivered.report.delivered.astype(jnp.float32) for group in groups]
+    owners = _owned(variables, groups, there, round_)
+    merged = {}
+    for name, part in groups[0].delivered.parts.items():
+        weights = [group.delivered.weights[name] for group in groups]
+        if not _is_cut(groups[0], part, variables):
+            whole = _sum([w.sum() for w in weights])
+            total = _sum([group.delivered.parts[name] for group in groups])
+            merged[name] = jax.tree.map(lambda t, w=whole: t / jnp.where(w > 0, w, 1), total)
+        elif aggregator is None:
+            total = _sum(
+                [
+                    group.tiers[0].embed(group.delivered.parts[name], variables, round_)
+                    for group in groups
+                ]
+            )
+            merged[name] = jax.tree.map(_mean, total, _owned(variables, groups, weights, round_))
+        else:
+            update = aggregator(_stack(variables, groups, name, round_))
+            merged[name] = jax.tree.map(lambda u, n: jnp.where(n > 0, u, 0), update, owners)
+    return merged, owners
 
-    def mean(total: Array, weight: Array) -> Array:
-        return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
 
-    weight = _sum(weights)
-    return jax.tree.map(mean, _sum(totals), weight), weight
+def _is_cut(group: Group, part: Any, variables: Params) -> bool:
+    """Whether a part is like the variables of the tier, stacked or not."""
+    shapes = group.tiers[0].shapes(variables)
+    slots = len(group.tier)
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((slots, *x.shape), x.dtype), shapes)
+    return is_like(part, shapes) or is_like(part, stacked)
 
 
-def _sum(trees: list[Params]) -> Params:
+def _mean(total: Array, weight: Array) -> Array:
+    return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
+
+
+def _owned(
+    variables: Params,
+    groups: Sequence[Group],
+    weights: Sequence[Float[Array, " slots"]],
+    round_: Round,
+) -> Params:
+    """For each entry the sum of the weights of the clients that own it."""
+    found = []
+    for group, weight in zip(groups, weights, strict=True):
+        if group.tiers[0].mask is None:  # all tiers of the program own the same
+            found.append((group.tiers[0], weight.sum()))
+        else:
+            by_tier = jnp.zeros(len(group.tiers)).at[group.tier].add(weight)
+            found += [(tier, by_tier[i]) for i, tier in enumerate(group.tiers)]
+    return _sum(
+        [jax.tree.map(lambda o, w=w: o * w, tier.owned(variables, round_)) for tier, w in found]
+    )
+
+
+def _stack(variables: Params, groups: Sequence[Group], name: str, round_: Round) -> Stack:
+    """Every client's part in its place among the global variables."""
+    updates, owned = [], []
+    for group in groups:
+        first, there = group.tiers[0], group.delivered.report.delivered
+        updates.append(
+            jax.vmap(lambda u, tier=first: tier.embed(u, variables, round_))(
+                group.delivered.parts[name]
+            )
+        )
+        each = [tier.owned(variables, round_) for tier in group.tiers]
+        by_tier = jax.tree.map(lambda *o: jnp.stack(o) > 0, *each)
+        owned.append(
+            jax.tree.map(
+                lambda o, tier=group.tier, there=there: (
+                    o[tier] & there.reshape(-1, *(1,) * (o.ndim - 1))
+                ),
+                by_tier,
+            )
+        )
+    weight = jnp.concatenate([group.delivered.weights[name] for group in groups])
+    join = lambda trees: jax.tree.map(lambda *x: jnp.concatenate(x), *trees)  # noqa: E731
+    return Stack(join(updates), join(owned), weight)
+
+
+def _sum(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: sum(leaves[1:], start=leaves[0]), *trees)

@@ -1,6 +1,7 @@
 """What a loss gets and gives: batches, sums of metrics, and the cross-entropy."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -22,11 +23,19 @@ class Batch(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Sums over examples, float32 scalars; divide by `examples` for means."""
+    """Sums over examples, float32 scalars; divide by `examples` for means.
+
+    Attributes:
+      loss: in nats.
+      correct: how many were classified right.
+      examples: how many they are.
+      others: further sums by name, of a loss of the user's own.
+    """
 
     loss: Float[Array, ""]
     correct: Float[Array, ""]
     examples: Float[Array, ""]
+    others: Any = {}  # noqa: RUF012 (never written to)
 
 
 def cross_entropy(
@@ -48,3 +57,17 @@ def training_logits(model: Model, params: Params, batch: Batch) -> Float[Array, 
     if model.measure is None:
         return model.apply(params, batch.images)
     return model.apply(params, batch.images, batch.mask)
+
+
+def training_loss(
+    model: Model,
+) -> Callable[[Params, Batch, Array], tuple[Float[Array, ""], Metrics]]:
+    """The loss of local training: the model's own, or the cross-entropy of its logits."""
+    if model.loss is not None:
+        return model.loss
+
+    def loss(params: Params, batch: Batch, key: Array) -> tuple[Float[Array, ""], Metrics]:
+        del key
+        return cross_entropy(training_logits(model, params, batch), batch)
+
+    return loss

@@ -5,12 +5,11 @@ from typing import Any, TypeVar
 
 from jfed import data as data_lib
 from jfed import tiers as tiers_lib
+from jfed.algorithms.clients import ClientConfig
+from jfed.algorithms.servers import ServerConfig
 from jfed.data.preprocessing import Augmentation
-from jfed.engine.client import ClientConfig
-from jfed.engine.devices import make_mesh
+from jfed.engine.devices import EngineConfig, make_mesh
 from jfed.engine.faults import FaultConfig
-from jfed.engine.lanes import EngineConfig
-from jfed.engine.server import ServerConfig
 from jfed.errors import ConfigError, check_integer, one_of
 from jfed.models.ode_nets import ODENetConfig
 from jfed.models.presets import ModelConfig, preset

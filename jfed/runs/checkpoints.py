@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
-from jfed.engine.server import ServerState
+from jfed.algorithms.servers import ServerState
 from jfed.errors import RunFolderError, check_integer
 from jfed.files import absolute
 from jfed.simulation.records import Record

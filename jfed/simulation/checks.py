@@ -1,14 +1,16 @@
-"""What models, optimizers and transforms must be: checked on shapes, before anything compiles."""
+"""What models, optimizers and algorithms must be: checked on shapes, before anything compiles."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jfed.algorithms.algorithm import Algorithm, Client, Merged, Server, is_like, map_parts
+from jfed.algorithms.clients import ClientConfig, make_optimizer
+from jfed.algorithms.optimizers import MakeOptimizer
 from jfed.data import Dataset
-from jfed.engine.client import ClientConfig, make_optimizer, make_step
-from jfed.errors import ConfigError
-from jfed.models.losses import Batch
+from jfed.errors import ConfigError, calling, name_of
+from jfed.models.losses import Batch, training_loss
 from jfed.models.model import Params
 from jfed.tiers import Tier
 
@@ -30,26 +32,22 @@ def check_model(tier: Tier, like: Params, data: Dataset) -> None:
                 f"parameters must be float32 arrays; that at {jax.tree_util.keystr(path)} "
                 f"of tier {tier.name!r} is {leaf.dtype}."
             )
-    batch = _batch(data)
-    given = (batch.images,) if tier.model.measure is None else (batch.images, batch.mask)
-    try:
-        logits = jax.eval_shape(tier.model.apply, params, *given)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"the model of tier {tier.name!r} cannot be applied to images of shape "
-            f"{batch.images.shape}: {error}"
-        ) from error
+    batch, model = _batch(data), tier.bound()
+    given = (batch.images,) if model.measure is None else (batch.images, batch.mask)
+    title = f"the model of tier {tier.name!r}"
+    with calling(title, images=batch.images):
+        logits = jax.eval_shape(model.apply, params, *given)
     expected = (2, data.num_classes)
     if getattr(logits, "shape", None) != expected or logits.dtype != jnp.float32:
         raise ConfigError(
-            f"the model of tier {tier.name!r} maps images {batch.images.shape} to "
-            f"{_shapes(logits)}; expected logits {expected} float32 and nothing else, for the "
-            f"{data.num_classes} classes of {data.name!r}."
+            f"{title} maps images {batch.images.shape} to {_shapes(logits)}; expected logits "
+            f"{expected} float32 and nothing else, for the {data.num_classes} classes of "
+            f"{data.name!r}."
         )
 
 
 def check_training(tier: Tier, like: Params, config: ClientConfig, data: Dataset) -> None:
-    """Raises ConfigError if a step of local training, or the transform, changes the tree.
+    """Raises ConfigError if the loss is none, or the optimizer or the codec changes the tree.
 
     Args:
       tier: with the model.
@@ -57,29 +55,134 @@ def check_training(tier: Tier, like: Params, config: ClientConfig, data: Dataset
       config: of local training.
       data: that is trained on.
     """
-    params = tier.shapes(like)
-    step, optimizer = make_step(tier.model), make_optimizer(config)(0.1)
-
-    def train(params: Params, batch: Batch) -> Params:
-        return step(optimizer, params, optimizer.init(params), batch)[0]
-
-    try:
-        trained = jax.eval_shape(train, params, _batch(data))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"the model of tier {tier.name!r} cannot be trained with optimizer "
-            f"{config.optimizer!r}: {error}"
-        ) from error
-    _check_tree("a step of training", trained, params, tier)
-    if config.transform is not None:
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        try:
-            update = jax.eval_shape(config.transform, params, key)
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
+    params, batch, title = tier.shapes(like), _batch(data), f"the loss of tier {tier.name!r}"
+    loss = training_loss(tier.bound())
+    with calling(title, images=batch.images):
+        gradient, metrics = jax.eval_shape(jax.grad(loss, has_aux=True), params, batch, _key())
+    for name in ("loss", "correct", "examples"):
+        if getattr(getattr(metrics, name, None), "shape", None) != ():
             raise ConfigError(
-                f"transform {config.transform!r} cannot be used on an update and a key: {error}"
-            ) from error
-        _check_tree(f"transform {config.transform!r}", update, params, tier)
+                f"{title} must return (loss, jfed.models.Metrics) of scalars, got "
+                f"{_shapes(metrics)}."
+            )
+    with calling(f"optimizer {config.optimizer!r} of tier {tier.name!r}", images=batch.images):
+        trained = jax.eval_shape(_optimizer_step(make_optimizer(config)), params, gradient)
+    _check_tree("a step of training", trained, params, tier)
+    if config.codec is not None:
+        codec = config.codec
+        with calling(f"codec {name_of(codec.encode)}", tier=tier.name):
+            update = jax.eval_shape(lambda u, k: codec.decode(codec.encode(u, k)), params, _key())
+        _check_tree(f"codec {name_of(codec.encode)}", update, params, tier)
+
+
+def _optimizer_step(make: MakeOptimizer) -> Any:
+    def step(params: Params, gradient: Params) -> Params:
+        optimizer = make(0.1)
+        updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+        return jax.tree.map(lambda p, u: p + u, params, updates)
+
+    return step
+
+
+def check_algorithm(
+    tier: Tier, like: Params, algorithm: Algorithm, config: ClientConfig, data: Dataset
+) -> None:
+    """Raises ConfigError where an algorithm's functions do not fit each other, naming the function.
+
+    Args:
+      tier: of clients.
+      like: global variables; only shapes and dtypes matter.
+      algorithm: of the server and its clients.
+      config: of the clients.
+      data: that they train on.
+    """
+
+    def call(name: str, *args: Any) -> Any:
+        with calling(_title(algorithm, name), tier=tier.name):
+            return jax.eval_shape(getattr(algorithm, name), *args)
+
+    def cut(tree: Any) -> Any:
+        return map_parts(tier.shapes, like, tree)
+
+    server = Server(like, call("server_init", like))
+    memory = cut(call("memory_init", like))
+    number, real = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.float32))
+    known = (cut(call("send", server)), number, number, number, real, number, real)
+    loss, batch, key = training_loss(tier.bound()), _batch(data), _key()
+
+    def of_client(name: str, *args: Any) -> Any:
+        def run(known: Any, *args: Any) -> Any:
+            return getattr(algorithm, name)(Client(known[0], loss, *known[1:]), *args)
+
+        with calling(_title(algorithm, name), tier=tier.name):
+            return jax.eval_shape(run, known, *args)
+
+    local = of_client("client_init", memory, key)
+    after, _ = _pair(algorithm, "client_step", of_client("client_step", local, batch, key))
+    _check_same(_title(algorithm, "client_step"), "local state", after, local)
+    message, kept = _pair(algorithm, "client_final", of_client("client_final", local, key))
+    _check_same(_title(algorithm, "client_final"), "memory", kept, memory)
+    merged = _check_message(message, tier, like, algorithm)
+    if config.codec is not None and "update" not in message:
+        raise ConfigError(f"a codec needs a part 'update' of the message, got {sorted(message)}.")
+    for name, weigh in algorithm.weights.items():
+        title = f"weights[{name!r}] ({name_of(weigh)})"
+        with calling(title, tier=tier.name):
+            weight = jax.eval_shape(
+                lambda k, f=weigh: jnp.asarray(f(Client(k[0], loss, *k[1:]))), known
+            )
+        if weight.shape != ():
+            raise ConfigError(f"{title} must give a scalar, got {_shapes(weight)}.")
+
+    def step(server: Server, *parts: Any) -> Server:
+        return algorithm.server_step(server, Merged(parts[0], parts[1], parts[2], 1, *parts[3:]))
+
+    with calling(_title(algorithm, "server_step"), parts=sorted(merged)):
+        stepped = jax.eval_shape(step, server, merged, like, real, number, key)
+    _check_same(_title(algorithm, "server_step"), "server", stepped, server)
+
+
+def _title(algorithm: Algorithm, name: str) -> str:
+    return f"the algorithm's {name} ({name_of(getattr(algorithm, name))})"
+
+
+def _pair(algorithm: Algorithm, name: str, found: Any) -> Any:
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ConfigError(f"{_title(algorithm, name)} must return a pair, got {_shapes(found)}.")
+    return found
+
+
+def _check_message(message: Any, tier: Tier, like: Params, algorithm: Algorithm) -> dict[str, Any]:
+    """Shapes of the merged message; ConfigError unless it is a dict of parts that can be merged."""
+    title = _title(algorithm, "client_final")
+    if not isinstance(message, dict) or not message:
+        raise ConfigError(f"{title} must return a dict of parts, got {message!r}.")
+    if unknown := sorted(set(algorithm.weights) - set(message)):
+        raise ConfigError(f"weights of parts {unknown}, but the message has {sorted(message)}.")
+    shapes, merged = tier.shapes(like), {}
+    several = jax.tree.structure(shapes).num_leaves > 1
+    for name, part in message.items():
+        for leaf in jax.tree.leaves(part):
+            if leaf.dtype != jnp.float32:
+                raise ConfigError(f"part {name!r} of {title} must be float32, got {leaf.dtype}.")
+        own = is_like(part, shapes)
+        if several and not own and jax.tree.structure(part) == jax.tree.structure(shapes):
+            raise ConfigError(
+                f"part {name!r} of {title} does not match what tier {tier.name!r} owns: it has "
+                f"{_shapes(part)}, the tier {_shapes(shapes)}."
+            )
+        merged[name] = like if own else part
+    return merged
+
+
+def _check_same(title: str, what: str, found: Any, expected: Any) -> None:
+    if jax.tree.structure(found) != jax.tree.structure(expected) or _shapes(found) != _shapes(
+        expected
+    ):
+        raise ConfigError(
+            f"{title} must keep the {what} as it is in tree, shapes and dtypes: got "
+            f"{_shapes(found)}, expected {_shapes(expected)}."
+        )
 
 
 def _check_tree(what: str, made: Any, params: Params, tier: Tier) -> None:
@@ -98,3 +201,7 @@ def _batch(data: Dataset) -> Any:
     images = jax.ShapeDtypeStruct((2, *data.image_shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((2,), jnp.int32)
     return Batch(images, labels, jax.ShapeDtypeStruct((2,), jnp.float32))  # type: ignore[arg-type]
+
+
+def _key() -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0))

@@ -1,7 +1,8 @@
 """Test accuracy of a tier, with batch-norm statistics measured for that tier."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jfed.data.preprocessing import Preprocess, gather
+from jfed.data.preprocessing import Images, gather
 from jfed.engine.devices import AXIS, EVERYWHERE, SPREAD
 from jfed.errors import check_integer, check_sequence
 from jfed.models.integration import check_solver
-from jfed.models.losses import Metrics, cross_entropy
+from jfed.models.losses import Batch, Metrics, cross_entropy
 from jfed.models.model import Model, Moments, Params, Statistics
 from jfed.tiers import Iterations, Tier
+
+# Sums over the examples that count, by name.
+Measure = Callable[[Float[Array, "B classes"], Batch], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,8 @@ class EvaluationConfig:
         included, is tested with each of them too, beside the solver that it is trained with.
       batch_size: examples in a batch.
       calibration_examples: training examples that batch-norm statistics are measured on.
+      measure: further metrics, `measure(logits, batch) -> {name: sum over the examples that count}`
+        float32 scalars, recorded as means over the test set.
     """
 
     every: int = 1
@@ -36,6 +42,7 @@ class EvaluationConfig:
     solvers: tuple[str, ...] = ()
     batch_size: int = 250
     calibration_examples: int = 2000
+    measure: Measure | None = None
 
     def __post_init__(self) -> None:
         check_sequence("evaluation iterations", self.iterations)
@@ -47,27 +54,36 @@ class EvaluationConfig:
 
 
 class Examples(NamedTuple):
-    """A set of examples on the device, cut into batches.
+    """Examples on the devices, cut into batches.
 
     Attributes:
-      images: `[N, H, W, C]` uint8.
-      labels: `[N]` int32.
-      batches: `[K, B]` int32 indices, -1 for padding.
+      images: all of the split.
+      batches: `[K, B]` int32 indices.
+      real: `[K]` how many of a batch count, the first ones.
     """
 
-    images: Array
-    labels: Array
+    images: Images
     batches: Int[Array, "K B"]
+    real: Int[Array, " K"]
 
 
 def in_batches(
     chosen: Int[np.ndarray, " N"], size: int, multiple: int = 1
-) -> Int[np.ndarray, "K B"]:
-    """Cuts indices into batches of `size`, padded with -1 to a multiple of so many batches."""
+) -> tuple[Int[np.ndarray, "K B"], Int[np.ndarray, " K"]]:
+    """Cuts indices into batches of `size`, a multiple of so many, and tells how many of each count.
+
+    What does not count is the last of the chosen examples once more.
+    """
     count = -(-len(chosen) // size)
-    batches = np.full((-(-count // multiple) * multiple, size), -1, np.int32)
+    batches = np.full((-(-count // multiple) * multiple, size), chosen[-1], np.int32)
     batches.reshape(-1)[: len(chosen)] = chosen
-    return batches
+    real = np.clip(len(chosen) - size * np.arange(len(batches)), 0, size)
+    return batches, real.astype(np.int32)
+
+
+def _batch(examples: Examples, indices: Array, real: Array) -> Batch:
+    mask = (jnp.arange(indices.shape[0]) < real).astype(jnp.float32)
+    return gather(examples.images, indices, mask)
 
 
 def pool(measured: Statistics, counts: Float[Array, " K"], axis: str | None = None) -> Statistics:
@@ -99,11 +115,7 @@ def pool(measured: Statistics, counts: Float[Array, " K"], axis: str | None = No
 
 
 def recalibrate(
-    model: Model,
-    params: Params,
-    calibration: Examples,
-    preprocess: Preprocess,
-    axis: str | None = None,
+    model: Model, params: Params, calibration: Examples, axis: str | None = None
 ) -> Statistics | None:
     """Batch-norm statistics for evaluation, or None for a model without batch norm.
 
@@ -115,41 +127,54 @@ def recalibrate(
     if measure is None:
         return None
 
-    def one(_: None, examples: Array) -> tuple[None, tuple[Statistics, Array]]:
-        batch = gather(calibration.images, calibration.labels, examples, preprocess, None)
+    def one(_: None, at: tuple[Array, Array]) -> tuple[None, tuple[Statistics, Array]]:
+        batch = _batch(calibration, *at)
         return None, (measure(params, batch.images, batch.mask), batch.mask.sum())
 
-    _, (measured, counts) = jax.lax.scan(one, None, calibration.batches)
+    batches = (calibration.batches, calibration.real)
+    _, (measured, counts) = jax.lax.scan(one, None, batches)
     return pool(measured, counts, axis)
 
 
-def make_evaluator(tier: Tier, preprocess: Preprocess, mesh: Mesh) -> jax.stages.Wrapped:
-    """A jitted `evaluate(variables, calibration, test) -> Metrics` for one tier.
+def make_evaluator(tier: Tier, mesh: Mesh, measure: Measure | None = None) -> jax.stages.Wrapped:
+    """The program that tests all tiers which differ from this one in their setting only.
 
     Batches are spread over the mesh's devices, so their number must be a multiple of them. A tier
     whose part of the variables moves over rounds (FedRolex) is tested where it starts, as of round
     0: for its full tier that is the server's whole model, what the paper reports.
+
+    Returns:
+      A jitted `evaluate(variables, setting, calibration, test) -> Metrics`, sums over the test set;
+      `correct` and `examples` are int32, since float32 counts to 2^24 only.
     """
-    model = tier.model
 
-    def evaluate(variables: Params, calibration: Examples, test: Examples) -> Metrics:
-        params = tier.extract(variables, 0)
-        statistics = recalibrate(model, params, calibration, preprocess, AXIS)
+    def evaluate(variables: Params, setting: Any, calibration: Examples, test: Examples) -> Metrics:
+        model, params = tier.bound(setting), tier.extract(variables, 0)
+        statistics = recalibrate(model, params, calibration, AXIS)
 
-        def one(total: Metrics, examples: Array) -> tuple[Metrics, None]:
-            batch = gather(test.images, test.labels, examples, preprocess, None)
+        def count(indices: Array, real: Array) -> Metrics:
+            batch = _batch(test, indices, real)
             if statistics is None:
                 logits = model.apply(params, batch.images)
             else:
                 logits = model.apply(params, batch.images, None, statistics)
-            _, metrics = cross_entropy(logits, batch)
-            return jax.tree.map(jnp.add, total, metrics), None
+            _, found = cross_entropy(logits, batch)
+            found = found._replace(
+                correct=found.correct.astype(jnp.int32), examples=found.examples.astype(jnp.int32)
+            )
+            if measure is not None:
+                found = found._replace(others=measure(logits, batch))
+            return found
 
-        nothing = Metrics(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
-        return jax.lax.psum(jax.lax.scan(one, nothing, test.batches)[0], AXIS)
+        def add(total: Metrics, at: tuple[Array, Array]) -> tuple[Metrics, None]:
+            return jax.tree.map(jnp.add, total, count(*at)), None
 
-    examples = Examples(EVERYWHERE, EVERYWHERE, SPREAD)  # type: ignore[arg-type]
-    specs = (EVERYWHERE, examples, examples)
+        like = jax.eval_shape(count, test.batches[0], test.real[0])
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        return jax.lax.psum(jax.lax.scan(add, nothing, (test.batches, test.real))[0], AXIS)
+
+    examples = Examples(Images(*(EVERYWHERE,) * 4), SPREAD, SPREAD)  # type: ignore[arg-type]
+    specs = (EVERYWHERE, EVERYWHERE, examples, examples)
     # Unchecked for the reason given in `make_trainer`.
     return jax.jit(
         jax.shard_map(evaluate, mesh=mesh, in_specs=specs, out_specs=EVERYWHERE, check_vma=False)

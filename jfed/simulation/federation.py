@@ -1,41 +1,63 @@
 """A federation set up on its devices, and one round of it."""
 
-import concurrent.futures
 import functools
-import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array
 
 from jfed import tiers as tiers_lib
+from jfed.algorithms.aggregators import make_aggregator
+from jfed.algorithms.algorithm import Algorithm, Server
+from jfed.algorithms.clients import ClientConfig, learning_rate
+from jfed.algorithms.fedavg import fedavg
+from jfed.algorithms.servers import ServerConfig, client_weights
 from jfed.data import Dataset, check_partition, class_counts
-from jfed.data.preprocessing import Augmentation, make_preprocess
-from jfed.engine.client import ClientConfig, learning_rate
-from jfed.engine.devices import EVERYWHERE, SPREAD, make_mesh, put
+from jfed.data.preprocessing import Augmentation, Images, channel_moments
+from jfed.engine import debug
+from jfed.engine.devices import EVERYWHERE, SPREAD, EngineConfig, make_mesh, put, to_host
 from jfed.engine.faults import FaultConfig
-from jfed.engine.lanes import EngineConfig, make_trainer, put_schedule
-from jfed.engine.merging import Updates, nothing
-from jfed.engine.packing import Load, Schedule, Work, load, pack
-from jfed.engine.server import (
-    ServerConfig,
-    ServerState,
-    make_server_optimizer,
-    make_server_step,
-)
+from jfed.engine.lanes import SCHEDULE, Inputs, Training
+from jfed.engine.memory import ClientMemory
+from jfed.engine.merging import Report
+from jfed.engine.packing import Load, Packing, Schedule, Work, capacity, load, pack
 from jfed.errors import ConfigError, check_integer, check_type
+from jfed.models.flops import forward_flops
 from jfed.models.losses import Metrics
 from jfed.models.model import Model, Params, initialise
 from jfed.seeds import check_seed, generator
-from jfed.simulation.checks import check_model, check_training
-from jfed.simulation.evaluation import EvaluationConfig, Examples, in_batches, make_evaluator
-from jfed.simulation.population import make_population
+from jfed.simulation.checks import check_algorithm, check_model, check_training
+from jfed.simulation.evaluation import EvaluationConfig, Examples, in_batches
+from jfed.simulation.population import Sampler, make_population
+from jfed.simulation.programs import Plan, group_tiers, make_merged, programs
 from jfed.simulation.under_way import UnderWay
 from jfed.tiers import Tier, Tiers
 from jfed.tiers.communication import Traffic, traffic
+
+
+class State(NamedTuple):
+    """A federation between two rounds, all that a checkpoint needs.
+
+    Attributes:
+      server: what the server keeps, on the devices. A round takes it over: a state is used once.
+      latest: `[clients]` which round's row of memory each client has, see
+        `jfed.engine.memory.ClientMemory`; () where clients remember nothing.
+    """
+
+    server: Server
+    latest: Any
+
+
+class _Group(NamedTuple):
+    """Tiers that share a program: their numbers, and what their clients are packed on."""
+
+    tiers: tuple[int, ...]
+    packing: Packing
 
 
 class Federation:
@@ -53,8 +75,10 @@ class Federation:
         *,
         rounds: int,
         cohort: int | None = None,
+        sampler: Sampler | None = None,
         shares: Sequence[float] | None = None,
         draw_tiers: int = 0,
+        algorithm: Algorithm | None = None,
         client: ClientConfig | None = None,
         server: ServerConfig | None = None,
         evaluation: EvaluationConfig | None = None,
@@ -62,9 +86,11 @@ class Federation:
         engine: EngineConfig | None = None,
         faults: FaultConfig | None = None,
         seed: int = 0,
+        memory_folder: epath.Path | None = None,
     ) -> None:
         check_type("data", data, Dataset)
         for name, value, kind in (
+            ("algorithm", algorithm, Algorithm),
             ("client", client, ClientConfig),
             ("server", server, ServerConfig),
             ("evaluation", evaluation, EvaluationConfig),
@@ -78,177 +104,328 @@ class Federation:
         self.client = client or ClientConfig()
         self.server = server or ServerConfig()
         self.evaluation = evaluation or EvaluationConfig()
+        self.augmentation = augmentation or Augmentation()
+        self.algorithm = fedavg(self.client, self.server) if algorithm is None else algorithm
         self.tiers = _as_tiers(tiers)
         self.key = jax.random.key(check_seed(seed))
         self.seed = seed
+        examples = check_partition(partition, len(data.train))
         self.population = make_population(
-            check_partition(partition, len(data.train)),
+            examples,
             tiers=len(self.tiers.members),
             shares=shares,
             cohort=cohort,
+            sampler=sampler,
+            weights=client_weights(self.server, list(map(len, examples))),
             draw_tiers=draw_tiers,
             client=self.client,
             seed=seed,
             idle=self.tiers.idle,
             faults=faults,
         )
-        self.server.aggregation.check_cohort(self.population.cohort)
+        self.server.check_cohort(self.population.cohort)
         self.evaluated = _evaluated(self.tiers, self.evaluation)
         like = jax.eval_shape(self.tiers.init, self.key)
         for tier in self.evaluated:
             check_model(tier, like, data)
         for tier in self.tiers.members:
             check_training(tier, like, self.client, data)
-        labels, classes = data.train.labels, data.num_classes
-        present = class_counts(labels, self.population.partition, classes) > 0
-        self._present = present if self.client.mask_absent_classes else None
-        self.traffic = {tier.name: traffic(tier, like) for tier in self.tiers.members}
-        clients = -(-self.population.cohort // len(self.tiers.members))
-        self.engine = (engine or EngineConfig()).resolve(clients)
+            check_algorithm(tier, like, self.algorithm, self.client, data)
+        up = self.client.codec
+        self.traffic = {t.name: traffic(t, like, up and up.encode) for t in self.tiers.members}
+        self.engine = (engine or EngineConfig()).resolve(self.population.cohort)
         self._mesh = make_mesh(self.engine.devices)
-        self._lanes = (self.engine.lanes or 1) * self._mesh.size
-        stacked = self.server.aggregation.stacked
-        self._slots = [
-            self.population.slots(i) if stacked else None for i in range(len(self.tiers.members))
-        ]
-        self._capacity = self.population.capacity(self._lanes)
-        self._optimizer = make_server_optimizer(self.server)
-        self._make_programs(data, augmentation or Augmentation())
-        self._place(data, like)
+        self._memory_folder = memory_folder
+        first = jax.eval_shape(self.algorithm.memory_init, like)
+        self.remembers = bool(jax.tree.leaves(first))
+        self._groups = self._make_groups(data, like)
+        self._place(data)
 
-    def _make_programs(self, data: Dataset, augmentation: Augmentation) -> None:
-        mean, std = _channel_moments(data.train.images)
-        preprocess = make_preprocess(mean, std, pad=augmentation.pad, flip=augmentation.flip)
-        self._server_step = make_server_step(
-            self.tiers.members, self._optimizer, self.server.aggregation
-        )
-        self._trainers = {
-            tier.name: make_trainer(
-                tier,
-                self.client,
-                preprocess,
-                self._mesh,
-                mapping=self.engine.mapping,
-                present=self._present,
+    def _make_groups(self, data: Dataset, like: Params) -> list[_Group]:
+        """Which tiers train together, and on what."""
+        devices, groups = self._mesh.size, []
+        lanes = (self.engine.lanes or 1) * devices
+        for members in group_tiers(self.tiers.members):
+            tiers = [self.tiers.members[i] for i in members]
+            costs: tuple[float, ...] = (1.0,)
+            if len(tiers) > 1:
+                flops = [forward_flops(t.bound(), t.shapes(like), data.image_shape) for t in tiers]
+                costs = tuple(float(max(n, 1)) for n in flops)
+            slots = max(1, self.population.most(members))
+            packing = Packing(
+                devices=devices,
+                lanes=lanes,
+                lockstep=self.engine.mapping == "vmap",
+                batch_size=self.client.batch_size,
+                steps=capacity(self.population.steps(), self.population.cohort, lanes, costs),
                 slots=slots,
+                # Twice as many as an even share leaves packing nearly free.
+                rows=min(slots, 2 * -(-slots // devices)) if self.remembers else slots,
+                costs=costs,
+            )
+            groups.append(_Group(members, packing))
+        return groups
+
+    @functools.cached_property
+    def _plan(self) -> Plan:
+        aggregator = make_aggregator(self.server)
+        trainings = tuple(
+            Training(
+                tiers=tuple(self.tiers.members[i] for i in group.tiers),
+                algorithm=self.algorithm,
+                augmentation=self.augmentation,
+                mesh=self._mesh,
+                mapping=self.engine.mapping,
+                slots=group.packing.slots,
+                stacked=aggregator is not None,
                 clip=self.server.clip_updates,
+                codec=self.client.codec,
                 faults=self.population.faults,
             )
-            for tier, slots in zip(self.tiers.members, self._slots, strict=True)
-        }
-        self._evaluators = {
-            tier.name: make_evaluator(tier, preprocess, self._mesh) for tier in self.evaluated
-        }
+            for group in self._groups
+        )
+        tested = tuple(
+            tuple(self.evaluated[i] for i in members) for members in group_tiers(self.evaluated)
+        )
+        measure = self.evaluation.measure
+        return Plan(trainings, tested, aggregator, len(self.population.partition), measure)
 
-    def _place(self, data: Dataset, like: Params) -> None:
+    def _place(self, data: Dataset) -> None:
         """Puts the images on the devices, once for the whole run."""
         size, count = self.evaluation.batch_size, self.evaluation.calibration_examples
         chosen = generator(self.seed, "calibration").permutation(len(data.train))[:count]
-
-        def batches(examples: np.ndarray) -> Array:
-            return put(in_batches(examples, size, self._mesh.size), self._mesh, SPREAD)
-
+        moments = channel_moments(data.train.images)
         everywhere = functools.partial(put, mesh=self._mesh, spec=EVERYWHERE)
-        images, labels = self._train = everywhere((data.train.images, data.train.labels))
-        self._calibration = Examples(images, labels, batches(chosen))
-        images, labels = everywhere((data.test.images, data.test.labels))
-        self._test = Examples(images, labels, batches(np.arange(len(data.test))))
-        self._no_update = everywhere(
-            [_no_update(t, like, s) for t, s in zip(self.tiers.members, self._slots, strict=True)]
+        spread = functools.partial(put, mesh=self._mesh, spec=SPREAD)
+        train, test = (
+            Images(*everywhere((split.images, split.labels, *moments)))
+            for split in (data.train, data.test)
         )
-        key_data = everywhere(jax.random.key_data(jax.random.fold_in(self.key, 1)))
-        self._train_key = jax.random.wrap_key_data(key_data)
+        self._calibration = Examples(train, *spread(in_batches(chosen, size, self._mesh.size)))
+        every = np.arange(len(data.test))
+        self._test = Examples(test, *spread(in_batches(every, size, self._mesh.size)))
+        present = None
+        if self.client.mask_absent_classes:
+            partition = self.population.partition
+            present = everywhere(class_counts(data.train.labels, partition, data.num_classes) > 0)
+        key = jax.random.wrap_key_data(
+            everywhere(jax.random.key_data(jax.random.fold_in(self.key, 1)))
+        )
+        self._fixed = {"images": train, "present": present, "key": key}
+        self._settings = everywhere(
+            [jax.tree.map(np.int32, tier.setting) for tier in self.evaluated]
+        )
 
     @functools.cached_property
-    def start(self) -> ServerState:
-        """The state before the first round."""
+    def _first(self) -> tuple[Server, ClientMemory | None]:
+        """What the server and every client begin with, on the host."""
         variables = initialise(self.tiers.init, jax.random.fold_in(self.key, 0))
-        return self.place(ServerState(variables, self._optimizer.init(variables)))
+        server = to_host(Server(variables, self.algorithm.server_init(variables)))
+        if not self.remembers:
+            return server, None
+        row = to_host(self.algorithm.memory_init(variables))
+        clients = len(self.population.partition)
+        return server, ClientMemory(row, clients, self._memory_folder)
 
     @property
-    def state_shapes(self) -> ServerState:
-        """Shapes and dtypes of the state."""
-        variables = jax.eval_shape(self.tiers.init, self.key)
-        return ServerState(variables, jax.eval_shape(self._optimizer.init, variables))
+    def memory(self) -> ClientMemory | None:
+        """What clients remember, on the host; None where the algorithm keeps nothing of theirs."""
+        return self._first[1]
 
-    def place(self, state: ServerState) -> ServerState:
+    @property
+    def start(self) -> State:
+        """The state before the first round."""
+        latest = ClientMemory.begin(len(self.population.partition)) if self.remembers else ()
+        return self.place(State(self._first[0], latest))
+
+    @property
+    def state_shapes(self) -> State:
+        """Shapes and dtypes of the state."""
+        latest = ClientMemory.begin(len(self.population.partition)) if self.remembers else ()
+        variables = jax.eval_shape(self.tiers.init, self.key)
+        return State(
+            Server(variables, jax.eval_shape(self.algorithm.server_init, variables)), latest
+        )
+
+    def place(self, state: State) -> State:
         """Puts a state on the devices."""
-        return put(state, self._mesh, EVERYWHERE)
+        return state._replace(server=put(state.server, self._mesh, EVERYWHERE))
+
+    def copy(self, state: State) -> State:
+        """A state that outlives the next round."""
+        return state._replace(server=jax.tree.map(jnp.copy, state.server))
 
     @functools.cached_property
     def _compiled(self) -> tuple[dict[str, jax.stages.Compiled], float]:
         """The programs, and the seconds that tracing and compiling them took."""
         began = time.perf_counter()
-        variables, schedule = self.start.variables, put_schedule(self._pack([]), self._mesh)
-        number, rate = self._scalars(0, 0.0)
-        training = (variables, *self._train, schedule, self._train_key, number, rate)
-        testing = (variables, self._calibration, self._test)
-        lowered = {f"train {t}": run.lower(*training) for t, run in self._trainers.items()}
-        lowered |= {f"evaluate {t}": run.lower(*testing) for t, run in self._evaluators.items()}
-        lowered["server"] = self._server_step.lower(self.start, self._no_update, number)
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = pool.map(lambda program: program.compile(), lowered.values())
-            programs = dict(zip(lowered, compiled, strict=True))
-        return programs, time.perf_counter() - began
+        if self.engine.mapping == "debug":
+            return programs(self._plan).compile(self._evaluations(self.start.server)), 0.0
+        start, shared = self.start, programs(self._plan)
+        inputs = self._inputs(start.server, 0, 0.0)
+        arguments, delivered, tiers = self._evaluations(start.server), [], []
+        for i, group in enumerate(self._groups):
+            schedule = self._put_schedule(pack([], group.packing))
+            arguments[f"train {i}"] = (inputs, schedule, self._rows([], schedule, group, start))
+            told, _ = shared.shapes(f"train {i}", *arguments[f"train {i}"])
+            delivered.append(jax.tree.map(self._everywhere, told))
+            tiers.append(schedule.cohort.tier)
+        arguments["server"] = (start.server, delivered, tiers, inputs.round, inputs.key)
+        return shared.compile(arguments), time.perf_counter() - began
 
     def compile(self) -> float:
         """Compiles every program, several at a time, once; returns the seconds that it took."""
         self.compile_seconds = self._compiled[1]
         return self.compile_seconds
 
-    def round(self, state: ServerState, number: int) -> tuple[ServerState, UnderWay]:
-        """Starts round `number` (from 0) on the devices and returns without waiting for it."""
+    def round(self, state: State, number: int) -> tuple[State, UnderWay]:
+        """Starts round `number` (from 0) on the devices and returns without waiting for it.
+
+        Where clients remember, the round before is waited for, whose rows this one may need.
+        """
         rate = learning_rate(self.client, number, self.rounds)
-        round_, rate_ = self._scalars(number, rate)
         cohort = self.population.sample(number)
-        updates, reports, loads = list(self._no_update), [], []
-        done: list[list[Work]] = []
-        for i, (tier, clients) in enumerate(zip(self.tiers.members, cohort, strict=True)):
-            done.append(work := self.population.work(number, clients))
-            if work:
-                schedule = self._pack(work)
-                loads.append(load(work, schedule))
-                updates[i], report = self._compiled[0][f"train {tier.name}"](
-                    state.variables,
-                    *self._train,
-                    put_schedule(schedule, self._mesh),
-                    self._train_key,
-                    round_,
-                    rate_,
-                )
-                reports.append(report)
+        by_tier = self.population.work(number, cohort)
+        work = [[w for i in group.tiers for w in by_tier[i]] for group in self._groups]
+        work = [_as_in(items, g.tiers) for items, g in zip(work, self._groups, strict=True)]
         finite: Array | np.bool_ = np.bool_(True)
-        if reports:
-            state, finite = self._compiled[0]["server"](state, updates, round_)
+        reports: list[Report] = []
+        loads = [Load()]
+        if any(work):
+            run = self._debug if self.engine.mapping == "debug" else self._train
+            state, finite, reports, loads = run(state, number, rate, work)
         under_way = UnderWay(
             number=number,
-            clients=(sampled := sum(map(len, cohort))),
-            dropped=sampled - sum(map(len, done)),
-            honest=sum(item.fault == 0 for work in done for item in work),
+            clients=sum(map(len, cohort)),
+            work=work,
             learning_rate=rate,
-            traffic=self._bytes(cohort, done),
-            load=functools.reduce(Load.plus, loads, Load(0, 0, 0)),
+            traffic=self._bytes(cohort, by_tier),
+            load=functools.reduce(Load.plus, loads),
             reports=reports,
             evaluations=self.evaluate(state) if self._due(number) else {},
             finite=finite,
         )
         return state, under_way
 
-    def evaluate(self, state: ServerState) -> dict[str, Metrics]:
-        """Test metrics of each evaluated tier, arrays on the device, by name."""
+    def _train(
+        self, state: State, number: int, rate: float, work: Sequence[Sequence[Work]]
+    ) -> tuple[State, Array, list[Report], list[Load]]:
+        inputs = self._inputs(state.server, number, rate)
+        delivered, tiers, loads, kept = [], [], [], []
+        for i, (group, items) in enumerate(zip(self._groups, work, strict=True)):
+            packed = pack(items, group.packing)
+            loads.append(load(items, packed, group.packing))
+            schedule = self._put_schedule(packed)
+            rows = self._rows(items, packed, group, state)
+            told, rows = self._compiled[0][f"train {i}"](inputs, schedule, rows)
+            delivered.append(told)
+            tiers.append(schedule.cohort.tier)
+            kept.append((items, packed, group, rows))
+        reports = [told.report for told in delivered]
+        server, finite = self._compiled[0]["server"](
+            state.server, delivered, tiers, inputs.round, inputs.key
+        )
+        latest = state.latest
+        if self.memory is not None:
+            latest = latest.copy()
+            for items, packed, group, rows in kept:
+                self._remember(number, items, packed, group, rows)
+                latest[[item.client for item in items]] = number
+        return State(server, latest), finite, reports, loads
+
+    def _debug(
+        self, state: State, number: int, rate: float, work: Sequence[Sequence[Work]]
+    ) -> tuple[State, Array, list[Report], list[Load]]:
+        """A round by the debug engine."""
+        inputs, plan = self._inputs(state.server, number, rate), self._plan
+        sent, reports, latest = [], [], state.latest
+        if self.memory is not None:
+            latest = latest.copy()
+        for training, items in zip(plan.trainings, work, strict=True):
+            told = []
+            for item in items:
+                row = ()
+                if self.memory is not None:
+                    rows = self.memory.rows([item.client], state.latest, ([0], 1))
+                    row = jax.tree.map(lambda x: x[0], rows)
+                one, row = debug.train(training, inputs, item, row)
+                told.append(one)
+                if self.memory is not None:
+                    self.memory.put(item.client, number, row)
+                    latest[item.client] = number
+            sent += told
+            reports += [debug.report(told)] if told else []
+        server, counts = state.server, sum(one.counts for one in sent)
+        if counts:
+            message, owners = debug.merge(sent, plan.aggregator, server.variables)
+            merged = make_merged(plan, inputs.key, inputs.round, message, owners, counts)
+            server = self.algorithm.server_step(server, merged)
+        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(server.variables)]
+        return State(server, latest), jnp.stack(finite).all(), reports, [Load()]
+
+    def _inputs(self, server: Server, number: int, rate: float) -> Inputs:
+        numbers = put((np.int32(number), np.float32(rate)), self._mesh, EVERYWHERE)
+        return Inputs(server, *self._fixed.values(), *numbers)
+
+    def _evaluations(self, server: Server) -> dict[str, tuple[Any, ...]]:
+        """The arguments of the evaluation programs, each with the setting of its first tier."""
+        groups, shared = group_tiers(self.evaluated), (self._calibration, self._test)
         return {
-            tier.name: self._compiled[0][f"evaluate {tier.name}"](
-                state.variables, self._calibration, self._test
-            )
-            for tier in self.evaluated
+            f"evaluate {i}": (server.variables, self._settings[members[0]], *shared)
+            for i, members in enumerate(groups)
         }
 
-    def _scalars(self, number: int, rate: float) -> tuple[Array, Array]:
-        """The round's number and learning rate on the devices."""
-        return put((np.int32(number), np.float32(rate)), self._mesh, EVERYWHERE)
+    def evaluate(self, state: State) -> dict[str, Metrics]:
+        """Test metrics of each evaluated tier, arrays on the device, by name."""
+        found = {}
+        for i, members in enumerate(group_tiers(self.evaluated)):
+            program = self._compiled[0][f"evaluate {i}"]
+            for member in members:
+                found[self.evaluated[member].name] = program(
+                    state.server.variables, self._settings[member], self._calibration, self._test
+                )
+        return {tier.name: found[tier.name] for tier in self.evaluated}
 
-    def _pack(self, work: Sequence[Work]) -> Schedule:
-        return pack(work, self._lanes, self.client.batch_size, self._capacity)
+    def _put_schedule(self, schedule: Schedule) -> Schedule:
+        """Sends each device its lanes, and all of them the table of clients."""
+        return Schedule(
+            *(put(part, self._mesh, spec) for part, spec in zip(schedule, SCHEDULE, strict=True))
+        )
+
+    def _everywhere(self, like: Any) -> Any:
+        sharding = jax.sharding.NamedSharding(self._mesh, EVERYWHERE)
+        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
+
+    def _places(self, work: Sequence[Work], schedule: Schedule, group: _Group) -> list[int]:
+        """Where the rows of clients lie in the array that is spread over devices."""
+        packing, found = group.packing, []
+        lane_of = {}
+        for lane, slots in enumerate(np.asarray(schedule.lanes.slot)):
+            lane_of.update(dict.fromkeys(slots.tolist(), lane))
+        slot_of = {item.client: slot for slot, item in enumerate(work)}
+        for item in work:
+            slot = slot_of[item.client]
+            device = lane_of[slot] // (packing.lanes // packing.devices)
+            found.append(device * packing.rows + int(schedule.cohort.row[slot]))
+        return found
+
+    def _rows(self, work: Sequence[Work], schedule: Schedule, group: _Group, state: State) -> Any:
+        """The cohort's rows of memory, on the devices that train them."""
+        if self.memory is None:
+            return ()
+        places = self._places(work, schedule, group), group.packing.rows * group.packing.devices
+        rows = self.memory.rows([item.client for item in work], state.latest, places)
+        return put(rows, self._mesh, SPREAD)
+
+    def _remember(
+        self, number: int, work: Sequence[Work], schedule: Schedule, group: _Group, rows: Any
+    ) -> None:
+        """Keeps the rows that this host's devices have trained."""
+        assert self.memory is not None
+        here = [_by_row(leaf) for leaf in jax.tree.leaves(rows)]
+        for item, place in zip(work, self._places(work, schedule, group), strict=True):
+            if place in here[0]:
+                self.memory.put(item.client, number, [leaf[place] for leaf in here])
 
     def _bytes(self, cohort: Sequence[np.ndarray], done: Sequence[Sequence[Work]]) -> Traffic:
         """The model to the whole cohort, and an update from each client that did work."""
@@ -261,6 +438,21 @@ class Federation:
     def _due(self, number: int) -> bool:
         every = self.evaluation.every
         return number + 1 == self.rounds or (every > 0 and (number + 1) % every == 0)
+
+
+def _as_in(work: Sequence[Work], tiers: Sequence[int]) -> list[Work]:
+    """Work with tiers numbered as in their program, in the order of its slots."""
+    found = [item._replace(tier=tiers.index(item.tier)) for item in work]
+    return sorted(found, key=lambda item: item.client)
+
+
+def _by_row(leaf: Array) -> dict[int, np.ndarray]:
+    """The rows of an array that lie on this host's devices, by number."""
+    found: dict[int, np.ndarray] = {}
+    for shard in leaf.addressable_shards:
+        first = shard.index[0].start or 0
+        found |= {first + i: row for i, row in enumerate(np.asarray(shard.data))}
+    return found
 
 
 def _as_tiers(tiers: Tiers | Model) -> Tiers:
@@ -281,30 +473,12 @@ def _evaluated(tiers: Tiers, evaluation: EvaluationConfig) -> tuple[Tier, ...]:
             if given := getattr(evaluation, name):
                 raise ConfigError(f"evaluation {name} {given!r} need tiers of iteration counts.")
         return (*tiers.members, *tiers.tested)
-    others = [tiers.at(count) for count in evaluation.iterations]
-    counts = [tier.iterations for tier in (*tiers.members, *others) if tier.iterations is not None]
-    others += [
-        tiers.at(count, solver) for solver in evaluation.solvers for count in counts if any(count)
-    ]
-    found: dict[str, Tier] = {}
-    for tier in (*tiers.members, *tiers.tested, *others):
-        found.setdefault(tier.name, tier)
-    return tuple(found.values())
-
-
-def _no_update(tier: Tier, like: Params, slots: int | None) -> Updates:
-    """What a tier delivers in a round in which none of its clients take part."""
-    shapes = jax.eval_shape(lambda: nothing(tier.shapes(like), slots))
-    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-
-
-def _channel_moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over all images, in units of 0 to 255."""
-    counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
-    values = np.arange(256)
-    means = [(n @ values) / n.sum() for n in counts]
-    stds = [
-        max(np.sqrt((n @ np.square(values - m)) / n.sum()), 1e-3)
-        for n, m in zip(counts, means, strict=True)
-    ]
-    return tuple(map(float, means)), tuple(map(float, stds))
+    run = [tier.iterations for tier in tiers.members if tier.iterations is not None]
+    found = list(tiers.at([*run, *evaluation.iterations]))
+    counts = list(dict.fromkeys(tier.iterations for tier in found if any(tier.iterations or ())))
+    for solver in evaluation.solvers:
+        found += tiers.at(counts, solver)
+    first: dict[str, Tier] = {}
+    for tier in (*found, *tiers.tested):
+        first.setdefault(tier.name, tier)
+    return tuple(first.values())

@@ -10,22 +10,25 @@ from typing import Any
 
 import jax
 
+from jfed.algorithms.algorithm import Algorithm
+from jfed.algorithms.clients import ClientConfig
+from jfed.algorithms.servers import ServerConfig
 from jfed.data import Dataset
 from jfed.data.preprocessing import Augmentation
-from jfed.engine.client import ClientConfig
+from jfed.engine.devices import EngineConfig
 from jfed.engine.faults import FaultConfig
-from jfed.engine.lanes import EngineConfig
-from jfed.engine.server import ServerConfig, ServerState
 from jfed.errors import DeviceMemoryError, DivergedError
 from jfed.models.model import Model, Params
 from jfed.simulation.evaluation import EvaluationConfig
-from jfed.simulation.federation import Federation, UnderWay
+from jfed.simulation.federation import Federation, State
+from jfed.simulation.population import Sampler
 from jfed.simulation.records import Record
+from jfed.simulation.under_way import UnderWay
 from jfed.tiers import Tier, Tiers
 from jfed.tiers.communication import Traffic
 
-# Rounds that may be under way on the device before the host waits for the oldest one's metrics.
-_IN_FLIGHT = 2
+# Rounds that may be under way on the devices while the host waits for an older one's metrics.
+_IN_FLIGHT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +75,10 @@ def simulate(
     *,
     rounds: int,
     cohort: int | None = None,
+    sampler: Sampler | None = None,
     shares: Sequence[float] | None = None,
     draw_tiers: int = 0,
+    algorithm: Algorithm | None = None,
     client: ClientConfig | None = None,
     server: ServerConfig | None = None,
     evaluation: EvaluationConfig | None = None,
@@ -93,10 +98,14 @@ def simulate(
       tiers: what clients train, see `jfed.tiers`; a `Model` makes one tier.
       rounds: how many.
       cohort: clients that train in a round, drawn without replacement; all by default.
+      sampler: `(round, rng) -> numbers of clients`, at most `cohort`, in place of that draw.
       shares: of the clients, for each tier, summing to 1; equal by default.
       draw_tiers: each sampled client draws its tier anew in each round among those at most so many
         places from its own in `tiers.members`, with `shares` as probabilities (NeFL, arXiv
         2308.07761, has 2); 0: it keeps its own. Clients without a tier keep none.
+      algorithm: what clients and server do, see `jfed.algorithms.Algorithm`; FedAvg with the
+        optimizers of `client` and `server` by default. Another one takes from `client` and `server`
+        what is not the optimizers'.
       client: how clients train.
       server: how the server makes one update of theirs, and uses it.
       evaluation: when and how the global model is tested.
@@ -118,8 +127,10 @@ def simulate(
         tiers,
         rounds=rounds,
         cohort=cohort,
+        sampler=sampler,
         shares=shares,
         draw_tiers=draw_tiers,
+        algorithm=algorithm,
         client=client,
         server=server,
         evaluation=evaluation,
@@ -134,20 +145,21 @@ def simulate(
 def run(federation: Federation, on_round: Callable[[Record], None] | None = None) -> Result:
     """Runs every round of a federation; see `simulate`."""
     history: list[Record] = []
-    last = federation.start
+    last: State | None = None
     for state, record in iterate(federation):
         last = state
         history.append(record)
         if on_round is not None:
             on_round(record)
+    assert last is not None
     return make_result(federation, last, history)
 
 
-def make_result(federation: Federation, state: ServerState, history: Sequence[Record]) -> Result:
+def make_result(federation: Federation, state: State, history: Sequence[Record]) -> Result:
     """The result of a federation whose last state and records these are."""
     return Result(
         history=tuple(history),
-        variables=state.variables,
+        variables=state.server.variables,
         tiers=federation.tiers,
         evaluated=federation.evaluated,
         traffic=federation.traffic,
@@ -159,16 +171,22 @@ def make_result(federation: Federation, state: ServerState, history: Sequence[Re
 def iterate(
     federation: Federation,
     history: Sequence[Record] = (),
-    state: ServerState | None = None,
+    state: State | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[ServerState, Record]]:
-    """Runs the rounds that follow `history`; yields the state after each, and its record.
+    keep: Callable[[int], bool] = lambda round_: False,
+) -> Iterator[tuple[State | None, Record]]:
+    """Runs the rounds that follow `history`; yields each one's record, and the state after some.
+
+    A round takes over the state before it, so states are copied where they are asked for.
 
     Args:
       federation: compiled or not.
       history: records of the rounds done so far.
       state: after them; not needed before the first round.
-      stop: asked often while waiting for the devices; once it says True, no more rounds follow.
+      stop: asked often while waiting for the devices; once it says True, no more rounds begin, and
+        that under way is the last.
+      keep: whether the state after a round (numbered from 1) is wanted. That after the last round
+        is given in any case.
 
     Raises:
       DivergedError, DeviceMemoryError: see `simulate`.
@@ -180,39 +198,42 @@ def iterate(
         federation.compile()
         began = time.perf_counter() - (history[-1].seconds if history else 0.0)
         state = federation.start if state is None else state
-        for after, started in _in_flight(federation, state, len(history)):
-            if not _wait(started, stop):
-                return
+        for after, started in _in_flight(federation, state, len(history), stop, keep):
+            _wait(started, stop)
             record = started.fetch(history[-1] if history else None, began)
-            check_finite(record, bool(started.finite), history, diverged=started.diverged())
+            check_finite(record, federation, bool(started.finite), history, started.diverged())
             history.append(record)
             yield after, record
-            if stop():
-                return
 
 
 def _in_flight(
-    federation: Federation, state: ServerState, first: int
-) -> Iterator[tuple[ServerState, UnderWay]]:
+    federation: Federation,
+    state: State,
+    first: int,
+    stop: Callable[[], bool],
+    keep: Callable[[int], bool],
+) -> Iterator[tuple[State | None, UnderWay]]:
     """Starts round after round; yields each once `_IN_FLIGHT` later ones are under way."""
-    under_way = collections.deque[tuple[ServerState, UnderWay]]()
+    under_way = collections.deque[tuple[State | None, UnderWay]]()
     for number in range(first, federation.rounds):
+        if stop() and under_way:
+            break
         state, started = federation.round(state, number)
-        under_way.append((state, started))
+        under_way.append((federation.copy(state) if keep(number + 1) else None, started))
         if len(under_way) > _IN_FLIGHT:
             yield under_way.popleft()
-    yield from under_way
+    while len(under_way) > 1:
+        yield under_way.popleft()
+    yield state, under_way.popleft()[1]
 
 
-def _wait(started: UnderWay, stop: Callable[[], bool]) -> bool:
-    """Waits for a round; False if asked to stop before its end. Signals are heard meanwhile."""
+def _wait(started: UnderWay, stop: Callable[[], bool]) -> None:
+    """Waits for a round; signals are heard meanwhile."""
     pause = 1e-4
     while not started.ready():
-        if stop():
-            return False
+        stop()
         time.sleep(pause)
         pause = min(2 * pause, 0.02)
-    return True
 
 
 @contextlib.contextmanager
@@ -233,18 +254,24 @@ def explain_memory(federation: Federation) -> Iterator[None]:
 
 
 def check_finite(
-    record: Record, finite: bool, history: Sequence[Record], *, diverged: bool = False
+    record: Record, federation: Federation, finite: bool, history: Sequence[Record], diverged: bool
 ) -> None:
     """Raises DivergedError if a loss of the round, or a variable after it, is not finite.
 
+    The test loss of a tier that no client trains may be anything.
+
     Args:
       record: of the round.
+      federation: whose members' tests count.
       finite: whether the variables after it are.
       history: of the rounds before.
       diverged: whether clients trained honestly and the updates of all of them were rejected.
     """
+    trained = {tier.name for tier in federation.tiers.members}
     losses = {"training loss": record.train_loss} if record.examples else {}
-    losses |= {f"test loss at {name}": e.loss for name, e in record.evaluations.items()}
+    losses |= {
+        f"test loss at {name}": e.loss for name, e in record.evaluations.items() if name in trained
+    }
     wrong = [f"its {name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
     if diverged:
         wrong.insert(0, "no client that trained honestly sent a finite update")

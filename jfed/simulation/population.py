@@ -1,22 +1,26 @@
 """Who takes part in a round, in which tier, and what each client does: host work, in NumPy."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from jfed import tiers as tiers_lib
-from jfed.engine.client import ClientConfig
+from jfed.algorithms.clients import ClientConfig
 from jfed.engine.faults import (
     FaultConfig,
     draw_fate,
     hostile_clients,
     straggler_batches,
 )
-from jfed.engine.packing import Work, capacity, client_batches, client_steps
-from jfed.errors import ConfigError, check_integer
+from jfed.engine.packing import Work, client_batches, client_steps
+from jfed.errors import ConfigError, calling, check_integer, name_of
 from jfed.seeds import generator
+
+# From the round and a generator of its own to the numbers of the clients that train.
+Sampler = Callable[[int, np.random.Generator], Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,7 +31,9 @@ class Population:
       partition: the examples of each client.
       tier: `[clients]` which tier each belongs to; the number of tiers for those without one.
       shares: `[tiers + 1]` of the clients, summing to 1; the last is of those without a tier.
-      cohort: how many train in a round.
+      cohort: how many train in a round; at most, if a sampler draws them.
+      sampler: `(round, rng) -> numbers of clients` in place of a draw without replacement.
+      weights: of each client in the mean.
       draw_tiers: a sampled client draws its tier, by `shares`, among those at most so many places
         from its own; 0: it keeps its own.
       client: how each trains.
@@ -40,6 +46,8 @@ class Population:
     tier: np.ndarray
     shares: np.ndarray
     cohort: int
+    sampler: Sampler | None
+    weights: Sequence[float]
     draw_tiers: int
     client: ClientConfig
     seed: int
@@ -52,8 +60,13 @@ class Population:
         Sampled clients without a tier are left out.
         """
         rng = generator(self.seed, "cohort", number)
-        cohort = rng.choice(len(self.partition), self.cohort, replace=False)
-        tier = np.array([self._tier(number, client) for client in cohort.tolist()])
+        if self.sampler is None:
+            cohort = rng.choice(len(self.partition), self.cohort, replace=False)
+        else:
+            with calling(f"sampler {name_of(self.sampler)}", round=number):
+                drawn = self.sampler(number, rng)
+            cohort = check_sample(self.sampler, drawn, len(self.partition), self.cohort)
+        tier = np.array([self._tier(number, client) for client in cohort.tolist()], int)
         return [np.sort(cohort[tier == i]) for i in range(len(self.shares) - 1)]
 
     def _tier(self, number: int, client: int) -> int:
@@ -66,15 +79,21 @@ class Population:
         rng = generator(self.seed, "tier", number, client)
         return first + int(rng.choice(len(shares), p=shares / shares.sum()))
 
-    def work(self, number: int, clients: np.ndarray) -> list[Work]:
-        """What clients do in a round, but for those that drop out.
+    def work(self, number: int, cohort: Sequence[np.ndarray]) -> list[list[Work]]:
+        """What the clients of each tier do in a round, except those that drop out.
 
         Depends on the client and the round alone.
         """
-        work = [self._work(number, client) for client in clients.tolist()]
-        return [item for item in work if item is not None]
+        return [
+            [
+                w
+                for client in clients.tolist()
+                if (w := self._work(number, client, tier)) is not None
+            ]
+            for tier, clients in enumerate(cohort)
+        ]
 
-    def _work(self, number: int, client: int) -> Work | None:
+    def _work(self, number: int, client: int, tier: int) -> Work | None:
         examples = self.partition[client]
         rng = generator(self.seed, "batches", number, client)
         batches = client_batches(examples, self.client, rng)
@@ -84,18 +103,36 @@ class Population:
             return None
         if fate.straggles:
             batches = batches[: straggler_batches(self.faults, len(batches))]
-        return Work(client, batches, float(len(examples)), fate.fault)
+        return Work(client, tier, batches, len(examples), self.weights[client], fate.fault)
 
-    def slots(self, tier: int) -> int:
-        """The most clients that train a tier in one round."""
+    def most(self, tiers: Sequence[int]) -> int:
+        """The most clients that train some of the tiers in one round."""
         able = self.tier < len(self.shares) - 1
-        near = np.abs(self.tier - tier) <= self.draw_tiers
+        near = np.abs(self.tier[:, None] - np.asarray(tiers)).min(1) <= self.draw_tiers
         return min(self.cohort, int((able & near).sum()))
 
-    def capacity(self, lanes: int) -> int:
-        """The most steps that one of so many lanes does in any round."""
-        steps = [client_steps(len(examples), self.client) for examples in self.partition]
-        return capacity(steps, self.cohort, lanes)
+    def steps(self) -> list[int]:
+        """How many batches each client trains on in a round."""
+        return [client_steps(len(examples), self.client) for examples in self.partition]
+
+
+def check_sample(
+    sampler: Sampler, drawn: Any, clients: int, cohort: int
+) -> Int[np.ndarray, " cohort"]:
+    """A sampler's clients as an array; ConfigError if one is not there, or drawn twice."""
+    title = f"sampler {name_of(sampler)}"
+    found = np.asarray(drawn)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise ConfigError(f"{title} must return numbers of clients, got {drawn!r}.")
+    for client in found.tolist():
+        if not 0 <= client < clients:
+            raise ConfigError(f"{title} returned client {client}, of clients 0 to {clients - 1}.")
+    if len(set(found.tolist())) < len(found):
+        twice = next(c for c in found.tolist() if (found == c).sum() > 1)
+        raise ConfigError(f"{title} returned client {twice} twice.")
+    if len(found) > cohort:
+        raise ConfigError(f"{title} returned {len(found)} clients, of a cohort of {cohort}.")
+    return found.astype(np.int64)
 
 
 def make_population(
@@ -107,6 +144,8 @@ def make_population(
     draw_tiers: int,
     client: ClientConfig,
     seed: int,
+    sampler: Sampler | None = None,
+    weights: Sequence[float] | None = None,
     idle: float = 0.0,
     faults: FaultConfig | None = None,
 ) -> Population:
@@ -125,6 +164,8 @@ def make_population(
         tier=tiers_lib.assign(clients, tiers, shares, seed=seed, idle=idle),
         shares=tiers_lib.with_idle(tiers_lib.check_shares(shares, tiers), idle),
         cohort=cohort,
+        sampler=sampler,
+        weights=[float(len(p)) for p in partition] if weights is None else weights,
         draw_tiers=draw_tiers,
         client=client,
         seed=seed,

@@ -13,10 +13,17 @@ from jfed.files import is_local, write_text
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How one tier does on the test set: `accuracy` from 0 to 1, `loss` in nats an example."""
+    """How one tier does on the test set.
+
+    Attributes:
+      accuracy: from 0 to 1.
+      loss: in nats an example.
+      metrics: means over the examples, of `EvaluationConfig.measure`, by name.
+    """
 
     accuracy: float
     loss: float
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +45,13 @@ class Record:
       bytes_up: from the clients to the server in this round.
       bytes_down_total: since the first round.
       bytes_up_total: since the first round.
-      lane_utilisation: share of the lanes' steps that trained a client, from 0 to 1.
+      lane_utilisation: share of what all devices spent until the last one was done that trained
+        clients, from 0 to 1; by cost, where tiers differ in it.
       padded_utilisation: what that share would be, had every client been padded to its tier's
         largest, as a plain vmap over clients does.
       seconds: since the first round began; compiling happens before.
       evaluations: by tier name; empty in a round without evaluation.
+      metrics: means over the examples trained on, of a loss's `Metrics.others`, by name.
     """
 
     round: int
@@ -62,6 +71,7 @@ class Record:
     padded_utilisation: float
     seconds: float
     evaluations: dict[str, Evaluation] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Record":
@@ -72,10 +82,12 @@ class Record:
     def row(self) -> dict[str, Any]:
         """The record as flat columns."""
         flat = dataclasses.asdict(self)
-        del flat["evaluations"]
+        del flat["evaluations"], flat["metrics"]
+        flat |= {f"train_{name}": value for name, value in self.metrics.items()}
         for name, evaluation in self.evaluations.items():
-            flat[f"test_accuracy_{name}"] = evaluation.accuracy
-            flat[f"test_loss_{name}"] = evaluation.loss
+            measured = {"accuracy": evaluation.accuracy, "loss": evaluation.loss}
+            measured |= evaluation.metrics
+            flat |= {f"test_{what}_{name}": value for what, value in measured.items()}
         return flat
 
 

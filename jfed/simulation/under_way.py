@@ -2,14 +2,15 @@
 
 import math
 import time
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
-from jfed.engine.lanes import Report
-from jfed.engine.packing import Load
+from jfed.engine.merging import Report
+from jfed.engine.packing import Load, Work
 from jfed.models.losses import Metrics
 from jfed.simulation.records import Evaluation, Record
 from jfed.tiers.communication import Traffic
@@ -21,24 +22,22 @@ class UnderWay(NamedTuple):
     Attributes:
       number: from 0.
       clients: how many got the model.
-      dropped: how many of them send nothing.
-      honest: how many send what they trained.
+      work: of those that send something, by program, in the order of its slots.
       learning_rate: of the clients.
       traffic: of all clients together.
-      load: of the lanes.
-      reports: of each tier that trained, on the devices.
+      load: of the devices.
+      reports: of each program that trained, on the devices.
       evaluations: of each evaluated tier, on the devices.
       finite: whether all variables after the round are.
     """
 
     number: int
     clients: int
-    dropped: int
-    honest: int
+    work: Sequence[Sequence[Work]]
     learning_rate: float
     traffic: Traffic
     load: Load
-    reports: list[Report]
+    reports: Sequence[Report]
     evaluations: dict[str, Metrics]
     finite: Array | np.bool_
 
@@ -56,39 +55,63 @@ class UnderWay(NamedTuple):
           before: the record of the round before, None for the first round.
           began: `time.perf_counter()` when the first round began.
         """
-        sums, evaluations = self._sums(), jax.device_get(self.evaluations)
-        examples = sums["examples"] or math.nan
+        reports, evaluations = jax.device_get((self.reports, self.evaluations))
+        sums = _sums([report.metrics for report in reports])
+        examples = sums.get("examples", 0.0) or math.nan
+        sent = sum(map(len, self.work))
+        delivered = sum(int(report.delivered.sum()) for report in reports)
         return Record(
             round=self.number + 1,
             clients=self.clients,
-            delivered=int(sums["delivered"]),
-            rejected=int(sums["rejected"]),
-            dropped=self.dropped,
-            examples=int(sums["examples"]),
+            delivered=delivered,
+            rejected=sent - delivered,
+            dropped=self.clients - sent,
+            examples=round(sums.get("examples", 0.0)),
             learning_rate=self.learning_rate,
-            train_loss=sums["loss"] / examples,
-            train_accuracy=sums["correct"] / examples,
+            train_loss=sums.get("loss", math.nan) / examples,
+            train_accuracy=sums.get("correct", math.nan) / examples,
             bytes_down=self.traffic.down,
             bytes_up=self.traffic.up,
             bytes_down_total=self.traffic.down + (before.bytes_down_total if before else 0),
             bytes_up_total=self.traffic.up + (before.bytes_up_total if before else 0),
-            lane_utilisation=self.load.steps / max(self.load.lanes, 1),
-            padded_utilisation=self.load.steps / max(self.load.padded, 1),
+            lane_utilisation=self.load.cost / (self.load.spent or 1.0),
+            padded_utilisation=self.load.cost / (self.load.padded or 1.0),
             seconds=time.perf_counter() - began,
-            evaluations={
-                name: Evaluation(float(m.correct / m.examples), float(m.loss / m.examples))
-                for name, m in evaluations.items()
+            evaluations={name: _evaluation(m) for name, m in evaluations.items()},
+            metrics={
+                name.removeprefix("others/"): value / examples
+                for name, value in sums.items()
+                if name.startswith("others/")
             },
         )
 
     def diverged(self) -> bool:
         """Whether clients trained honestly and the updates of all of them were rejected."""
-        return 0 < self.honest == int(self._sums()["lost"])
+        rejected = [np.asarray(jax.device_get(report.rejected)) for report in self.reports]
+        honest = [
+            bool(gone[slot])
+            for work, gone in zip(self.work, rejected, strict=True)
+            for slot, item in enumerate(work)
+            if item.fault == 0
+        ]
+        return bool(honest) and all(honest)
 
-    def _sums(self) -> dict[str, float]:
-        """The fields of the reports, summed over tiers."""
-        reports = jax.device_get(self.reports)
-        return {
-            name: sum((float(getattr(report, name)) for report in reports), start=0.0)
-            for name in Report._fields
-        }
+
+def _named(metrics: Any) -> dict[str, Any]:
+    found = jax.tree_util.tree_leaves_with_path(metrics)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
+
+
+def _sums(metrics: Sequence[Any]) -> dict[str, float]:
+    """Over all clients of all programs, in float64; a client's own count is exact in float32."""
+    sums: dict[str, float] = {}
+    for one in metrics:
+        for name, values in _named(one).items():
+            sums[name] = sums.get(name, 0.0) + float(np.asarray(values, np.float64).sum())
+    return sums
+
+
+def _evaluation(metrics: Metrics) -> Evaluation:
+    count = int(metrics.examples)
+    others = {name: float(value) / count for name, value in _named(metrics.others).items()}
+    return Evaluation(float(metrics.correct) / count, float(metrics.loss) / count, others)

@@ -1,6 +1,6 @@
 """What travels between server and clients, in bytes."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -25,7 +25,20 @@ def tree_size(tree: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def traffic(tier: Tier, variables: Params) -> Traffic:
-    """Bytes of one client of the tier: it gets the tier's variables and returns its update."""
-    size = tree_bytes(tier.shapes(variables))
-    return Traffic(down=size, up=size)
+def traffic(tier: Tier, variables: Params, encode: Any = None) -> Traffic:
+    """Bytes of one client of the tier: it gets the entries that it owns and returns its update.
+
+    Args:
+      tier: of the client.
+      variables: global ones; only shapes and dtypes matter.
+      encode: of a `jfed.algorithms.clients.Codec`, what an update is sent as; as it is by default.
+    """
+    shapes = tier.shapes(variables)
+    size = tree_bytes(shapes)
+    if tier.mask is not None:
+        mask = tier.mask(shapes, tier.setting)
+        size = sum(int(x.sum()) * x.dtype.itemsize for x in jax.tree.leaves(mask))
+    if encode is None:
+        return Traffic(down=size, up=size)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return Traffic(down=size, up=tree_bytes(jax.eval_shape(encode, shapes, key)))

@@ -32,19 +32,38 @@ class Tier:
 
     Attributes:
       name: a short label, a column of the metrics.
-      model: works on the tier's own variables.
+      model: works on the tier's own variables; or a function `(setting, largest) -> Model` of
+        models that one program serves, since what tells them apart is data. `largest` is what no
+        client's setting exceeds, number by number, among those that train at the same time under
+        one `vmap`, or None.
       extract: `extract(variables, round) -> the tier's variables`. A selection: every entry of the
         result is one entry of the global variables, no entry is taken twice. Which ones may depend
         on the round (a traced int32 scalar, from 0), shapes may not.
+      setting: the tier's own, a nested tuple of integers.
+      mask: `mask(like, setting)`, which of the extracted entries the tier owns: 1 or 0 for each, a
+        tree shaped like them; None for all.
       iterations: solver steps of each stage, where the tier is an iteration count.
       solver: that takes these steps, by diffrax's name.
     """
 
     name: str
-    model: Model
+    model: Model | Callable[[Any, Any], Model]
     extract: Callable[[Params, Round], Params] = everything
+    setting: Any = ()
+    mask: Callable[[Params, Any], Params] | None = None
     iterations: tuple[int, ...] | None = None
     solver: str | None = None
+
+    @property
+    def program(self) -> tuple[Any, ...]:
+        """Tiers in which this is equal share compiled programs."""
+        return self.model, self.extract, self.mask
+
+    def bound(self, setting: Any = None, largest: Any = None) -> Model:
+        """The model at a setting, traced or not; at the tier's own numbers by default."""
+        if isinstance(self.model, Model):
+            return self.model
+        return self.model(self.setting if setting is None else setting, largest)
 
     def embed(self, variables: Params, like: Params, round_: Round = 0) -> Params:
         """Puts the tier's variables where they belong in the global ones, zeros elsewhere.
@@ -57,10 +76,14 @@ class Tier:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
         return jax.linear_transpose(lambda v: self.extract(v, round_), shapes)(variables)[0]
 
-    def owned(self, like: Params, round_: Round = 0) -> Params:
+    def owned(self, like: Params, round_: Round = 0, setting: Any = None) -> Params:
         """1 for each entry of the global variables that the tier owns, else 0."""
-        ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), self.shapes(like))
-        return self.embed(ones, like, round_)
+        shapes = self.shapes(like)
+        if self.mask is None:
+            mine = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+        else:
+            mine = self.mask(shapes, self.setting if setting is None else setting)
+        return self.embed(mine, like, round_)
 
     def shapes(self, like: Params) -> Params:
         """Shapes and dtypes of the tier's variables, the same in every round."""

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jfed.data.preprocessing import make_preprocess
-from jfed.engine.client import ClientConfig, learning_rate, make_optimizer
+from jfed.algorithms.clients import ClientConfig, learning_rate, make_optimizer
 from jfed.errors import ConfigError
 from jfed.models.losses import Batch, cross_entropy
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jfed.engine.merging import StackedUpdates, TierUpdate, clip_update, merge
-from jfed.engine.robust import AGGREGATORS, Aggregation, aggregate
-from jfed.engine.server import (
+from jfed.algorithms.aggregators import AGGREGATORS, Aggregation, aggregate
+from jfed.algorithms.servers import (
     ServerConfig,
     ServerState,
     make_server_optimizer,

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jfed.engine.merging import TierUpdate
-from jfed.engine.server import (
+from jfed.algorithms.servers import (
     ServerConfig,
     ServerState,
     make_server_optimizer,

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from jfed.engine.client import ClientConfig
+from jfed.algorithms.clients import ClientConfig
 from jfed.engine.faults import FaultConfig
-from jfed.engine.server import ServerConfig
+from jfed.algorithms.servers import ServerConfig
 from jfed.errors import ConfigError
 from jfed.models import ODENetConfig, ResNetConfig
 from jfed.runs.assembly import model_config, set_up

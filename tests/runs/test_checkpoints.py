@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jfed.engine.server import ServerState
+from jfed.algorithms.servers import ServerState
 from jfed.errors import ConfigError, RunFolderError
 from jfed.runs.checkpoints import CheckpointConfig, Checkpoints
 from jfed.simulation.records import Evaluation, Record

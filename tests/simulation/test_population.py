@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jfed.engine.client import ClientConfig
+from jfed.algorithms.clients import ClientConfig
 from jfed.errors import ConfigError
 from jfed.simulation.population import make_population
 

@@ -8,7 +8,7 @@ import pytest
 import scipy.special
 
 from jfed import tiers as tiers_lib
-from jfed.engine.client import make_step
+from jfed.algorithms.clients import make_step
 from jfed.errors import ConfigError
 from jfed.models import ResNetConfig, preset
 from jfed.models.exits import exit_resnet

@@ -12,7 +12,7 @@ import scipy.special
 import jfed
 from jfed import tiers as tiers_lib
 from jfed.data import Dataset, Split
-from jfed.engine.client import make_step
+from jfed.algorithms.clients import make_step
 from jfed.models import ODENetConfig
 from jfed.models.losses import Batch
 from jfed.models.model import initialise

@@ -1,0 +1,159 @@
+"""What a federated algorithm is: pure functions for the server and for one client.
+
+They are traced into the engine, which packs clients on lanes, cuts what the server sends to each
+client's tier, and merges what clients send entry by entry over those that own an entry. It
+knows nothing of lanes, devices or tiers: it works on one client's part as if it were the whole.
+
+**Cut and merged.** Wherever a state, a memory or a message holds a tree with the structure and the
+shapes of the variables, the engine cuts it to the client's tier on its way to the client, and puts
+it back where it belongs on its way to the server. All else in them (scalars, counters) travels as
+it is.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jfed.models.model import Params
+
+
+class Server(NamedTuple):
+    """What the server keeps from round to round, all of it in checkpoints.
+
+    Attributes:
+      variables: the global ones, which are evaluated.
+      state: the algorithm's own, any pytree: a control variate, an optimizer's memory.
+    """
+
+    variables: Params
+    state: Any = ()
+
+
+class Client(NamedTuple):
+    """What a client knows in a round. Numbers are traced scalars.
+
+    Attributes:
+      sent: what the server sent, see `Algorithm.send`, cut to the client's tier.
+      loss: `loss(params, batch, key) -> (loss, metrics)` of the tier's model.
+      number: of the client.
+      examples: that it holds.
+      steps: batches that it trains on in this round.
+      weight: of the client in the mean, see `ServerConfig.weights`.
+      round: from 0.
+      learning_rate: of this round, see `ClientConfig`.
+    """
+
+    sent: Any
+    loss: Callable[..., Any]
+    number: Int[Array, ""]
+    examples: Int[Array, ""]
+    steps: Int[Array, ""]
+    weight: Float[Array, ""]
+    round: Int[Array, ""]
+    learning_rate: Float[Array, ""]
+
+
+class Merged(NamedTuple):
+    """What the clients of a round delivered, merged.
+
+    Attributes:
+      message: the parts of the clients' messages, each merged by its weighted mean (or the
+        aggregator): for each global entry over the clients that own it, 0 where none does.
+      owners: for each entry of the variables, how many clients that own it delivered.
+      clients: how many delivered.
+      population: how many clients the federation has.
+      round: from 0.
+      key: the server's own of this round.
+    """
+
+    message: dict[str, Any]
+    owners: Params
+    clients: Float[Array, ""]
+    population: int
+    round: Int[Array, ""]
+    key: Array
+
+
+def _nothing(variables: Params) -> Any:
+    del variables
+    return ()
+
+
+def _variables(server: Server) -> Any:
+    return server.variables
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Algorithm:
+    """A federated algorithm. The same object's programs are compiled once in a process.
+
+    Attributes:
+      client_init: `(client, memory, key) -> local`, at a client's first batch of a round: its
+        parameters, its optimizer's state, what it needs of its memory; any pytree.
+      client_step: `(client, local, batch, key) -> (local, metrics)`, one batch; `metrics` are the
+        `jfed.models.losses.Metrics` that the client's loss returned.
+      client_final: `(client, local, key) -> (message, memory)`, after the last batch. A message is
+        a dict of parts; a part is a tree like the variables (of the tier), or any other pytree of
+        float32 arrays.
+      server_step: `(server, merged) -> server`.
+      server_init: `variables -> state`, see `Server`.
+      memory_init: `variables -> memory` that a client has before its first round, kept from round
+        to round, whatever tier it is in; () for none.
+      send: `server -> tree`, what a client gets.
+      weights: of parts of the message that are not weighted by `client.weight`: `client -> scalar`
+        by the part's name.
+    """
+
+    client_init: Callable[[Client, Any, Array], Any]
+    client_step: Callable[[Client, Any, Any, Array], tuple[Any, Any]]
+    client_final: Callable[[Client, Any, Array], tuple[dict[str, Any], Any]]
+    server_step: Callable[[Server, Merged], Server]
+    server_init: Callable[[Params], Any] = _nothing
+    memory_init: Callable[[Params], Any] = _nothing
+    send: Callable[[Server], Any] = _variables
+    weights: Mapping[str, Callable[[Client], Any]] = dataclasses.field(default_factory=dict)
+
+
+def one_each(client: Client) -> Float[Array, ""]:
+    """The weight of a part that counts every client once."""
+    return jnp.ones_like(client.weight)
+
+
+def is_like(tree: Any, variables: Params) -> bool:
+    """Whether a tree has the structure, the shapes and the dtypes of the variables."""
+    if jax.tree.structure(tree) != jax.tree.structure(variables):
+        return False
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(variables), strict=True)
+    return all(jnp.shape(a) == jnp.shape(b) and a.dtype == b.dtype for a, b in pairs)
+
+
+def _same(found: Any, *others: Any) -> Any:
+    del others
+    return found
+
+
+def map_parts(
+    f: Callable[..., Any],
+    like: Params,
+    tree: Any,
+    *others: Any,
+    otherwise: Callable[..., Any] = _same,
+) -> Any:
+    """Maps `f` over the subtrees that are like the variables, `otherwise` over all other leaves.
+
+    Args:
+      f: called with such a subtree, and those at the same place of `others`.
+      like: the variables, or their shapes.
+      tree: any pytree.
+      others: pytrees with the structure of `tree` above such subtrees.
+      otherwise: called likewise with other leaves; by default gives back that of `tree`.
+    """
+
+    def part(found: Any, *rest: Any) -> Any:
+        return (f if is_like(found, like) else otherwise)(found, *rest)
+
+    return jax.tree.map(part, tree, *others, is_leaf=lambda t: is_like(t, like))

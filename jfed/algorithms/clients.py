@@ -1,0 +1,119 @@
+"""How clients are configured: their work in a round, their optimizer, what they send."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+from jaxtyping import Array
+
+from jfed.algorithms.optimizers import MakeOptimizer, optimizer_from, try_optimizer
+from jfed.errors import calling, check_integer, check_number, check_type, name_of, one_of
+from jfed.models.model import Params
+
+_MANY = 10**6  # more epochs, steps, or examples in a batch than anyone means
+SCHEDULES = ("constant", "cosine", "step")
+Schedule = Callable[[int], Any]
+
+
+class Codec(NamedTuple):
+    """How an update travels.
+
+    Attributes:
+      encode: `encode(update, key) -> encoded`: from a tree like the parameters to any pytree of
+        arrays, whose bytes are what is counted as traffic.
+      decode: `decode(encoded) -> update`, what the server makes of it; by default nothing is to be
+        done, as after clipping or noise.
+    """
+
+    encode: Callable[[Params, Array], Any]
+    decode: Callable[[Any], Params] = lambda encoded: encoded
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientConfig:
+    """How clients train.
+
+    Attributes:
+      epochs: passes over the client's examples in a round.
+      steps: batches in a round instead of whole epochs; None goes by `epochs`.
+      batch_size: examples in a batch. The last batch of an epoch holds what is left.
+      optimizer: an Optax optimizer by name, such as "sgd" or "adamw", or a function from the
+        learning rate to an `optax.GradientTransformation`. Its state starts anew each round.
+      learning_rate: in the first round.
+      schedule: the learning rate over rounds: "constant", "cosine" (to 0 after the last round), or
+        "step" (a tenth of it after half of the rounds, a hundredth after three quarters); or a
+        function from the round (from 0) to the learning rate, such as an Optax schedule, which
+        takes the place of `learning_rate`.
+      momentum: of optimizers that have one, from 0 to below 1; None leaves Optax's default.
+      weight_decay: added to the gradient as weight_decay * params (an L2 penalty); 0 adds none to
+        what the optimizer does by itself.
+      clip_norm: gradients of a larger global norm are scaled down to it; None for no clipping.
+      codec: what a client does to its update before it sends it, such as clipping or lossy
+        compression, see `Codec`; None sends it as it is.
+      mask_absent_classes: set the logits of classes that a client has no example of to 0 in its
+        loss, so that it does not unlearn them (the masked cross-entropy of HeteroFL, Diao et al.
+        2021, section 3).
+    """
+
+    epochs: int = 1
+    steps: int | None = None
+    batch_size: int = 32
+    optimizer: str | MakeOptimizer = "sgd"
+    learning_rate: float = 0.1
+    schedule: str | Schedule = "constant"
+    momentum: float | None = None
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    codec: Codec | None = None
+    mask_absent_classes: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps", "batch_size"):
+            if name != "steps" or self.steps is not None:
+                check_integer(name, getattr(self, name), least=1, most=_MANY)
+        check_type("mask_absent_classes", self.mask_absent_classes, bool)
+        check_number("learning_rate", self.learning_rate, above=0.0)
+        check_number("weight_decay", self.weight_decay, least=0.0)
+        if self.clip_norm is not None:
+            check_number("clip_norm", self.clip_norm, above=0.0)
+        if not callable(self.schedule):
+            one_of("schedule", self.schedule, SCHEDULES)
+        check_type("codec", self.codec, Codec, type(None))
+        try_optimizer(make_optimizer(self), self.optimizer)
+
+
+def make_optimizer(config: ClientConfig) -> MakeOptimizer:
+    """The client's optimizer, clipping and weight decay included."""
+    maker = optimizer_from(config.optimizer, config.momentum)
+
+    def make(learning_rate: Any) -> optax.GradientTransformation:
+        parts = [maker(learning_rate)]
+        if config.weight_decay:
+            parts.insert(0, optax.add_decayed_weights(config.weight_decay))
+        if config.clip_norm is not None:
+            parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+        return optax.chain(*parts)
+
+    return make
+
+
+def learning_rate(config: ClientConfig, round_: int, rounds: int) -> float:
+    """The learning rate of round `round_` (from 0) of `rounds`.
+
+    Raises:
+      ConfigError: a schedule of the user's own gives something else than a number above 0.
+    """
+    if callable(config.schedule):
+        with calling(f"schedule {name_of(config.schedule)}", round=round_):
+            rate = config.schedule(round_)
+        return check_number(
+            f"schedule {name_of(config.schedule)} of round {round_}", rate, least=0.0
+        )
+    done = round_ / rounds
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    if config.schedule == "step":
+        return config.learning_rate * 0.1 ** ((done >= 0.5) + (done >= 0.75))
+    return config.learning_rate

@@ -1,0 +1,121 @@
+"""Optax optimizers by name or as functions, and what federated learning needs of their state."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jfed.algorithms.algorithm import map_parts
+from jfed.errors import ConfigError, check_number, one_of
+from jfed.models.model import Params
+
+# From the learning rate, which may be a traced scalar.
+MakeOptimizer = Callable[[Any], optax.GradientTransformation]
+
+
+def optimizer_from(optimizer: str | MakeOptimizer, momentum: float | None) -> MakeOptimizer:
+    """An optimizer, given by Optax's name or as a function, as a function of the learning rate."""
+    if callable(optimizer):
+        if momentum is not None:
+            raise ConfigError(
+                f"momentum {momentum!r} goes with an optimizer's name; a function sets its own."
+            )
+        return optimizer
+    if not isinstance(optimizer, str):
+        raise ConfigError(
+            "optimizer must be an Optax name such as 'sgd', or a function from the learning rate "
+            f"to a transformation such as optax.sgd itself, got {optimizer!r}."
+        )
+    makers = _named_optimizers()
+    maker = makers[one_of("optimizer", optimizer, tuple(makers))]
+    if momentum is None:
+        return maker
+    if check_number("momentum", momentum, least=0.0) >= 1:
+        raise ConfigError(f"momentum must be from 0 to below 1, got {momentum!r}.")
+    if "momentum" not in inspect.signature(maker).parameters:
+        raise ConfigError(f"optimizer {optimizer!r} has no momentum, got momentum={momentum!r}.")
+    return functools.partial(maker, momentum=float(momentum))
+
+
+def _named_optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
+    """The functions of Optax that make an optimizer of a learning rate."""
+    return {
+        name: maker
+        for name, maker in sorted(vars(optax).items())
+        if inspect.isfunction(maker)
+        and not name.startswith(("_", "scale_by"))
+        and next(iter(inspect.signature(maker).parameters), "") == "learning_rate"
+    }
+
+
+def try_optimizer(make: MakeOptimizer, given: Any) -> None:
+    """Raises ConfigError unless the optimizer steps on gradients alone; computes nothing."""
+    params = {"w": jax.ShapeDtypeStruct((3, 2), jnp.float32)}
+
+    def step(params: Params) -> Params:
+        optimizer = make(0.1)
+        return optimizer.update(params, optimizer.init(params), params)[0]
+
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            jax.eval_shape(step, params)
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ConfigError(f"optimizer {given!r} cannot be used: {error}") from error
+
+
+def rekeyed(state: Any, key: Array) -> Any:
+    """An optimizer's state with random keys derived from `key` in place of its own.
+
+    Optax's `noisy_sgd` and the like make their key from a fixed seed, so that every client of every
+    round would draw the same noise. Typed keys, and raw ones (uint32 of JAX's key shape), are found
+    wherever they are in the state.
+    """
+    leaves, structure = jax.tree.flatten(state)
+    raw = jax.random.key_data(key)
+
+    def fresh(i: int, leaf: Array) -> Array:
+        own = jax.random.fold_in(key, i)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return own
+        is_raw = leaf.dtype == raw.dtype and leaf.shape == raw.shape
+        return jax.random.key_data(own) if is_raw else leaf
+
+    return jax.tree.unflatten(structure, [fresh(i, jnp.asarray(x)) for i, x in enumerate(leaves)])
+
+
+def step_owned(
+    optimizer: optax.GradientTransformation,
+    update: Params,
+    owners: Params,
+    state: Any,
+    variables: Params,
+) -> tuple[Params, Any]:
+    """A server's step on the negative update (Reddi et al. 2021, arXiv 2003.00295, algorithm 2).
+
+    An entry that nobody owned in the round keeps its value, and the optimizer's memory of it (of
+    which Optax's states hold trees like the variables) stays too.
+
+    Args:
+      optimizer: of the server.
+      update: mean of the clients', a tree like the variables.
+      owners: above 0 where an entry was delivered.
+      state: of the optimizer.
+      variables: of the server.
+
+    Returns:
+      The new variables and the new state.
+    """
+    gradient = jax.tree.map(jnp.negative, update)
+    changes, after = optimizer.update(gradient, state, variables)
+
+    def keep(new: Params, old: Params) -> Params:
+        return jax.tree.map(lambda n, o, w: jnp.where(w > 0, n, o), new, old, owners)
+
+    nothing = jax.tree.map(jnp.zeros_like, changes)
+    variables = optax.apply_updates(variables, keep(changes, nothing))
+    return variables, map_parts(keep, variables, after, state)

@@ -1,0 +1,70 @@
+"""How the server is configured: how clients weigh, the aggregator, the optimizer."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from jfed.algorithms.aggregators import Aggregation
+from jfed.algorithms.optimizers import MakeOptimizer, optimizer_from, try_optimizer
+from jfed.errors import ConfigError, calling, check_number, name_of, one_of
+
+WEIGHTS = ("examples", "count")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig(Aggregation):
+    """How the server makes one update of those of the clients, and uses it.
+
+    Attributes:
+      weights: of a client in the mean: "examples" that it holds, "count" (one each), or a function
+        `(client, examples) -> weight` of its number and its examples, 0 or more.
+      optimizer: an Optax optimizer by name, or a function from the learning rate to an
+        `optax.GradientTransformation`. "sgd" with learning rate 1 is FedAvg, "adam" is FedAdam.
+      learning_rate: of the server.
+      momentum: of optimizers that have one, from 0 to below 1 ("sgd" with momentum is FedAvgM).
+    """
+
+    weights: str | Callable[[int, int], Any] = "examples"
+    optimizer: str | MakeOptimizer = "sgd"
+    learning_rate: float = 1.0
+    momentum: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.weights):
+            one_of("weights", self.weights, WEIGHTS)
+        check_number("server learning_rate", self.learning_rate, above=0.0)
+        maker = optimizer_from(self.optimizer, self.momentum)
+        try_optimizer(lambda _: maker(self.learning_rate), self.optimizer)
+
+
+def client_weights(config: ServerConfig, examples: list[int]) -> list[float]:
+    """The weight of every client, by number.
+
+    Args:
+      config: of the server.
+      examples: that each client holds.
+
+    Raises:
+      ConfigError: a function of the user's own gives a weight below 0, or 0 for all.
+    """
+    if config.weights == "examples":
+        return [float(n) for n in examples]
+    if config.weights == "count":
+        return [1.0] * len(examples)
+    assert callable(config.weights)
+    title, weights = f"weights {name_of(config.weights)}", []
+    for client, count in enumerate(examples):
+        with calling(title, client=client, examples=count):
+            weight = config.weights(client, count)
+        weights.append(check_number(f"{title} of client {client}", weight, least=0.0))
+    if not any(weights):
+        raise ConfigError(f"{title} are 0 for all {len(examples)} clients.")
+    return weights
+
+
+def make_server_optimizer(config: ServerConfig) -> optax.GradientTransformation:
+    """The server's optimizer."""
+    return optimizer_from(config.optimizer, config.momentum)(config.learning_rate)

@@ -1,0 +1,145 @@
+"""The debug engine: a plain Python loop over clients and batches, nothing packed, nothing jitted.
+
+It shares nothing with the lanes except the functions of the algorithm, the tiers and the faults, so
+that each can be compared with the other; and a debugger or a `print` in a user's loss just works.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jfed.algorithms.aggregators import Aggregator, Stack
+from jfed.algorithms.algorithm import Client, is_like, map_parts
+from jfed.data.preprocessing import gather
+from jfed.engine.faults import corrupt
+from jfed.engine.lanes import Inputs, Training
+from jfed.engine.merging import Report, clip
+from jfed.engine.packing import Work
+from jfed.models.losses import Metrics, training_loss
+from jfed.models.model import Params
+
+
+class Sent(NamedTuple):
+    """What one client sent.
+
+    Attributes:
+      parts: of its message, those like the tier's variables in their place among the global ones.
+      owned: 1 for the entries of each part that are the client's, else 0.
+      entries: 1 for the global variables that its tier owns, else 0.
+      weights: of each part.
+      metrics: of its training, summed over batches.
+      counts: whether all of it is finite.
+    """
+
+    parts: dict[str, Any]
+    owned: dict[str, Any]
+    entries: Params
+    weights: dict[str, float]
+    metrics: Metrics
+    counts: bool
+
+
+def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Sent, Any]:
+    """Trains one client that remembers `memory`; returns what it sends, and its new memory."""
+    tier, algorithm, variables = config.tiers[work.tier], config.algorithm, inputs.server.variables
+    sent, remembered = (
+        map_parts(lambda v: tier.extract(v, inputs.round), variables, tree)
+        for tree in (algorithm.send(inputs.server), memory)
+    )
+    client = Client(
+        sent=sent,
+        loss=training_loss(tier.bound()),
+        number=jnp.int32(work.client),
+        examples=jnp.int32(work.examples),
+        steps=jnp.int32(len(work.batches)),
+        weight=jnp.float32(work.weight),
+        round=inputs.round,
+        learning_rate=inputs.learning_rate,
+    )
+    key = jax.random.fold_in(jax.random.fold_in(inputs.key, inputs.round), work.client)
+    begin, end, code, fault = (jax.random.fold_in(key, np.uint32(2**32 - i)) for i in (1, 2, 3, 4))
+    local, told = algorithm.client_init(client, remembered, begin), []
+    for step, batch in enumerate(work.batches):
+        data_key, loss_key = jax.random.split(jax.random.fold_in(key, step))
+        examples, mask = np.where(batch < 0, batch[0], batch), jnp.float32(batch >= 0)
+        data = gather(inputs.images, examples, mask, config.augmentation, data_key)
+        if inputs.present is not None:
+            data = data._replace(present=inputs.present[work.client])
+        local, metrics = algorithm.client_step(client, local, data, loss_key)
+        told.append(metrics)
+    message, after = algorithm.client_final(client, local, end)
+    if config.codec is not None:
+        message["update"] = config.codec.decode(config.codec.encode(message["update"], code))
+    if config.faults is not None and config.faults.corrupts:
+        message = corrupt(config.faults, message, jnp.int32(work.fault), fault)
+    if config.clip is not None:
+        message["update"] = clip(message["update"], config.clip)
+    metrics = jax.tree.map(lambda *m: sum(m[1:], start=m[0]), *told)
+    weights = {n: float(algorithm.weights.get(n, lambda c: c.weight)(client)) for n in message}
+    weighted = [weights[n] * leaf for n in message for leaf in jax.tree.leaves(message[n])]
+    counts = all(bool(jnp.isfinite(x).all()) for x in (*weighted, metrics.loss))
+    owned, shapes = tier.owned(variables, inputs.round), tier.shapes(variables)
+
+    def place(part: Params) -> Params:
+        return tier.embed(part, variables, inputs.round)
+
+    def remember(old: Params, new: Params) -> Params:
+        return jax.tree.map(lambda b, a, o: jnp.where(o > 0, a, b), old, place(new), owned)
+
+    kept = map_parts(remember, variables, memory, after, otherwise=lambda old, new: new)
+    like = {name: is_like(part, shapes) for name, part in message.items()}
+    sent = Sent(
+        {n: place(part) if like[n] else part for n, part in message.items()},
+        {n: owned if like[n] else jax.tree.map(jnp.ones_like, p) for n, p in message.items()},
+        owned,
+        weights,
+        metrics,
+        counts,
+    )
+    return sent, kept if counts else memory
+
+
+def report(sent: Sequence[Sent]) -> Report:
+    """What the clients of a program tell, in the order of their slots."""
+    counts = np.asarray([one.counts for one in sent], bool)
+    zero = jax.tree.map(jnp.zeros_like, sent[0].metrics)
+    shown = [one.metrics if one.counts else zero for one in sent]
+    return Report(jax.tree.map(lambda *m: np.stack(m), *shown), counts, ~counts)
+
+
+def merge(
+    sent: Sequence[Sent], aggregator: Aggregator | None, variables: Params
+) -> tuple[dict[str, Any], Params]:
+    """The mean of each entry over the clients that own it, in float64, and how many these are."""
+    found, merged = [one for one in sent if one.counts], {}
+
+    def mean(name: str) -> Any:
+        def entry(*pairs: Any) -> Any:
+            values, owns = np.split(np.asarray(pairs, np.float64), 2)
+            weights = np.asarray([one.weights[name] for one in found]).reshape(
+                -1, *(1,) * (values.ndim - 1)
+            )
+            weights = weights * owns
+            whole = weights.sum(0)
+            total = (weights * np.where(owns > 0, values, 0)).sum(0)
+            return jnp.float32(total / np.where(whole > 0, whole, 1))
+
+        parts = (*(one.parts[name] for one in found), *(one.owned[name] for one in found))
+        return jax.tree.map(entry, *parts)
+
+    for name, part in found[0].parts.items():
+        if aggregator is None or not is_like(part, variables):
+            merged[name] = mean(name)
+            continue
+        updates, owned = (
+            jax.tree.map(lambda *u: jnp.stack(u), *(getattr(one, kind)[name] for one in found))
+            for kind in ("parts", "owned")
+        )
+        mask = jax.tree.map(lambda o: o > 0, owned)
+        weight = jnp.asarray([one.weights[name] for one in found])
+        merged[name] = aggregator(Stack(updates, mask, weight))
+    owned = [one.entries for one in found]
+    return merged, jax.tree.map(lambda *o: sum(o[1:], start=o[0]), *owned)

@@ -1,0 +1,142 @@
+"""The compiled programs of a federation, shared by all federations of a process that are alike.
+
+A program is decided by a `Plan` and the shapes of its arguments. Seeds, data and partitions are
+arguments, so another seed compiles nothing anew.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jfed.algorithms.aggregators import Aggregator
+from jfed.algorithms.algorithm import Merged, Server
+from jfed.engine.lanes import Training, make_trainer
+from jfed.engine.merging import Delivered, Group, merge
+from jfed.models.model import Params
+from jfed.simulation.evaluation import Measure, make_evaluator
+from jfed.tiers.tier import Tier
+
+_SERVER = np.uint32(2**32 - 5)  # folded into a round's key: the server's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What decides the programs of a federation.
+
+    Attributes:
+      trainings: one for each group of tiers that share a program.
+      evaluated: the groups of tiers that are tested, likewise.
+      aggregator: in place of the weighted mean.
+      population: how many clients the federation has.
+      measure: further metrics of the evaluation.
+    """
+
+    trainings: tuple[Training, ...]
+    evaluated: tuple[tuple[Tier, ...], ...]
+    aggregator: Aggregator | None
+    population: int
+    measure: Measure | None
+
+
+class Programs:
+    """The jitted programs of a plan, compiled once for each shape of their arguments."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._jitted: dict[str, Callable[..., Any]] = {"server": make_server(plan)}
+        for i, training in enumerate(plan.trainings):
+            self._jitted[f"train {i}"] = make_trainer(training)
+        for i, tiers in enumerate(plan.evaluated):
+            mesh = plan.trainings[0].mesh
+            self._jitted[f"evaluate {i}"] = make_evaluator(tiers[0], mesh, plan.measure)
+        self._compiled: dict[Any, jax.stages.Compiled] = {}
+
+    def shapes(self, name: str, *args: Any) -> Any:
+        """Shapes of what a program returns."""
+        return jax.eval_shape(self._jitted[name], *args)
+
+    def compile(self, arguments: dict[str, tuple[Any, ...]]) -> dict[str, jax.stages.Compiled]:
+        """The programs for such arguments; those that are new are compiled side by side."""
+        keys = {name: (name, _signature(args)) for name, args in arguments.items()}
+        new = {name: args for name, args in arguments.items() if keys[name] not in self._compiled}
+        lowered = {name: self._jitted[name].lower(*args) for name, args in new.items()}  # type: ignore[attr-defined]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = pool.map(
+                lambda program: program.compile(compiler_options()), lowered.values()
+            )
+            for name, program in zip(lowered, compiled, strict=True):
+                self._compiled[keys[name]] = program
+        return {name: self._compiled[key] for name, key in keys.items()}
+
+
+@functools.lru_cache(maxsize=8)
+def programs(plan: Plan) -> Programs:
+    """The programs of a plan, the same object for equal plans."""
+    return Programs(plan)
+
+
+def compiler_options() -> dict[str, Any] | None:
+    """On a CPU XLA's first level of optimisation: it compiles faster, and nothing runs slower."""
+    return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+
+
+def _signature(args: Any) -> Any:
+    """What a compiled program depends on of its arguments."""
+    leaves, structure = jax.tree.flatten(args)
+    told = [(jnp.shape(x), str(x.dtype), getattr(x, "sharding", None)) for x in leaves]
+    return structure, tuple(told)
+
+
+def group_tiers(tiers: Sequence[Tier]) -> tuple[tuple[int, ...], ...]:
+    """The tiers that share programs: groups of their numbers, in the order of the first ones."""
+    groups: dict[Any, list[int]] = {}
+    for i, tier in enumerate(tiers):
+        groups.setdefault(tier.program, []).append(i)
+    return tuple(map(tuple, groups.values()))
+
+
+def make_server(plan: Plan) -> jax.stages.Wrapped:
+    """The jitted end of a round: merge what was delivered, and take the server's step.
+
+    Returns:
+      `step(server, delivered, tiers, round, key) -> (server, finite)`, with what each program
+      delivered, the tier of each slot, and the key of the run; `finite` tells whether all variables
+      are. The server's state is donated; if nobody delivered it stays as it was.
+    """
+    algorithm = plan.trainings[0].algorithm
+
+    def step(
+        server: Server,
+        delivered: Sequence[Delivered],
+        tiers: Sequence[Array],
+        round_: Array,
+        key: Array,
+    ) -> tuple[Server, Array]:
+        groups = [
+            Group(training.tiers, told, tier)
+            for training, told, tier in zip(plan.trainings, delivered, tiers, strict=True)
+        ]
+        message, owners = merge(server.variables, groups, plan.aggregator, round_)
+        clients = jnp.concatenate([d.report.delivered for d in delivered]).sum()
+        merged = make_merged(plan, key, round_, message, owners, clients)
+        after = algorithm.server_step(server, merged)
+        after = jax.tree.map(lambda new, old: jnp.where(clients > 0, new, old), after, server)
+        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after.variables)]
+        return after, jnp.stack(finite).all()
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_merged(
+    plan: Plan, key: Array, round_: Array, message: dict[str, Any], owners: Params, clients: Any
+) -> Merged:
+    """What an algorithm's server gets; `key` belongs to the run."""
+    own_key = jax.random.fold_in(jax.random.fold_in(key, round_), _SERVER)
+    return Merged(message, owners, jnp.float32(clients), plan.population, round_, own_key)
