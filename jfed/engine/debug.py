@@ -107,7 +107,8 @@ def report(sent: Sequence[Sent]) -> Report:
     counts = np.asarray([one.counts for one in sent], bool)
     zero = jax.tree.map(jnp.zeros_like, sent[0].metrics)
     shown = [one.metrics if one.counts else zero for one in sent]
-    return Report(jax.tree.map(lambda *m: np.stack(m), *shown), counts, ~counts)
+    told = jax.tree.map(lambda *m: jnp.stack(m), *shown)
+    return Report(told, jnp.asarray(counts), jnp.asarray(~counts))
 
 
 def merge(

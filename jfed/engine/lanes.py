@@ -264,7 +264,7 @@ def make_trainer(config: Training) -> jax.stages.Wrapped:
     sharded = jax.shard_map(
         train,
         mesh=config.mesh,
-        in_specs=(EVERYWHERE, Schedule(*SCHEDULE), SPREAD),
+        in_specs=(EVERYWHERE, Schedule(*SCHEDULE), SPREAD),  # type: ignore[arg-type]
         out_specs=(EVERYWHERE, SPREAD),
         check_vma=False,
     )

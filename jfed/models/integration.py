@@ -1,8 +1,8 @@
-"""Fixed-step integration of an ODE block with diffrax's solvers.
+"""Fixed-step integration of an ODE block with the explicit Runge-Kutta methods of diffrax.
 
-The number of steps is static and the solver is stepped by hand (`solver.step`), so that gradients
-are the exact gradients of the discretisation: solving the ODE backwards in time loses accuracy
-(Gholami et al. 2019, ANODE, arXiv 1902.10298).
+The steps are taken by hand, from diffrax's tableaux, so that gradients are the exact gradients of
+the discretisation: solving the ODE backwards in time loses accuracy (Gholami et al. 2019, ANODE,
+arXiv 1902.10298).
 """
 
 from collections.abc import Callable
@@ -12,35 +12,51 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jfed.errors import ConfigError, one_of
+from jfed.models.counted_loops import repeat
 
 Moments = Any  # a pytree of arrays: what the norms of one evaluation of f measured, or should use
 VectorField = Callable[[Any, Array, Moments | None], tuple[Array, Moments]]
-
-# Explicit one-step methods whose stages lie at different times within a step; that time tells which
-# stage's norm statistics an evaluation of f uses (diffrax does not pass the stage on).
-_SOLVERS: dict[str, tuple[type[diffrax.AbstractSolver], tuple[float, ...]]] = {
-    "Euler": (diffrax.Euler, (0.0,)),
-    **{
-        solver.__name__: (solver, (0.0, *np.asarray(solver.tableau.c).tolist()))
-        for solver in (diffrax.Heun, diffrax.Midpoint, diffrax.Ralston, diffrax.Bosh3)
-    },
-}
-SOLVERS = tuple(_SOLVERS)
-HORIZONS = ("fixed", "proportional")
+Count = int | Int[Array, ""]
 
 
-class _State(NamedTuple):
-    """What diffrax integrates: z, and beside it the integral of the norms' moments.
+class Method(NamedTuple):
+    """An explicit Runge-Kutta method.
 
-    The latter is a way to get each stage's moments out of `solver.step`: its derivative is what f
-    measured.
+    Attributes:
+      times: of each stage, within a step from 0 to 1.
+      weights: of the slopes of the stages before, for the state at which each stage is evaluated.
+      end: the weights of the slopes in the step.
     """
 
-    z: Float[Array, "B H W C"]
-    moments: Moments
+    times: tuple[float, ...]
+    weights: tuple[tuple[float, ...], ...]
+    end: tuple[float, ...]
+
+
+def _method(solver: type[diffrax.AbstractSolver]) -> Method:
+    if solver is diffrax.Euler:
+        return Method((0.0,), ((),), (1.0,))
+    tableau = solver.tableau  # type: ignore[attr-defined]
+    end = np.trim_zeros(tableau.b_sol, "b").tolist()  # a stage for the error alone is not needed
+    rows = ((), *(tuple(row.tolist()) for row in tableau.a_lower))
+    return Method((0.0, *tableau.c.tolist())[: len(end)], rows[: len(end)], tuple(end))
+
+
+_METHODS = {
+    solver.__name__: _method(solver)
+    for solver in (
+        diffrax.Euler,
+        diffrax.Heun,
+        diffrax.Midpoint,
+        diffrax.Ralston,
+        diffrax.Bosh3,
+    )
+}
+SOLVERS = tuple(_METHODS)
+HORIZONS = ("fixed", "proportional")
 
 
 def check_solver(name: str) -> str:
@@ -50,29 +66,38 @@ def check_solver(name: str) -> str:
     if is_solver and name not in SOLVERS:
         raise ConfigError(
             f"solver {name!r} of diffrax cannot be stepped at a fixed step here: it is adaptive, "
-            "implicit, stochastic, or evaluates f twice at one time. "
+            "implicit or stochastic, or has many stages. "
             f"Allowed: {', '.join(map(repr, SOLVERS))}."
         )
     return one_of("solver", name, SOLVERS)
 
 
-def step_size(horizon: str, steps: int) -> float:
+def step_size(horizon: str, steps: Count) -> Any:
     """1 / steps on the "fixed" horizon [0, 1], 1 on the "proportional" one [0, steps]."""
-    return 1.0 / steps if one_of("horizon", horizon, HORIZONS) == "fixed" else 1.0
+    if one_of("horizon", horizon, HORIZONS) == "proportional":
+        return 1.0
+    # Of no steps none has a size, but it may be computed.
+    return 1.0 / (steps if isinstance(steps, int) else jnp.maximum(steps, 1).astype(jnp.float32))
 
 
 def integrate(
     f: VectorField,
     z: Float[Array, "B H W C"],
     *,
-    steps: int,
+    steps: Count,
     horizon: str,
     solver: str,
     unroll: bool,
+    most: int | None = None,
     moments: Moments | None = None,
-    sizes: Float[Array, " steps"] | None = None,
+    sizes: Float[Array, " most"] | None = None,
+    largest: Count | None = None,
+    record: bool = False,
 ) -> tuple[Float[Array, "B H W C"], Moments]:
     """Integrates dz/dt = f(t, z) from t = 0 in `steps` steps.
+
+    The number of steps is static (an int) or data (an int32 scalar). In the latter case one
+    compiled program serves all numbers from 0 to `most`, at the cost of the steps that it takes.
 
     Args:
       f: called as `f(t, z, m)` with a scalar t; returns dz/dt and the moments (a pytree of float32
@@ -81,72 +106,86 @@ def integrate(
       steps: how many steps; 0 returns z.
       horizon: "fixed" or "proportional", see `step_size`.
       solver: one of `SOLVERS`, by diffrax's name.
-      unroll: True traces every step (mostly faster to run), False scans over them (faster to
-        compile).
-      moments: what an earlier call returned, to be used again, with axes `[steps, stages, ...]`.
+      unroll: True traces every step of a static number (mostly faster to run), False loops over
+        them (faster to compile).
+      most: the largest number of steps where it is data.
+      moments: what an earlier call recorded, to be used again, with axes `[most, stages, ...]`.
       sizes: of each step, in place of the horizon's; step k then starts at the sum of those before.
+        Those from `steps` on are not used.
+      largest: where `steps` is data and differs between the lanes of a `vmap`, see `repeat`.
+      record: return the moments of every evaluation. Nothing is learned through them, and where
+        `steps` is data, no gradient can be taken.
 
     Returns:
-      The state at the end, and the moments of each evaluation, with axes `[steps, stages, ...]`.
+      The state at the end, and None, or with `record` the moments, with axes `[most, stages, ...]`
+      (`[steps, stages, ...]` where `steps` is static), zeros in the steps that were not taken.
     """
-    if steps == 0:
+    method = _METHODS[check_solver(solver)]
+    if (steps if isinstance(steps, int) else most) == 0:
         return z, None
-    kind, times = _SOLVERS[check_solver(solver)]
-    # The default loop over a solver's stages, diffrax's checkpointed one, fails under `shard_map`.
-    method = kind() if kind is diffrax.Euler else kind(scan_kind="bounded")
-    dt = step_size(horizon, steps)
-    term = diffrax.ODETerm(_stage_field(f, times))
-    zeros = _zero_moments(f, z)
-
-    def step(carry: Any, inputs: Any) -> Any:
-        z, solver_state = carry
-        t, h, given = inputs
-        h = dt if h is None else h
-        y = _State(z, zeros)
-        args = (t, h, given)
-        y1, _, dense, solver_state, _ = method.step(
-            term, t, t + h, y, args, solver_state, made_jump=False
-        )
-        return (y1.z, solver_state), _stage_moments(dense, h)
-
-    first = None if moments is None else jax.tree.map(lambda m: m[0], moments)
-    start = method.init(term, 0.0, dt, _State(z, zeros), (0.0, dt, first))
-    if unroll:
-        carry, used = (z, start), []
-        for i in range(steps):
-            given = None if moments is None else jax.tree.map(lambda m, i=i: m[i], moments)
-            at = (i * dt, None) if sizes is None else (sizes[:i].sum(), sizes[i])
-            carry, u = step(carry, (*at, given))
-            used.append(u)
-        return carry[0], jax.tree.map(lambda *u: jnp.stack(u), *used)
-    t = jnp.arange(steps, dtype=z.dtype) * dt if sizes is None else jnp.cumsum(sizes) - sizes
-    (z, _), stacked = jax.lax.scan(step, (z, start), (t, sizes, moments))
-    return z, stacked
+    step = _stepper(f, method, step_size(horizon, steps), moments, sizes)
+    if isinstance(steps, int):
+        return _static(step, z, steps, unroll, record)
+    assert most is not None
+    if record:
+        return _recorded(step, z, steps, most, largest)
+    return repeat(lambda k, z: step(k, z)[0], z, steps, most=most, largest=largest), None
 
 
-def _stage_field(f: VectorField, times: tuple[float, ...]) -> Callable:
-    """F as diffrax calls it, with the moments of the stage that the time belongs to."""
+def _stepper(
+    f: VectorField, method: Method, h: Any, moments: Moments, sizes: Array | None
+) -> Callable[[Any, Array], tuple[Array, Moments]]:
+    """`step(k, z)`: z after step k, and the moments of its stages, `[stages, ...]`."""
+    starts = None if sizes is None else jnp.cumsum(sizes) - sizes
 
-    def field(t: Any, y: _State, args: Any) -> _State:
-        step_start, h, given = args
-        if given is not None:
-            distance = jnp.abs((t - step_start) / h - np.asarray(times, dtype=np.float32))
-            stage = jnp.argmin(distance)
-            given = jax.tree.map(lambda m: m[stage], given)
-        dz, used = f(t, y.z, given)
-        # Nothing is learned through the record of the moments, so it must not cost a backward pass.
-        return _State(dz, jax.lax.stop_gradient(used))
+    def step(k: Any, z: Array) -> tuple[Array, Moments]:
+        size = h if sizes is None else sizes[k]
+        start = jnp.asarray(k, z.dtype) * h if starts is None else starts[k]
+        slopes: list[Array] = []
+        used = []
+        for stage, (time, weights) in enumerate(zip(method.times, method.weights, strict=True)):
+            given = jax.tree.map(lambda m, stage=stage: m[k, stage], moments)
+            slope, u = f(start + time * size, z + _weighted(weights, slopes, size), given)
+            slopes.append(slope)
+            used.append(jax.lax.stop_gradient(u))
+        return z + _weighted(method.end, slopes, size), jax.tree.map(lambda *u: jnp.stack(u), *used)
 
-    return field
-
-
-def _zero_moments(f: VectorField, z: Array) -> Moments:
-    _, shapes = jax.eval_shape(lambda z: f(jnp.zeros((), z.dtype), z, None), z)
-    return jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), shapes)
+    return step
 
 
-def _stage_moments(dense: dict[str, Any], dt: Any) -> Moments:
-    """The moments of each stage of one step, `[stages, ...]`; the solver recorded dt times them."""
-    if "k" in dense:
-        return jax.tree.map(lambda k: k / dt, dense["k"].moments)
-    return jax.tree.map(lambda m: m[None] / dt, dense["y1"].moments)
+def _weighted(weights: tuple[float, ...], slopes: list[Array], size: Any) -> Any:
+    terms = [w * size * s for w, s in zip(weights, slopes, strict=True) if w]
+    return sum(terms[1:], start=terms[0]) if terms else 0.0
+
+
+def _static(step: Callable, z: Array, steps: int, unroll: bool, record: bool) -> Any:
+    if not unroll:
+
+        def body(z: Array, k: Array) -> tuple[Array, Moments]:
+            z, used = step(k, z)
+            return z, used if record else None
+
+        return jax.lax.scan(body, z, jnp.arange(steps, dtype=jnp.int32))
+    found = []
+    for k in range(steps):
+        z, used = step(k, z)
+        found.append(used)
+    return z, jax.tree.map(lambda *u: jnp.stack(u), *found) if record else None
+
+
+def _recorded(
+    step: Callable, z: Array, steps: Count, most: int, largest: Count | None
+) -> tuple[Array, Moments]:
+    """As `repeat`, with the moments of the steps that were taken."""
+
+    def body(k: Array, carry: Any) -> Any:
+        z, moments = carry
+        end, used = step(k, z)
+        after = end, jax.tree.map(lambda m, u: m.at[k].set(u), moments, used)
+        if largest is None:
+            return after
+        return jax.tree.map(lambda a, b: jnp.where(k < steps, a, b), after, carry)
+
+    shapes = jax.eval_shape(lambda z: step(jnp.zeros((), jnp.int32), z)[1], z)
+    moments = jax.tree.map(lambda s: jnp.zeros((most, *s.shape), s.dtype), shapes)
+    return jax.lax.fori_loop(0, steps if largest is None else largest, body, (z, moments))

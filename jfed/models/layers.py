@@ -252,7 +252,11 @@ class Classifier(nnx.Module):
         return self.linear(x.mean((1, 2)))
 
 
-def network(create: Callable[[nnx.Rngs], nnx.Module], norm: str) -> Model:
+def network(
+    create: Callable[[nnx.Rngs], nnx.Module],
+    norm: str,
+    call: Callable[..., Any] = lambda module, *args, record: module(*args),
+) -> Model:
     """A `Model` of a module called as `module(images, mask, given) -> (logits, used)`.
 
     Of a network with several exits, `apply` gives the logits of each.
@@ -260,6 +264,8 @@ def network(create: Callable[[nnx.Rngs], nnx.Module], norm: str) -> Model:
     Args:
       create: builds the module from its random streams.
       norm: "batch" or "group"; a group norm needs neither masks nor statistics.
+      call: `call(module, images, mask, given, record=...)`, where it takes more to call the module;
+        only if `record` is what it used of interest.
     """
     init, bind = functional(create)
 
@@ -269,10 +275,11 @@ def network(create: Callable[[nnx.Rngs], nnx.Module], norm: str) -> Model:
         mask: Mask | None = None,
         statistics: Statistics | None = None,
     ) -> Float[Array, "*exits B classes"]:
-        return bind(params)(images, mask, statistics)[0].astype(jnp.float32)
+        logits, _ = call(bind(params), images, mask, statistics, record=False)
+        return logits.astype(jnp.float32)
 
     def measure(params: Params, images: Float[Array, "B H W C"], mask: Mask) -> Statistics:
-        return bind(params)(images, mask, None)[1]
+        return call(bind(params), images, mask, None, record=True)[1]
 
     return Model(init, apply, measure if norm == "batch" else None)
 

@@ -36,15 +36,15 @@ class Model:
       measure: `measure(params, images, mask) -> statistics` of this one batch, or None for a model
         without batch norm. Statistics of several batches are pooled by
         `jfed.simulation.evaluation.recalibrate`.
-      loss: `loss(params, batch) -> (loss, metrics)` of local training, or None for the mean
+      loss: `loss(params, batch, key) -> (loss, metrics)` of local training, or None for the mean
         cross-entropy of `apply`'s logits; `batch` and `metrics` are the `Batch` and `Metrics` of
-        `jfed.engine.client`.
+        `jfed.models.losses`, and the key is the client's own of this step, for dropout and such.
     """
 
     init: Callable[[Array], Params]
     apply: Callable[..., Float[Array, "B classes"]]
     measure: Callable[[Params, Float[Array, "B H W C"], Mask], Statistics] | None = None
-    loss: Callable[[Params, Any], tuple[Float[Array, ""], Any]] | None = None
+    loss: Callable[[Params, Any, Array], tuple[Float[Array, ""], Any]] | None = None
 
 
 def from_nnx(create: Callable[[nnx.Rngs], nnx.Module]) -> Model:

@@ -7,16 +7,23 @@ keeps one f and integrates dz/dt = f(t, z) in C solver steps, so its size does n
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jfed.errors import ConfigError, check_integer, check_type, one_of
 from jfed.models.convolutions.convolution import FORMS
-from jfed.models.integration import HORIZONS, VectorField, check_solver, integrate, step_size
+from jfed.models.integration import (
+    HORIZONS,
+    Count,
+    VectorField,
+    check_solver,
+    integrate,
+    step_size,
+)
 from jfed.models.layers import (
     DTYPES,
     KEEP_CONVOLUTIONS,
@@ -119,6 +126,20 @@ def is_step(path: tuple[Any, ...]) -> bool:
     return any(getattr(key, "key", None) in ("step", "steps") for key in path)
 
 
+class Depth(NamedTuple):
+    """How far the ODE blocks of a network run.
+
+    Attributes:
+      steps: of each stage, ints (static), or int32 scalars (data) up to the config's `iterations`.
+      learned: whether learned step sizes are used, or the solver's fixed ones: a bool, or data.
+      largest: under `vmap` over different steps, of each stage, see `integrate`.
+    """
+
+    steps: tuple[Count, ...]
+    learned: bool | Bool[Array, ""] = True
+    largest: tuple[Count, ...] | None = None
+
+
 class ODEFunction(nnx.Module):
     """f(t, z) of an ODE block: two 3x3 convolutions that see t, two norms."""
 
@@ -169,12 +190,19 @@ class ODENet(nnx.Module):
         self.steps = nnx.List([nnx.Param(h) for h in sizes]) if config.learn_steps else None
 
     def __call__(
-        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+        self,
+        x: Float[Array, "B H W C"],
+        mask: Mask | None,
+        given: Any,
+        *,
+        depth: Depth,
+        record: bool,
     ) -> tuple[Float[Array, "B classes"], Any]:
         used: dict[str, Any] = {}
         z, used["stem"] = self.stem(x, mask, given and given["stem"])
         z = nnx.relu(z)
-        steps = per_stage(self.config.iterations, len(self.config.widths))
+        config = self.config
+        most = per_stage(config.iterations, len(config.widths))
         for k, function in enumerate(self.functions):
             if k > 0:
                 name = f"down{k}"
@@ -183,17 +211,29 @@ class ODENet(nnx.Module):
             z, used[name] = integrate(
                 self._field(function, mask),
                 z,
-                steps=steps[k],
-                horizon=self.config.horizon,
-                solver=self.config.solver,
-                unroll=self.config.unroll,
+                steps=depth.steps[k],
+                most=most[k],
+                horizon=config.horizon,
+                solver=config.solver,
+                unroll=config.unroll,
                 moments=given and given[name],
-                sizes=None if self.steps is None else self.steps[k][...],
+                sizes=None if self.steps is None else self._sizes(k, depth),
+                largest=None if depth.largest is None else depth.largest[k],
+                record=record,
             )
         if self.norm is not None:
             z, used["norm"] = self.norm(z, mask, given and given["norm"])
             z = nnx.relu(z)
         return self.classifier(z), used
+
+    def _sizes(self, stage: int, depth: Depth) -> Float[Array, " most"] | None:
+        """The step sizes of a stage: as learned, or the solver's."""
+        assert self.steps is not None
+        learned, steps = self.steps[stage][...], depth.steps[stage]
+        if depth.learned is True or (isinstance(steps, int) and not steps):
+            return learned
+        fixed = jnp.full_like(learned, step_size(self.config.horizon, steps))
+        return fixed if depth.learned is False else jnp.where(depth.learned, learned, fixed)
 
     def _field(self, function: ODEFunction, mask: Mask | None) -> VectorField:
         """A block's f for `integrate`.
@@ -210,6 +250,17 @@ class ODENet(nnx.Module):
         return jax.checkpoint(field, policy=KEEP_CONVOLUTIONS, prevent_cse=False)
 
 
-def odenet(config: ODENetConfig) -> Model:
-    """The ODENet as pure functions."""
-    return network(lambda rngs: ODENet(config, rngs), config.norm)
+def odenet(config: ODENetConfig, depth: Depth | None = None) -> Model:
+    """The ODENet as pure functions.
+
+    Args:
+      config: of the network.
+      depth: how far it runs, by default `config.iterations`. As data (traced) it makes one program
+        of all counts up to `config.iterations`.
+    """
+    at = Depth(per_stage(config.iterations, len(config.widths))) if depth is None else depth
+
+    def call(module: ODENet, *given: Any, record: bool) -> Any:
+        return module(*given, depth=at, record=record)
+
+    return network(lambda rngs: ODENet(config, rngs), config.norm, call)

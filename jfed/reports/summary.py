@@ -79,7 +79,7 @@ def summarise(
                 accuracy=last[tier.name].accuracy,
                 loss=last[tier.name].loss,
                 parameters=tree_size(shapes),
-                flops=forward_flops(tier.model, shapes, image_shape),
+                flops=forward_flops(tier.bound(), shapes, image_shape),
                 bytes_down=bytes_.down,
                 bytes_up=bytes_.up,
                 twin=twin_name,

@@ -12,7 +12,7 @@ from jfed.data import Dataset
 from jfed.errors import ConfigError, calling, name_of
 from jfed.models.losses import Batch, training_loss
 from jfed.models.model import Params
-from jfed.tiers import Tier
+from jfed.tiers.tier import Tier, check_extract
 
 
 def check_model(tier: Tier, like: Params, data: Dataset) -> None:
@@ -32,6 +32,8 @@ def check_model(tier: Tier, like: Params, data: Dataset) -> None:
                 f"parameters must be float32 arrays; that at {jax.tree_util.keystr(path)} "
                 f"of tier {tier.name!r} is {leaf.dtype}."
             )
+    with calling(f"extract of tier {tier.name!r}", round=0):
+        check_extract(tier, like)
     batch, model = _batch(data), tier.bound()
     given = (batch.images,) if model.measure is None else (batch.images, batch.mask)
     title = f"the model of tier {tier.name!r}"
@@ -183,6 +185,10 @@ def _check_same(title: str, what: str, found: Any, expected: Any) -> None:
             f"{title} must keep the {what} as it is in tree, shapes and dtypes: got "
             f"{_shapes(found)}, expected {_shapes(expected)}."
         )
+
+
+def _structure(tree: Any) -> Any:
+    return jax.tree.structure(tree)
 
 
 def _check_tree(what: str, made: Any, params: Params, tier: Tier) -> None:

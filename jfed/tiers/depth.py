@@ -22,7 +22,7 @@ from jfed.tiers.entries import Origin, Path, init_of, name, select
 from jfed.tiers.tier import Tiers, check_ratio
 
 Blocks = Sequence[Sequence[int]]  # the kept blocks of each stage, by index
-Loss = Callable[[Params, Batch], tuple[Float[Array, ""], Metrics]]
+Loss = Callable[[Params, Batch, Array], tuple[Float[Array, ""], Metrics]]
 
 
 def depthfl(
@@ -86,7 +86,8 @@ def exits_loss(exits: Exits, weight: float, temperature: float) -> Loss:
     learned through p_j, so the gradient is that of learning from the mean of the others' p_j.
     """
 
-    def loss(params: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+    def loss(params: Params, batch: Batch, key: Array) -> tuple[Float[Array, ""], Metrics]:
+        del key
         logits = mask_absent(exits.logits(params, batch.images, batch.mask), batch)
         found = [cross_entropy(exit_, batch) for exit_ in logits]
         total, metrics = jnp.stack([loss for loss, _ in found]).sum(), found[-1][1]

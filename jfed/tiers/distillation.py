@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jfed.models.losses import Batch, Metrics, cross_entropy, training_logits
 from jfed.models.model import Model, Params
@@ -36,7 +37,9 @@ def batch_mean(values: Float[Array, "n B"], batch: Batch) -> Float[Array, " n"]:
     return (values * batch.mask[None]).sum(1) / jnp.maximum(batch.mask.sum(), 1)
 
 
-def teaching(model: Model, students: Sequence[Model], weight: float) -> Model:
+def teaching(
+    model: Model, students: Sequence[tuple[bool | Bool[Array, ""], Model]], weight: float
+) -> Model:
     """The model, trained so that other models of the same parameters learn from it.
 
     Its loss is the mean cross-entropy of its own p, and `weight` times the mean over the students'
@@ -46,20 +49,32 @@ def teaching(model: Model, students: Sequence[Model], weight: float) -> Model:
     loss that a run records is this one.
 
     Args:
-      model: the teacher; returned as it is with a weight of 0 or without students.
-      students: work on the same parameters.
-      weight: 0 or more.
+      model: the teacher.
+      students: models on the same parameters, and whether each learns from this teacher, which may
+        be data; those that do not cost nothing.
+      weight: above 0.
     """
-    if not weight or not students:
-        return model
 
-    def loss(params: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+    def loss(params: Params, batch: Batch, key: Array) -> tuple[Float[Array, ""], Metrics]:
+        del key
         logits = training_logits(model, params, batch)
         total, metrics = cross_entropy(logits, batch)
         teacher = mask_absent(logits[None], batch)
-        others = jnp.stack([training_logits(student, params, batch) for student in students])
-        distilled = divergence(teacher, mask_absent(others, batch))
-        total += weight * batch_mean(distilled, batch).mean()
+
+        def lesson(student: Model) -> Float[Array, ""]:
+            others = mask_absent(training_logits(student, params, batch)[None], batch)
+            return batch_mean(divergence(teacher, others), batch)[0]
+
+        def taught(learns: Any, student: Model) -> Array:
+            if isinstance(learns, bool):
+                return lesson(student) if learns else jnp.zeros(())
+            return jax.lax.cond(learns, lambda: lesson(student), lambda: jnp.zeros(()))
+
+        distilled = sum((taught(*one) for one in students), start=jnp.zeros(()))
+        count = sum(
+            (jnp.asarray(learns, jnp.float32) for learns, _ in students), start=jnp.zeros(())
+        )
+        total += weight * distilled / jnp.maximum(count, 1)
         return total, metrics._replace(loss=total * metrics.examples)
 
     return dataclasses.replace(model, loss=loss)

@@ -1,16 +1,47 @@
-"""Tiers of iteration counts: one ODENet whose clients run different numbers of solver steps."""
+"""Tiers of iteration counts: one ODENet whose clients run different numbers of solver steps.
+
+How many steps a tier takes is data, so one program serves all tiers, and tested counts too.
+"""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from jfed.errors import ConfigError, check_number, one_of
-from jfed.models.model import Model
-from jfed.models.ode_nets import Iterations, ODENetConfig, is_norm, is_step, odenet, per_stage
+from jfed.models.integration import step_size
+from jfed.models.model import Model, Params
+from jfed.models.ode_nets import (
+    Depth,
+    Iterations,
+    ODENetConfig,
+    is_norm,
+    is_step,
+    odenet,
+    per_stage,
+)
 from jfed.models.presets import ModelConfig
 from jfed.tiers.distillation import teaching
-from jfed.tiers.entries import Own, init_of, select
-from jfed.tiers.tier import Tier, Tiers
+from jfed.tiers.entries import Own, name
+from jfed.tiers.tier import Tier, Tiers, everything
+
+
+class Setting(NamedTuple):
+    """What tells the tiers of a network apart.
+
+    Attributes:
+      steps: of each stage.
+      row: the trained tier whose own entries are used, by its place.
+      learned: 1 if the sizes of the steps are those that were learned, else 0.
+    """
+
+    steps: tuple[int, ...]
+    row: int
+    learned: int
 
 
 def _is_classifier(path: tuple[Any, ...]) -> bool:
@@ -61,50 +92,182 @@ def ode(
     """
     if not isinstance(config, ODENetConfig):
         raise ConfigError(f"method 'ode' needs an ODENet, got {type(config).__name__}.")
-    own = _OWN[one_of("sharing", sharing, SHARING)]
+    one_of("sharing", sharing, SHARING)
     if not isinstance(iterations, Sequence) or isinstance(iterations, str):
         raise ConfigError(
             f"iterations must be a sequence with an entry for each tier, got {iterations!r}."
         )
-    stages = len(config.widths)
-    counts = [per_stage(c, stages) for c in iterations]
+    counts = tuple(per_stage(c, len(config.widths)) for c in iterations)
     if not iterations:
         raise ConfigError("iterations must name at least one tier, got none.")
+    if len(set(counts)) < len(counts):
+        raise ConfigError(f"iterations must differ between tiers, got {iterations!r}.")
     _check_steps(config, sharing, len(iterations))
     _check_distillation(config, sharing, distillation)
-    common = sharing == "all" and not config.learn_steps
-
-    def at(count: Iterations, solver: str | None = None) -> Tier:
-        steps = per_stage(count, stages)
-        solver = config.solver if solver is None else solver
-        learned = config.learn_steps and steps in counts
-        model = odenet(
-            dataclasses.replace(config, iterations=steps, solver=solver, learn_steps=learned)
-        )
-        title = tier_name(steps) if solver == config.solver else f"{tier_name(steps)} {solver}"
-        owner = tier_name(counts[_nearest(steps, counts)])
-        tier = Tier(title, model) if common else select(title, model, own, owner=owner)
-        return dataclasses.replace(tier, iterations=steps, solver=solver)
-
-    members = [at(count) for count in counts]
-    named = [(tier.name, tier.model) for tier in members]
-    full = named[0][1]
-    init = full.init if common else init_of(full, named, own)
-    return Tiers(init, _taught(members, counts, distillation), at, kind="iterations")
+    return _network(config, counts, sharing, float(distillation)).tiers()
 
 
-def _taught(
-    tiers: Sequence[Tier], counts: Sequence[tuple[int, ...]], weight: float
-) -> tuple[Tier, ...]:
-    """The tiers, each trained so that those with fewer iterations in total learn from it."""
+@functools.lru_cache(maxsize=32)
+def _network(
+    config: ODENetConfig, counts: tuple[tuple[int, ...], ...], sharing: str, distillation: float
+) -> "_Network":
+    return _Network(config, counts, sharing, distillation)
 
-    def shallower(than: tuple[int, ...]) -> list[Model]:
-        return [t.model for t, c in zip(tiers, counts, strict=True) if sum(c) < sum(than)]
 
-    return tuple(
-        dataclasses.replace(tier, model=teaching(tier.model, shallower(count), weight))
-        for tier, count in zip(tiers, counts, strict=True)
-    )
+class _Network:
+    """An ODENet that clients run at several counts; equal ones are the same object.
+
+    Where tiers keep entries for themselves, the global variables are `{"shared": {name: array},
+    "own": {name: [tiers, ...]}}`, else those of the network.
+    """
+
+    def __init__(
+        self,
+        config: ODENetConfig,
+        counts: tuple[tuple[int, ...], ...],
+        sharing: str,
+        distillation: float,
+    ) -> None:
+        self.config, self.counts, self.own = config, counts, _OWN[sharing]
+        self.common = sharing == "all" and not config.learn_steps
+        self.distillation = distillation
+        self.at_most = functools.cache(self._at_most)
+        self.full = odenet(dataclasses.replace(config, iterations=_largest(counts)))
+
+    def tiers(self) -> Tiers:
+        """The tiers that clients run."""
+        members = self.at(self.counts)
+        if self.distillation:
+            members = self._taught(members)
+        return Tiers(self.init, members, self.at, kind="iterations")
+
+    def init(self, key: Array) -> Params:
+        """The initial global variables; what a tier keeps for itself starts as in its own model."""
+        params = self.full.init(key)
+        if self.common:
+            return params
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        return {
+            "shared": {name(path): leaf for path, leaf in leaves if not self.own(path)},
+            "own": {name(path): self._rows(path, leaf) for path, leaf in leaves if self.own(path)},
+        }
+
+    def _rows(self, path: Any, leaf: Array) -> Array:
+        if not is_step(path):
+            return jnp.stack([leaf] * len(self.counts))
+        stage = _stage(path)
+        sizes = [step_size(self.config.horizon, max(c[stage], 1)) for c in self.counts]
+        return jnp.stack([jnp.full_like(leaf, size) for size in sizes])
+
+    def at(self, counts: Sequence[Iterations], solver: str | None = None) -> tuple[Tier, ...]:
+        """See `Tiers.at`."""
+        solver = self.config.solver if solver is None else solver
+        found = list(dict.fromkeys(per_stage(c, len(self.config.widths)) for c in counts))
+        if not found:
+            return ()
+        model = self.at_most(_largest((*found, *self.counts)), solver)
+        return tuple(self._tier(steps, solver, model) for steps in found)
+
+    def _tier(self, steps: tuple[int, ...], solver: str, model: Callable[..., Model]) -> Tier:
+        title = tier_name(steps)
+        if solver != self.config.solver:
+            title = f"{title} {solver}"
+        learned = self.config.learn_steps and steps in self.counts
+        setting = Setting(steps, _nearest(steps, self.counts), int(learned))
+        mask = None if self.common else self.mask
+        if not self.config.unroll:
+            return Tier(title, model, everything, setting, mask, steps, solver)
+        own = None if mask is None else (lambda like, _: self.mask(like, setting))
+        return Tier(title, model(setting, None), everything, (), own, steps, solver)
+
+    def _at_most(self, most: tuple[int, ...], solver: str) -> Callable[[Any, Any], Model]:
+        """Models of all counts up to `most`, by setting."""
+        config = dataclasses.replace(self.config, iterations=most, solver=solver)
+
+        def at(setting: Setting, largest: Setting | None) -> Model:
+            far = None if largest is None else largest.steps
+            learned = setting.learned
+            depth = Depth(
+                setting.steps, bool(learned) if isinstance(learned, int) else learned > 0, far
+            )
+            model = odenet(config, depth)
+            if self.common:
+                return model
+
+            def apply(variables: Params, *args: Any) -> Array:
+                return model.apply(self._select(variables, setting.row, most), *args)
+
+            def measure(variables: Params, *args: Any) -> Any:
+                assert model.measure is not None
+                return model.measure(self._select(variables, setting.row, most), *args)
+
+            return Model(self.init, apply, None if model.measure is None else measure)
+
+        return at
+
+    def _select(self, variables: Params, row: Any, most: tuple[int, ...]) -> Params:
+        """A tier's parameters: what is shared, and its row of what is not."""
+        shapes = jax.eval_shape(self.full.init, jax.random.key(0))
+        found, structure = jax.tree_util.tree_flatten_with_path(shapes)
+
+        def entry(path: Any) -> Array:
+            if not self.own(path):
+                return variables["shared"][name(path)]
+            own = variables["own"][name(path)][row]
+            return jnp.pad(own, (0, most[_stage(path)] - len(own))) if is_step(path) else own
+
+        return jax.tree.unflatten(structure, [entry(path) for path, _ in found])
+
+    def mask(self, like: Params, setting: Setting) -> Params:
+        """1 for what a tier owns: what is shared, its row, of step sizes as many as it takes."""
+
+        def row(title: str, leaf: Any) -> Array:
+            along = lambda axis: jax.lax.broadcasted_iota(jnp.int32, leaf.shape, axis)  # noqa: E731
+            mine = along(0) == setting.row
+            if title.startswith("steps/"):
+                mine &= along(1) < setting.steps[int(title.removeprefix("steps/"))]
+            return mine.astype(leaf.dtype)
+
+        return {
+            "shared": {n: jnp.ones(x.shape, x.dtype) for n, x in like["shared"].items()},
+            "own": {n: row(n, x) for n, x in like["own"].items()},
+        }
+
+    def _taught(self, tiers: Sequence[Tier]) -> tuple[Tier, ...]:
+        """The tiers, each trained so that those with fewer iterations in total learn from it."""
+        students = [(sum(c), tier.bound()) for c, tier in zip(self.counts, tiers, strict=True)]
+
+        def taught(model: Callable[..., Model]) -> Callable[[Any, Any], Model]:
+            def at(setting: Setting, largest: Setting | None) -> Model:
+                total = sum(setting.steps)
+                shallower = [(of < total, student) for of, student in students]
+                return teaching(model(setting, largest), shallower, self.distillation)
+
+            return at
+
+        if self.config.unroll:
+            return tuple(
+                dataclasses.replace(
+                    tier,
+                    model=teaching(
+                        tier.bound(),
+                        [(of < sum(count), student) for of, student in students],
+                        self.distillation,
+                    ),
+                )
+                for tier, count in zip(tiers, self.counts, strict=True)
+            )
+        at = taught(tiers[0].model)  # type: ignore[arg-type]
+        return tuple(dataclasses.replace(tier, model=at) for tier in tiers)
+
+
+def _largest(counts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(map(max, zip(*counts, strict=True)))
+
+
+def _stage(path: Any) -> int:
+    """Which stage's step sizes an entry holds."""
+    return int(name(path).removeprefix("steps/"))
 
 
 def _check_distillation(config: ODENetConfig, sharing: str, weight: float) -> None:

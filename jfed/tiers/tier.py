@@ -97,9 +97,9 @@ class Tiers:
     Attributes:
       init: `init(key) -> global variables`.
       members: the tiers that clients run.
-      at: `at(count, solver=None)`, the tier of any iteration count and solver, also of those that
-        no client runs, to be tested; by default with the solver that clients run. None where the
-        tiers are not iteration counts.
+      at: `at(counts, solver=None) -> tiers` of any iteration counts and solver, also of those that
+        no client runs, to be tested, all by one program; by default with the solver that clients
+        run. None where the tiers are not iteration counts.
       tested: tiers that no client runs, but that are evaluated beside the members.
       idle: the share of the clients that can run none of the members, from 0 to below 1. They are
         sampled like the others, train nothing and send nothing.
@@ -108,7 +108,7 @@ class Tiers:
 
     init: Callable[[Array], Params]
     members: tuple[Tier, ...]
-    at: Callable[..., Tier] | None = None
+    at: Callable[..., tuple[Tier, ...]] | None = None
     tested: tuple[Tier, ...] = ()
     idle: float = 0.0
     kind: str = "tier"
@@ -182,3 +182,41 @@ def check_shares(shares: Sequence[float] | None, tiers: int) -> np.ndarray:
             f"shares must be above 0 and sum to 1, got {list(shares)}, sum {weights.sum():g}."
         )
     return weights / weights.sum()
+
+
+def check_extract(tier: Tier, like: Params) -> None:
+    """Raises ConfigError unless `extract` is a selection: entries as they are, none taken twice.
+
+    Args:
+      tier: whose `extract` is tried on numbered entries.
+      like: global variables; only shapes and dtypes matter.
+    """
+    leaves, structure = jax.tree.flatten(like)
+    # Numbers that float32 keeps apart: which leaf, and where in it (up to 2^24 entries).
+    for what in ("leaf", "place"):
+        numbered = [
+            np.full(leaf.shape, 1.0 + i, leaf.dtype)
+            if what == "leaf"
+            else (np.arange(leaf.size) % 2**23 + 1.0).reshape(leaf.shape).astype(leaf.dtype)
+            for i, leaf in enumerate(leaves)
+        ]
+        found = jax.tree.leaves(tier.extract(jax.tree.unflatten(structure, numbered), 0))
+        values = np.concatenate([np.ravel(x) for x in found]) if found else np.zeros(0)
+        most = len(leaves) if what == "leaf" else 2**23
+        if (values != np.round(values)).any() or (values < 1).any() or (values > most).any():
+            wrong = values[(values != np.round(values)) | (values < 1) | (values > most)][0]
+            raise ConfigError(
+                f"extract of tier {tier.name!r} must select entries as they are; from entries "
+                f"numbered 1, 2, ... it makes {wrong:g}."
+            )
+    owned = [float(np.max(leaf, initial=0)) for leaf in jax.tree.leaves(_times_taken(tier, like))]
+    if max(owned) > 1:
+        raise ConfigError(
+            f"extract of tier {tier.name!r} takes an entry {max(owned):g} times; once at most."
+        )
+
+
+def _times_taken(tier: Tier, like: Params) -> Params:
+    """How often each global entry is in the tier's variables."""
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), tier.shapes(like))
+    return tier.embed(ones, like)
