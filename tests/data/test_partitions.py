@@ -36,8 +36,8 @@ def settings_of_a_partition(draw):
 @given(given=settings_of_a_partition())
 @settings(max_examples=60, deadline=None)
 def test_every_example_has_one_client_or_the_error_says_why(scheme, given):
-    labels, clients, settings_, seed = given
-    config = PartitionConfig(scheme, **settings_)
+    labels, clients, drawn, seed = given
+    config = PartitionConfig(scheme, **drawn)
     try:
         parts = partition(config, labels, clients, seed=seed)
     except ConfigError as error:
