@@ -14,7 +14,7 @@ def execute(args: list[str]) -> None:
     from jfed.benchmark.settings import Settings
 
     def command(
-        settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
+        settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),  # noqa: B008
         output: pathlib.Path | None = None,
     ) -> tuple[Settings, pathlib.Path | None]:
         """Times jfed and other libraries side by side on the same work.

@@ -116,7 +116,7 @@ def _struct(
             continue
         title = field.name if type(value) in places else names(places[info.type] + field.name)
         kind = Annotated[kind, tyro.conf.arg(name=title, prefix_name=False)]
-        fields.append(StructFieldSpec(field.name, kind, value, texts.get(field.name)))
+        fields.append(StructFieldSpec(field.name, kind, value, texts.get(field.name)))  # type: ignore[arg-type]
     return StructConstructorSpec(dict, tuple(fields))
 
 
@@ -140,7 +140,7 @@ def _without_functions(kind: Any) -> Any:
     if typing.get_origin(kind) not in (Union, types.UnionType):
         return kind
     left = tuple(k for k in typing.get_args(kind) if _without_functions(k) is not None)
-    return Union[left] if set(left) - {type(None)} else None
+    return Union[left] if set(left) - {type(None)} else None  # noqa: UP007  (made of a tuple)
 
 
 # Whose fields another dataclass has too, documented there.

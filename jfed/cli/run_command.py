@@ -1,4 +1,4 @@
-"""`jfed run`: trains a federation and writes a run folder, or goes on with the one that is there."""
+"""`jfed run`: trains a federation and writes a run folder, or goes on with the one there."""
 
 import dataclasses
 import functools
@@ -90,7 +90,8 @@ def parse(args: list[str]) -> Command:
 
 
 def _flag(path: str) -> str:
-    return path.replace("checkpoints.", "checkpoint_") if "checkpoints." in path else short_name(path)
+    part, _, field = path.rpartition(".")
+    return f"checkpoint_{field}" if part == "checkpoints" else short_name(path)
 
 
 def execute(args: list[str], *, restart: bool = False) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 from jfed.data import DataConfig, PartitionConfig
 from jfed.data.preprocessing import Augmentation
@@ -93,7 +93,7 @@ class RunConfig:
         for name, kind in parts().items():
             check_type(name, getattr(self, name), kind)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> "RunConfig":
         """The same with other settings, given by their short names.
 
         Raises:
@@ -136,7 +136,7 @@ def short_name(path: str) -> str:
 @functools.cache
 def parts() -> dict[str, type]:
     """The fields of `RunConfig` that are dataclasses of settings, and which."""
-    types = typing.get_type_hints(RunConfig)
+    types: dict[str, type] = typing.get_type_hints(RunConfig)
     return {name: kind for name, kind in types.items() if dataclasses.is_dataclass(kind)}
 
 
@@ -164,6 +164,8 @@ def _cifar10() -> RunConfig:
         model="odenet-56",
         iterations=(2, 4, 8),
         rounds=200,
+        epochs=1,
+        batch_size=32,
         schedule="cosine",
         weight_decay=5e-4,
         pad=4,

@@ -75,8 +75,9 @@ _DEVICE_FILES = {"xla_cuda": ("dev/nvidia*", "dev/dxg"), "xla_rocm": ("dev/kfd",
 
 def _works(plugin: str) -> bool:
     """Whether an accelerator's plugin may find a device."""
-    needed = [file for kind in _DEVICE_FILES if plugin.startswith(kind) for file in _DEVICE_FILES[kind]]
-    return not needed or any(next(_ROOT.glob(file), None) is not None for file in needed)
+    needed = [files for kind, files in _DEVICE_FILES.items() if plugin.startswith(kind)]
+    found = (next(_ROOT.glob(file), None) for files in needed for file in files)
+    return not needed or any(found)
 
 
 def _plugins() -> set[str]:
