@@ -12,7 +12,6 @@ place of 4), and Midpoint evaluates f twice a step. It writes
 full` is the preset `cifar10-flexible`, but IID, for an accelerator; not run yet.
 """
 
-import dataclasses
 from typing import Any
 
 from script import main
@@ -22,7 +21,7 @@ from jfed.runs.study import Arms
 
 _DEFAULT = {
     "cpu": run_preset("cifar10-small"),
-    "full": dataclasses.replace(run_preset("cifar10-flexible"), partition="iid"),
+    "full": run_preset("cifar10-flexible").replace(partition="iid"),
     "smoke": run_preset("smoke"),
 }
 _CHANGES: dict[str, dict[str, Any]] = {
@@ -43,7 +42,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
 def arms(scale: str) -> Arms:
     """The default, and each change of it; at the smoke scale the first ones."""
     chosen = list(_CHANGES.items())[: 2 if scale == "smoke" else None]
-    return {name: dataclasses.replace(_DEFAULT[scale], **changes) for name, changes in chosen}
+    return {name: _DEFAULT[scale].replace(**changes) for name, changes in chosen}
 
 
 if __name__ == "__main__":

@@ -13,16 +13,14 @@ but IID, with networks of 32, 56 and 110 layers, for an accelerator; not run yet
 networks: `jfed models`.
 """
 
-import dataclasses
-
 from script import main
 
 from jfed.runs.config import RunConfig, run_preset
 from jfed.runs.study import Arms
 
 _BASE: dict[str, RunConfig] = {
-    "cpu": dataclasses.replace(run_preset("cifar10-small"), eval_every=2, eval_examples=2000),
-    "full": dataclasses.replace(run_preset("cifar10-flexible"), partition="iid"),
+    "cpu": run_preset("cifar10-small").replace(eval_every=2, eval_examples=2000),
+    "full": run_preset("cifar10-flexible").replace(partition="iid"),
     "smoke": run_preset("smoke"),
 }
 # Layers, and the iteration counts of the ODENets: the deepest is about a block of the ResNet each.
@@ -38,13 +36,11 @@ def arms(scale: str) -> Arms:
     """The ResNet and its two ODENets, of each number of layers."""
     found: dict[str, RunConfig] = {}
     for layers, counts in _LAYERS[scale].items():
-        base = dataclasses.replace(_BASE[scale], iterations=counts)
-        found[f"ResNet-{layers}"] = dataclasses.replace(
-            base, model=f"resnet-{layers}", iterations=None
-        )
-        found[f"ODENet-{layers}"] = dataclasses.replace(base, model=f"odenet-{layers}")
+        base = _BASE[scale].replace(iterations=counts)
+        found[f"ResNet-{layers}"] = base.replace(model=f"resnet-{layers}", iterations=None)
+        found[f"ODENet-{layers}"] = base.replace(model=f"odenet-{layers}")
         if scale != "smoke":
-            found[f"dsODENet-{layers}"] = dataclasses.replace(base, model=f"dsodenet-{layers}")
+            found[f"dsODENet-{layers}"] = base.replace(model=f"dsodenet-{layers}")
     return found
 
 

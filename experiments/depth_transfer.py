@@ -11,8 +11,6 @@ mixed model has 45.7 to 46.1 % from 1 to 8 iterations under both solvers, one tr
 `cifar10-flexible`, but IID, for an accelerator; not run yet.
 """
 
-import dataclasses
-
 from script import main
 
 from jfed.runs.config import run_preset
@@ -20,7 +18,7 @@ from jfed.runs.study import Arms
 
 _BASE = {
     "cpu": run_preset("cifar10-small"),
-    "full": dataclasses.replace(run_preset("cifar10-flexible"), partition="iid"),
+    "full": run_preset("cifar10-flexible").replace(partition="iid"),
     "smoke": run_preset("smoke"),
 }
 _TESTED = {"cpu": (0, 1, 2, 3, 4, 8), "full": (0, 1, 2, 3, 4, 6, 8, 12, 16), "smoke": (0, 3)}
@@ -28,15 +26,13 @@ _TESTED = {"cpu": (0, 1, 2, 3, 4, 8), "full": (0, 1, 2, 3, 4, 6, 8, 12, 16), "sm
 
 def arms(scale: str) -> Arms:
     """Mixed counts and the deepest alone, on both horizons."""
-    mixed = dataclasses.replace(
-        _BASE[scale], eval_iterations=_TESTED[scale], eval_solvers=("Midpoint",)
-    )
-    counts = mixed.iterations or ()
+    mixed = _BASE[scale].replace(eval_iterations=_TESTED[scale], eval_solvers=("Midpoint",))
+    counts = mixed.tiers.iterations or ()
     found = {"mixed": mixed}
     if scale != "smoke":
-        found[f"only {counts[-1]}"] = dataclasses.replace(mixed, iterations=counts[-1:])
+        found[f"only {counts[-1]}"] = mixed.replace(iterations=counts[-1:])
     return {
-        f"{horizon} horizon/{name}": dataclasses.replace(config, horizon=horizon)
+        f"{horizon} horizon/{name}": config.replace(horizon=horizon)
         for horizon in ("fixed", "proportional")[: 1 if scale == "smoke" else None]
         for name, config in found.items()
     }

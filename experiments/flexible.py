@@ -14,7 +14,6 @@ train 6 batches each at twice the learning rate. `--scale full` is the preset `c
 for an accelerator; not run yet.
 """
 
-import dataclasses
 from typing import Any
 
 from script import main
@@ -42,15 +41,15 @@ def arms(scale: str) -> Arms:
     for title, partition in list(_PARTITIONS.items())[: 1 if scale == "smoke" else None]:
         if scale == "cpu" and title == "Dirichlet 0.1":
             partition = partition | _MORE_CLIENTS
-        mixed = found[f"{title}/mixed"] = dataclasses.replace(_MIXED[scale], **partition)
-        counts = mixed.iterations or ()
+        mixed = found[f"{title}/mixed"] = _MIXED[scale].replace(**partition)
+        counts = mixed.tiers.iterations or ()
         for count in counts[: 1 if scale == "smoke" else None]:
-            found[f"{title}/only {count}"] = dataclasses.replace(
-                mixed, iterations=(count,), eval_iterations=counts
+            found[f"{title}/only {count}"] = mixed.replace(
+                iterations=(count,), eval_iterations=counts
             )
-        found[f"{title}/ResNet"] = dataclasses.replace(mixed, model=_TWIN[scale], iterations=None)
+        found[f"{title}/ResNet"] = mixed.replace(model=_TWIN[scale], iterations=None)
     if scale != "smoke":
-        found["IID/no iterations"] = dataclasses.replace(found["IID/mixed"], iterations=(0,))
+        found["IID/no iterations"] = found["IID/mixed"].replace(iterations=(0,))
     return found
 
 

@@ -18,7 +18,6 @@ published figures. It writes `experiments/results/nefl_protocol_cpu.csv`. Expect
 23.2 / 27.8.
 """
 
-import dataclasses
 from typing import Any
 
 from script import main
@@ -26,7 +25,7 @@ from script import main
 from jfed.runs.config import RunConfig, run_preset
 from jfed.runs.study import Arms
 
-_FULL = RunConfig(
+_FULL = RunConfig().replace(
     data="cifar10",
     partition="iid",
     clients=100,
@@ -42,11 +41,9 @@ _FULL = RunConfig(
     eval_every=25,
 )
 _BASE: dict[str, RunConfig] = {
-    "cpu": dataclasses.replace(
-        _FULL, image_size=16, train_examples=5000, rounds=12, pad=2, eval_every=0
-    ),
+    "cpu": _FULL.replace(image_size=16, train_examples=5000, rounds=12, pad=2, eval_every=0),
     "full": _FULL,
-    "smoke": dataclasses.replace(run_preset("smoke"), clients=10, draw_tiers=2),
+    "smoke": run_preset("smoke").replace(clients=10, draw_tiers=2),
 }
 _RATIOS = {
     "cpu": (0.2, 0.4, 0.6, 0.8, 1.0),
@@ -72,9 +69,9 @@ def arms(scale: str) -> Arms:
     base = _BASE[scale]
     nefl: dict[str, Any] = {"model": _RESNET[scale], "method": "nefl-d", "ratios": _RATIOS[scale]}
     return {
-        "NeFL-D": dataclasses.replace(base, **nefl, iterations=None),
-        "ode": dataclasses.replace(base, **_ODENET[scale]),
-        "ode, fewer FLOPs": dataclasses.replace(base, **_CHEAP[scale]),
+        "NeFL-D": base.replace(**nefl, iterations=None),
+        "ode": base.replace(**_ODENET[scale]),
+        "ode, fewer FLOPs": base.replace(**_CHEAP[scale]),
     }
 
 

@@ -15,7 +15,6 @@ ode 46.4 / 46.7, ode with fewer FLOPs 41.4 / 42.8, NeFL-D 42.5 / 43.1, HeteroFL 
 the preset `cifar10-resnet`, but IID, for an accelerator; not run yet.
 """
 
-import dataclasses
 from typing import Any
 
 from script import main
@@ -25,9 +24,9 @@ from jfed.runs.study import Arms
 
 _NO_TIERS: dict[str, Any] = {"iterations": None}
 _BASE: dict[str, RunConfig] = {
-    "cpu": dataclasses.replace(run_preset("cifar10-small"), **_NO_TIERS),
-    "full": dataclasses.replace(run_preset("cifar10-resnet"), partition="iid"),
-    "smoke": dataclasses.replace(run_preset("smoke"), **_NO_TIERS),
+    "cpu": run_preset("cifar10-small").replace(**_NO_TIERS),
+    "full": run_preset("cifar10-resnet").replace(partition="iid"),
+    "smoke": run_preset("smoke").replace(**_NO_TIERS),
 }
 # The ResNet, and an ODENet of no more parameters.
 _RESNET = {"cpu": "resnet-20", "full": "resnet-56", "smoke": "resnet-digits"}
@@ -53,19 +52,19 @@ def arms(scale: str) -> Arms:
 
     def resnet(method: str, **settings: Any) -> RunConfig:
         changes = {"model": _RESNET[scale], "method": method, **small, **settings}
-        return dataclasses.replace(base, **changes)
+        return base.replace(**changes)
 
-    ode = dataclasses.replace(base, **(_ODENET[scale] | small))
+    ode = base.replace(**(_ODENET[scale] | small))
     deepest = _ODENET[scale]["iterations"][-1:]
     found = {
         "ode": ode,
-        "ode, fewer FLOPs": dataclasses.replace(base, **(_CHEAP[scale] | small)),
+        "ode, fewer FLOPs": base.replace(**(_CHEAP[scale] | small)),
         "DepthFL": resnet("depthfl"),
         "NeFL-D": resnet("nefl-d", ratios=(1 / 3, 2 / 3, 1.0)),
         "HeteroFL": resnet("heterofl", ratios=_WIDTHS),
         "FedRolex": resnet("fedrolex", ratios=_WIDTHS),
         "exclusive ResNet": resnet("exclusive", able=1 / 3),
-        "full ODENet": dataclasses.replace(ode, method="full", iterations=deepest),
+        "full ODENet": ode.replace(method="full", iterations=deepest),
         "full ResNet": resnet("full"),
     }
     return {name: found[name] for name in _SMOKE} if scale == "smoke" else found

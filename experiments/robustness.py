@@ -24,11 +24,11 @@ from script import table_of
 from tabulate import tabulate
 
 from jfed import files, provenance
-from jfed.cli import launch
 from jfed.errors import DivergedError
 from jfed.reports import tables as report
 from jfed.runs.assembly import set_up
-from jfed.runs.config import RunConfig
+from jfed.runs.compiled import keep_compiled
+from jfed.runs.config import RunConfig, run_preset
 from jfed.simulation import loop as simulation
 from jfed.simulation.federation import Federation
 
@@ -49,7 +49,7 @@ class Scale:
 _SCALES = {
     # The strengths of all attacks and the number of steps are fixed, so that few programs compile.
     "cpu": Scale(
-        RunConfig(
+        run_preset("digits").replace(
             clients=20,
             alpha=1.0,
             widths=(8, 16),
@@ -69,7 +69,7 @@ _SCALES = {
         aggregators=("mean", "median", "trimmed mean", "Krum", "multi-Krum", "clipping"),
     ),
     "smoke": Scale(
-        RunConfig(
+        run_preset("digits").replace(
             train_examples=200,
             clients=5,
             widths=(4, 4),
@@ -91,7 +91,7 @@ _SCALES = {
 def aggregators(scale: Scale) -> dict[str, dict[str, Any]]:
     """Settings of each aggregator: those that have to know expect the most hostile clients."""
     krum = {"krum_byzantine": scale.byzantine}
-    trim = scale.byzantine / scale.base.clients
+    trim = scale.byzantine / scale.base.population.clients
     settings: dict[str, dict[str, Any]] = {
         "mean": {},
         "median": {"aggregator": "median"},
@@ -111,7 +111,7 @@ def arms(scale: Scale, seeds: int) -> Iterator[tuple[str, RunConfig]]:
         for attack, share in (*conditions, *attacked):
             for seed in range(seeds):
                 changes: dict[str, Any] = {"hostile": share, "attack": attack, "seed": seed}
-                yield name, dataclasses.replace(scale.base, **settings, **changes)
+                yield name, scale.base.replace(**settings, **changes)
 
 
 def prepare(config: RunConfig) -> Federation:
@@ -145,8 +145,8 @@ def measure(name: str, config: RunConfig, federation: Federation) -> dict[str, A
         diverged_in = len(error.history) + 1
     return {
         "aggregator": name,
-        "attack": config.attack if config.hostile else HONEST,
-        "hostile": config.hostile,
+        "attack": config.faults.attack if config.faults.hostile else HONEST,
+        "hostile": config.faults.hostile,
         "seed": config.seed,
         "accuracy": accuracy,
         "diverged_in_round": diverged_in,
@@ -190,7 +190,7 @@ def main(
         smoke.
       cache: where compiled programs are kept, which all seeds, shares and attacks have in common.
     """
-    launch.keep_compiled(cache.resolve())
+    keep_compiled(cache.resolve())
     output = table_of(__file__, scale, output)
     hardware, lines = provenance.hardware(), []
     about = {

@@ -1,11 +1,13 @@
 """Where and with what something was measured."""
 
+import collections
 import importlib.metadata
 import os
 import pathlib
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,6 +26,12 @@ def hardware() -> dict[str, Any]:
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def made_with(where: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `hardware()`, that by which one run may differ from another of the same settings."""
+    found = {name: where[name] for name in ("jfed", "commit", "jax", "platform")}
+    return found | {"devices": collections.Counter(where["devices"])}
 
 
 def cores() -> list[int]:

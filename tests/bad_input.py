@@ -8,6 +8,7 @@ without the checks of types that other tests run under, which would refuse most 
 
 import dataclasses
 import math
+import operator
 import random
 import sys
 import traceback
@@ -17,9 +18,11 @@ import numpy as np
 
 import jfed
 from jfed.benchmark.settings import Settings
+from jfed.data import DataConfig, PartitionConfig
+from jfed.models.presets import NetworkConfig
 from jfed.runs.assembly import set_up
 from jfed.runs.checkpoints import CheckpointConfig
-from jfed.runs.config import RUN_PRESETS, RunConfig
+from jfed.runs.config import PopulationConfig, RunConfig, run_preset, settings
 from jfed.simulation.federation import Federation
 from jfed.tiers.methods import MethodConfig
 
@@ -123,6 +126,11 @@ def entry_points():
         (jfed.models.ODENetConfig, odenet),
         (jfed.models.ResNetConfig, resnet),
         (MethodConfig, arguments_of(MethodConfig())),
+        (PartitionConfig, arguments_of(PartitionConfig())),
+        (PopulationConfig, arguments_of(PopulationConfig())),
+        (DataConfig, arguments_of(DataConfig())),
+        (NetworkConfig, arguments_of(NetworkConfig())),
+        (RunConfig, arguments_of(RunConfig())),
         (jfed.data.iid, labels),
         (jfed.data.dirichlet, dirichlet),
         (jfed.data.shards, labels | {"shards_per_client": 2}),
@@ -134,12 +142,11 @@ def entry_points():
 
 def whole_run(**given):
     """All that `jfed run` checks before it compiles and writes."""
-    set_up(RunConfig(**given))
+    set_up(RunConfig().replace(**given))
 
 
-RUN = arguments_of(
-    dataclasses.replace(RUN_PRESETS["digits"], widths=(4, 4), iterations=(0,), clients=4)
-)
+SMALL = run_preset("digits").replace(widths=(4, 4), iterations=(0,), clients=4)
+RUN = {name: operator.attrgetter(path)(SMALL) for name, path in settings().items()}
 
 
 def attempt(rng, points):

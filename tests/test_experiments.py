@@ -14,8 +14,9 @@ import pytest
 
 from jfed.models.convolutions.convolution import FORMS
 from jfed.models.flops import forward_flops
+from jfed.models.presets import NetworkConfig
 from jfed.provenance import cores
-from jfed.runs.assembly import make_tiers, model_config
+from jfed.tiers import make_tiers
 from jfed.tiers.communication import tree_size
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "experiments"
@@ -78,13 +79,12 @@ def test_arms_differ_and_have_tiers(name, scale, monkeypatch):
     """No two arms train the same thing."""
     made = []
     for arm, config in load(name, monkeypatch).arms(scale).items():
-        network = model_config(config, classes=10, channels=3)
-        if "odenet" in config.model:  # whose own iterations are not used
+        network = config.network.make(classes=10, channels=3)
+        assert make_tiers(network, config.tiers).members, arm
+        if "odenet" in config.network.model:  # whose own iterations are not used
             network = dataclasses.replace(network, iterations=0)
-        made.append(
-            (network, dataclasses.replace(config, model="", widths=None, eval_iterations=()))
-        )
-        assert make_tiers(config, model_config(config, 10, 3)).members, arm
+        rest = dataclasses.replace(config, network=NetworkConfig()).replace(eval_iterations=())
+        made.append((network, rest))
     assert all(a != b for a, b in itertools.combinations(made, 2))
 
 
@@ -92,7 +92,7 @@ def test_arms_differ_and_have_tiers(name, scale, monkeypatch):
 @pytest.mark.parametrize("scale", ["cpu", pytest.param("full", marks=pytest.mark.slow)])
 def test_odenets_stay_within_the_budgets_of_their_rivals(name, rival, scale, monkeypatch):
     def costs(config):
-        tiers = make_tiers(config, model_config(config, 10, 3))
+        tiers = make_tiers(config.network.make(10, 3), config.tiers)
         like = jax.eval_shape(tiers.init, jax.random.key(0))
         shapes = [tier.shapes(like) for tier in tiers.members]
         flops = [

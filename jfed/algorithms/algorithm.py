@@ -125,9 +125,10 @@ def one_each(client: Client) -> Float[Array, ""]:
 
 def is_like(tree: Any, variables: Params) -> bool:
     """Whether a tree has the structure, the shapes and the dtypes of the variables."""
-    if jax.tree.structure(tree) != jax.tree.structure(variables):
+    (leaves, structure), (others, wanted) = map(jax.tree.flatten, (tree, variables))
+    if structure != wanted:
         return False
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(variables), strict=True)
+    pairs = zip(leaves, others, strict=True)
     return all(jnp.shape(a) == jnp.shape(b) and a.dtype == b.dtype for a, b in pairs)
 
 

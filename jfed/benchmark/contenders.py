@@ -7,7 +7,7 @@ import jax
 
 from jfed.benchmark.matmul import TorchProducts, XlaProducts, product_flops
 from jfed.benchmark.tasks import RoundWork, Task
-from jfed.engine.lanes import EngineConfig
+from jfed.engine.devices import EngineConfig
 from jfed.errors import one_of
 
 KINDS = ("jfed", "loop", "vmap", "torch", "fedjax", "matmul-xla", "matmul-torch")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jfed import provenance
-from jfed.benchmark import figures, report
+from jfed.benchmark import figures, results
 from jfed.benchmark.race import Measured, Progress, race
 from jfed.benchmark.sections import Group, Machine, groups
 from jfed.benchmark.settings import Settings, check_output
@@ -21,7 +21,7 @@ from jfed.runs import huge_pages
 FILE = "benchmark.json"
 
 
-def run(
+def race_all(
     settings: Settings,
     output: pathlib.Path,
     *,
@@ -70,8 +70,8 @@ def run(
             done.append((group, measured))
             record["sections"].setdefault(section, []).append(_entry(section, group, measured))
             write_json(output / FILE, record)
-            text = [f"{section}: {group.title}", "", report.table(section, measured)]
-            show("\n".join([*text, *report.notes(section, measured), ""]))
+            text = [f"{section}: {group.title}", "", results.table(section, measured)]
+            show("\n".join([*text, *results.notes(section, measured), ""]))
         plots.save(figures.draw(section, done), output / f"{section}.png")
     return record
 
@@ -114,7 +114,7 @@ def _race(group: Group, settings: Settings, machine: Machine, progress: Progress
 def _entry(section: str, group: Group, measured: list[Measured]) -> dict[str, Any]:
     return {
         "title": group.title,
-        "peak_flops_per_second": report.peak_flops(measured),
-        "notes": report.notes(section, measured),
-        "contenders": [report.as_json(m) for m in measured],
+        "peak_flops_per_second": results.peak_flops(measured),
+        "notes": results.notes(section, measured),
+        "contenders": [results.as_json(m) for m in measured],
     }

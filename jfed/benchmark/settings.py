@@ -3,6 +3,8 @@
 import dataclasses
 import pathlib
 
+import tyro
+
 from jfed.errors import ConfigError, check_integer, check_sequence, one_of
 from jfed.seeds import check_seed
 
@@ -17,7 +19,7 @@ class Settings:
     """A run of the benchmark.
 
     Attributes:
-      sections: some of `SECTIONS`; without any, those that suit the backend.
+      sections: some of cnn, ode, scaling and accelerator; without any, those that suit the backend.
       scale: "full", or "smoke" for sizes that only show that everything works.
       repeats: timed rounds of each contender; None for the scale's own, 5 and 1.
       slow: also time vmap over clients with XLA's convolution, one round.
@@ -26,7 +28,7 @@ class Settings:
       seed: of data, weights and orders.
     """
 
-    sections: tuple[str, ...] = ()
+    sections: tyro.conf.Positional[tuple[str, ...]] = ()
     scale: str = "full"
     repeats: int | None = None
     slow: bool = False

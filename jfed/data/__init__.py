@@ -2,6 +2,7 @@
 
 from jfed.data.partitions import (
     SCHEMES,
+    PartitionConfig,
     class_counts,
     dirichlet,
     iid,
@@ -11,11 +12,13 @@ from jfed.data.partitions import (
 )
 from jfed.data.partitions import check as check_partition
 from jfed.data.preparation import prepare
-from jfed.data.sources import Dataset, Split, load
+from jfed.data.sources import DataConfig, Dataset, Split, load
 
 __all__ = [
     "SCHEMES",
+    "DataConfig",
     "Dataset",
+    "PartitionConfig",
     "Split",
     "check_partition",
     "class_counts",

@@ -5,6 +5,7 @@ sorted, per client. Every example belongs to exactly one client. All functions a
 in `seed`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,49 +22,58 @@ Partition = tuple[np.ndarray, ...]
 _EVEN = 1e9  # Dirichlet shares of a larger alpha are even, but overflow
 
 
-def partition(
-    scheme: str,
-    labels: np.ndarray,
-    clients: int,
-    *,
-    alpha: float,
-    shards_per_client: int,
-    min_examples: int,
-    seed: int,
-) -> Partition:
-    """Partitions by the name of a scheme, which ignores the settings that are not its own.
+@dataclasses.dataclass(frozen=True)
+class PartitionConfig:
+    """How examples are dealt out to the clients.
+
+    Attributes:
+      scheme: `iid`, `dirichlet`, `shards`, or `quantity` (`quantity_skew`).
+      alpha: the concentration of `dirichlet` and `quantity`; smaller is more uneven.
+      shards_per_client: of `shards`: about as many classes a client.
+      min_examples: the fewest examples of a client, whatever the scheme.
+    """
+
+    scheme: str = "dirichlet"
+    alpha: float = 0.5
+    shards_per_client: int = 2
+    min_examples: int = 5
+
+    def __post_init__(self) -> None:
+        one_of("partition", self.scheme, SCHEMES)
+        check_number("alpha", self.alpha, above=0.0)
+        check_integer("shards_per_client", self.shards_per_client, least=1)
+        check_integer("min_examples", self.min_examples, least=1)
+
+
+def partition(config: PartitionConfig, labels: np.ndarray, clients: int, *, seed: int) -> Partition:
+    """Partitions as configured.
 
     Args:
-      scheme: `iid`, `dirichlet`, `shards` or `quantity` (`quantity_skew`).
+      config: the scheme, which ignores the settings that are not its own.
       labels: `[N]` integers.
       clients: the number of clients, from 1 to N.
-      alpha: the concentration of `dirichlet` and `quantity`.
-      shards_per_client: of `shards`.
-      min_examples: the fewest examples of a client, whatever the scheme.
       seed: of every random choice.
 
     Returns:
       The partition.
 
     Raises:
-      ConfigError: if the scheme is unknown or cannot do what the settings ask for.
+      ConfigError: if the scheme cannot do what the settings ask for.
     """
-    one_of("partition", scheme, SCHEMES)
-    check_number("alpha", alpha, above=0.0)
-    check_integer("shards_per_client", shards_per_client, least=1)
-    _check_counts(labels, clients, min_examples)
-    if scheme == "dirichlet":
-        return dirichlet(labels, clients, alpha=alpha, min_examples=min_examples, seed=seed)
-    if scheme == "quantity":
-        return quantity_skew(labels, clients, alpha=alpha, min_examples=min_examples, seed=seed)
-    if scheme == "iid":
+    least, alpha = config.min_examples, config.alpha
+    _check_counts(labels, clients, least)
+    if config.scheme == "dirichlet":
+        return dirichlet(labels, clients, alpha=alpha, min_examples=least, seed=seed)
+    if config.scheme == "quantity":
+        return quantity_skew(labels, clients, alpha=alpha, min_examples=least, seed=seed)
+    if config.scheme == "iid":
         return iid(labels, clients, seed=seed)
-    parts = shards(labels, clients, shards_per_client=shards_per_client, seed=seed)
+    parts = shards(labels, clients, shards_per_client=config.shards_per_client, seed=seed)
     smallest = min(map(len, parts))
-    if smallest < min_examples:  # shards differ in size by one, so a client's by several
+    if smallest < least:  # shards differ in size by one, so a client's by several
         raise ConfigError(
-            f"{shards_per_client} shards per client leave one of {clients} clients with "
-            f"{smallest} examples, but min_examples is {min_examples}. Lower one of the three."
+            f"{config.shards_per_client} shards per client leave one of {clients} clients with "
+            f"{smallest} examples, but min_examples is {least}. Lower one of the three."
         )
     return parts
 

@@ -126,23 +126,16 @@ class Dataset:
         return height, width, channels
 
 
-def load(
-    name: str,
-    *,
-    data_dir: str | os.PathLike[str] | None = None,
-    image_size: int | None = None,
-    train_examples: int | None = None,
-    test_examples: int | None = None,
-    seed: int = 0,
-) -> Dataset:
-    """Loads a data set into memory.
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which data set, and how much of it.
 
     `cifar10`, `cifar100`, `fashion_mnist` and `mnist` are read from where `jfed.data.prepare` or
     TFDS itself put them, without TensorFlow. `digits` (scikit-learn, 8x8x1, a fixed stratified
-    80/20 split) and `synthetic` (32x32x3, generated from `seed`) need no files.
+    80/20 split) and `synthetic` (32x32x3, generated from the seed) need no files.
 
-    Args:
-      name: one of the names above.
+    Attributes:
+      name: `cifar10`, `cifar100`, `fashion_mnist`, `mnist`, `digits` or `synthetic`.
       data_dir: the TFDS folder; by default the environment's `TFDS_DATA_DIR`, else
         `~/tensorflow_datasets`.
       image_size: the wanted height and width in pixels, which divides the data set's own. Images
@@ -150,7 +143,28 @@ def load(
       train_examples: how many random training examples to keep; by default all.
       test_examples: the same for the test split. `synthetic` generates as many as are asked for,
         by default 2000 and 500.
+    """
+
+    name: str = "digits"
+    data_dir: str | os.PathLike[str] | None = None
+    image_size: int | None = None
+    train_examples: int | None = None
+    test_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("data set", self.name, (*PREPARED, "digits", "synthetic"))
+        for name in ("image_size", "train_examples", "test_examples"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least=1)
+
+
+def load(name: str | DataConfig, *, seed: int = 0, **settings: Any) -> Dataset:
+    """Loads a data set into memory.
+
+    Args:
+      name: of the data set, or all of its settings.
       seed: of the random subsets, and of the synthetic images.
+      **settings: the other fields of `DataConfig`, such as `data_dir` and `train_examples`.
 
     Returns:
       The data set; equal arguments give equal arrays.
@@ -160,23 +174,23 @@ def load(
       DataNotFoundError: if the data set is not prepared in `data_dir`.
       DataError: if the prepared files cannot be read.
     """
-    one_of("data set", name, (*PREPARED, "digits", "synthetic"))
-    wanted = {"train": train_examples, "test": test_examples}
-    for split, count in wanted.items():
-        if count is not None:
-            check_integer(f"{split}_examples", count, least=1)
-    if name == "synthetic":
+    if isinstance(name, DataConfig):
+        config = dataclasses.replace(name, **settings)
+    else:
+        config = DataConfig(name, **settings)
+    wanted = {"train": config.train_examples, "test": config.test_examples}
+    if config.name == "synthetic":
         dataset = _synthetic(wanted, seed)
-    elif name == "digits":
+    elif config.name == "digits":
         dataset = _digits(wanted, seed)
     else:
-        dataset = _prepared(name, data_folder(data_dir), wanted, seed)
-    if image_size is None:
+        dataset = _prepared(config.name, data_folder(config.data_dir), wanted, seed)
+    if config.image_size is None:
         return dataset
     return dataclasses.replace(
         dataset,
-        train=_shrink(dataset.train, image_size),
-        test=_shrink(dataset.test, image_size),
+        train=_shrink(dataset.train, config.image_size),
+        test=_shrink(dataset.test, config.image_size),
     )
 
 
@@ -193,7 +207,6 @@ def _subset(split: str, available: int, wanted: int | None, seed: int) -> np.nda
 def _shrink(split: Split, size: int) -> Split:
     """Averages square blocks of pixels, so that the images become `size` pixels high and wide."""
     count, height, width, channels = split.images.shape
-    check_integer("image_size", size, least=1)
     if height % size or width % size:
         raise ConfigError(f"image_size is {size}; expected a divisor of {height}.")
     factor = height // size

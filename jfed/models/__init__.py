@@ -3,7 +3,7 @@
 from jfed.models.convolutions.convolution import conv, time_conv
 from jfed.models.model import Model, Moments, from_nnx
 from jfed.models.ode_nets import ODENetConfig, odenet
-from jfed.models.presets import PRESETS, build, preset, twin
+from jfed.models.presets import PRESETS, NetworkConfig, build, preset, twin
 from jfed.models.resnets import ResNetConfig, resnet
 from jfed.models.small_cnn import cnn
 
@@ -11,6 +11,7 @@ __all__ = [
     "PRESETS",
     "Model",
     "Moments",
+    "NetworkConfig",
     "ODENetConfig",
     "ResNetConfig",
     "build",

@@ -91,7 +91,7 @@ def integrate(
     most: int | None = None,
     moments: Moments | None = None,
     sizes: Float[Array, " most"] | None = None,
-    largest: Count | None = None,
+    largest: Int[Array, ""] | None = None,
     record: bool = False,
 ) -> tuple[Float[Array, "B H W C"], Moments]:
     """Integrates dz/dt = f(t, z) from t = 0 in `steps` steps.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jfed.errors import ConfigError, check_integer, check_type, one_of
 from jfed.models.convolutions.convolution import FORMS
@@ -55,7 +55,7 @@ class ODENetConfig:
         that halve height and width.
       iterations: solver steps of each stage's ODE block, or one number for all. 0 leaves the ODE
         blocks out, the control that shows what they contribute.
-      solver: one of `jfed.models.integration.SOLVERS`, by diffrax's name.
+      solver: by diffrax's name: "Euler", "Heun", "Midpoint", "Ralston" or "Bosh3".
       horizon: "fixed" integrates over [0, 1] with step 1/C: more iterations approximate the same
         flow better. "proportional" integrates over [0, C] with step 1: with Euler, a ResNet with
         tied weights and C blocks.
@@ -67,7 +67,8 @@ class ODENetConfig:
       unroll: trace every solver step, which mostly runs faster, or scan over them, which compiles
         faster and takes about half the memory.
       dtype: what convolutions compute in, "float32" or "bfloat16"; parameters and z stay float32.
-      conv: the convolutions' form, see `jfed.models.convolutions.convolution.conv`.
+      conv: the convolutions' form: "auto" (by a measured table), "xla", "transposed", "im2col",
+        "winograd2" or "winograd4", see `jfed.models.convolutions.convolution.conv`.
       learn_steps: each ODE block learns the size h_k of each of its steps, which starts at the
         solver's fixed one (see `horizon`); t is then the sum of the steps before.
       gain: what norms multiply their input by, see `jfed.models.layers.Norm`.
@@ -137,7 +138,7 @@ class Depth(NamedTuple):
 
     steps: tuple[Count, ...]
     learned: bool | Bool[Array, ""] = True
-    largest: tuple[Count, ...] | None = None
+    largest: tuple[Int[Array, ""], ...] | None = None
 
 
 class ODEFunction(nnx.Module):

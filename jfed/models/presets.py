@@ -7,7 +7,7 @@ begins with a down-sampling block, that block counts as one of them.
 import dataclasses
 from typing import Any
 
-from jfed.errors import one_of
+from jfed.errors import ConfigError, one_of
 from jfed.models.model import Model
 from jfed.models.ode_nets import Iterations, ODENetConfig, odenet, per_stage
 from jfed.models.resnets import ResNetConfig, resnet
@@ -64,6 +64,54 @@ PRESETS: dict[str, ModelConfig] = _presets()
 def preset(name: str) -> ModelConfig:
     """The config of a preset; ConfigError with the close matches for an unknown name."""
     return PRESETS[one_of("model", name, tuple(PRESETS))]
+
+
+_ODENET_ONLY = ("solver", "horizon", "function", "learn_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """A preset by name, and what is changed in it.
+
+    What is changed is called, and means, what it does in `ODENetConfig`, where it is documented;
+    `widths`, `norm`, `dtype` and `conv` are of a ResNet too. None leaves the preset's own.
+
+    Attributes:
+      model: a preset, see `jfed models`.
+    """
+
+    model: str = "odenet-digits"
+    widths: tuple[int, ...] | None = None
+    solver: str | None = None
+    horizon: str | None = None
+    function: str | None = None
+    learn_steps: bool = False
+    norm: str | None = None
+    unroll: bool = False
+    dtype: str | None = None
+    conv: str | None = None
+
+    def __post_init__(self) -> None:
+        self.make(classes=10, channels=3)  # checks every field
+
+    def make(self, classes: int, channels: int) -> ModelConfig:
+        """The network for images of so many classes and channels.
+
+        Raises:
+          ConfigError: what is changed cannot work, or is not of a ResNet.
+        """
+        base, changes = preset(self.model), dict(vars(self))
+        changes = {k: v for k, v in changes.items() if k != "model" and v is not None}
+        if isinstance(base, ResNetConfig):
+            del changes["unroll"]  # which makes no other network
+            if not self.learn_steps:
+                del changes["learn_steps"]
+            for name in _ODENET_ONLY:
+                if name in changes:
+                    raise ConfigError(
+                        f"a ResNet has no {name}, got {name} {changes[name]!r}; leave it out."
+                    )
+        return dataclasses.replace(base, classes=classes, channels=channels, **changes)
 
 
 def twin(

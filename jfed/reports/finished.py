@@ -12,6 +12,8 @@ from etils import epath
 
 from jfed import files
 from jfed.errors import RunFolderError
+from jfed.runs import folder as folder_lib
+from jfed.runs.config import short_name
 
 # Settings that do not tell one arm of an experiment from another.
 _SAME_ARM = ("seed", "data_dir", "devices", "lanes", "mapping")
@@ -32,7 +34,7 @@ class FinishedRun:
 
     Attributes:
       arm: what runs that differ only in their seed have in common; "" where not told.
-      config: its `config.json`.
+      config: the settings in its `config.json`, nested as in `jfed.runs.config.RunConfig`.
       summary: its `summary.json`.
       history: its evaluations, from `metrics.csv`.
     """
@@ -92,7 +94,7 @@ def read(folder: epath.PathLike, arm: str = "") -> FinishedRun:
         if not (path / name).exists():
             what = "no run" if name == "config.json" else "no finished run"
             raise RunFolderError(f"{str(path)!r} holds {what}: it has no {name}.")
-    config, summary = (files.read_json(path / f"{n}.json") for n in ("config", "summary"))
+    config, summary = folder_lib.read_settings(path)[0], files.read_json(path / "summary.json")
     try:
         run = FinishedRun(arm, config, summary, _points((path / "metrics.csv").read_text()))
         # What tables need, which a damaged file or another version of jfed may lack.
@@ -137,8 +139,12 @@ def read_all(paths: Sequence[epath.PathLike]) -> tuple[list[FinishedRun], list[s
             left_out.append(str(error))
     if not found:
         raise RunFolderError(f"no finished run among {[str(path) for path in paths]}.")
-    names = sorted({name for run in found for name in run.config} - set(_SAME_ARM))
-    texts = [{n: json.dumps(run.config.get(n)) for n in names} for run in found]
+    settings = [
+        {short_name(path): value for path, value in folder_lib.flat(run.config).items()}
+        for run in found
+    ]
+    names = sorted({name for run in settings for name in run} - set(_SAME_ARM))
+    texts = [{n: json.dumps(run.get(n)) for n in names} for run in settings]
     differing = [n for n in names if len({text[n] for text in texts}) > 1]
     titles = [", ".join(f"{n} {text[n]}" for n in differing).replace('"', "") for text in texts]
     runs = [

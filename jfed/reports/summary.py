@@ -64,7 +64,7 @@ def summarise(
     if isinstance(network, ODENetConfig):
         run = [t.iterations for t in result.tiers.members if t.iterations is not None]
         deepest = max(run, key=sum, default=None)
-        twin_name, twin_config = twin(config.model, network, deepest)
+        twin_name, twin_config = twin(config.network.model, network, deepest)
         twin_bytes = tree_bytes(jax.eval_shape(build(twin_config).init, jax.random.key(0)))
     last, lines = result.history[-1].evaluations, []
     for tier in result.evaluated:

@@ -1,29 +1,89 @@
 """The folder of a run: whose it is, what it holds, and that only one process works in it."""
 
 import contextlib
+import dataclasses
 import errno
-import json
+import functools
 import pathlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import filelock
+import numpy as np
 from etils import epath
 
 from jfed.errors import JfedError, RunFolderError
-from jfed.files import is_local, read_json
+from jfed.files import is_local, read_json, write_json
 
 _LOCK = ".lock"
+_CONFIG, _MADE_WITH = "config.json", "made_with"
 # What writing to an open file may end with, of which the error names no file.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 FOUND = ("nothing", "begun", "finished")
 
 
-def inspect(folder: epath.Path, config: dict[str, Any]) -> str:
-    """What a run with these settings finds in a folder, one of `FOUND`.
+def as_json(value: Any) -> Any:
+    """Settings, dataclasses of dataclasses, as JSON can hold them.
+
+    A function is its qualified name, so that two lambdas of one place are taken for the same.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: as_json(getattr(value, field.name)) for field in fields}
+    if isinstance(value, Mapping):
+        return {str(key): as_json(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [as_json(inner) for inner in value]
+    if isinstance(value, functools.partial):
+        return {"partial": as_json([value.func, value.args, value.keywords])}
+    if callable(value):
+        kind = value if hasattr(value, "__qualname__") else type(value)
+        return f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def write_settings(
+    folder: epath.Path, settings: Mapping[str, Any], made_with: Mapping[str, Any]
+) -> None:
+    """Writes `config.json`, which makes a folder a run's.
+
+    Args:
+      folder: of the run.
+      settings: see `as_json`.
+      made_with: see `jfed.provenance.made_with`.
+    """
+    write_json(folder / _CONFIG, {**settings, _MADE_WITH: made_with})
+
+
+def read_settings(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a run, and what it was made with.
 
     Raises:
-      RunFolderError: the folder belongs to other settings, is no run folder, or cannot be read.
+      RunFolderError: `config.json` is damaged, or of an older version of jfed.
+    """
+    settings = read_json(folder / _CONFIG)
+    if _MADE_WITH not in settings:
+        raise RunFolderError(
+            f"the run folder {str(folder)!r} is of an older version of jfed, whose {_CONFIG} is "
+            "another; go on with that version, or choose another folder."
+        )
+    made_with = settings.pop(_MADE_WITH)
+    return settings, made_with
+
+
+def inspect(folder: epath.Path, settings: Mapping[str, Any]) -> str:
+    """What a run with these settings finds in a folder, one of `FOUND`.
+
+    Args:
+      folder: of the run.
+      settings: see `as_json`.
+
+    Raises:
+      RunFolderError: the folder belongs to other settings or to an older version of jfed, is no
+        run folder, or cannot be read.
     """
     try:
         if folder.exists() and not folder.is_dir():
@@ -33,12 +93,12 @@ def inspect(folder: epath.Path, config: dict[str, Any]) -> str:
         raise RunFolderError(f"cannot read the run folder {str(folder)!r}: {error}.") from error
     if not names - {_LOCK, "config.partial", "clients.png"}:  # what comes before config.json
         return "nothing"
-    if "config.json" not in names:
+    if _CONFIG not in names:
         raise RunFolderError(
             f"the run folder {str(folder)!r} exists already and holds no run but "
             f"{sorted(names)[:5]}; choose another one."
         )
-    differences = _differences(read_json(folder / "config.json"), config)
+    differences = _differences(read_settings(folder)[0], settings)
     if differences:
         raise RunFolderError(
             f"the run folder {str(folder)!r} belongs to a run with other settings: "
@@ -47,9 +107,28 @@ def inspect(folder: epath.Path, config: dict[str, Any]) -> str:
     return "finished" if "summary.json" in names else "begun"
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    here = json.loads(json.dumps(here))  # tuples become lists, as in the file
-    missing = "not set"
+def warn_of_others(folder: epath.Path, made_with: Mapping[str, Any]) -> None:
+    """Warns if a run was begun with another jfed, JAX or other devices than it goes on with."""
+    differences = _differences(read_settings(folder)[1], made_with)
+    if differences:
+        warnings.warn(
+            f"the run in {str(folder)!r} goes on with what it was not begun with, so it may end "
+            f"otherwise than if it had not been stopped: {'; '.join(differences)}",
+            stacklevel=2,
+        )
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their path, such as `client.learning_rate`."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = isinstance(value, Mapping)
+        found |= flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return found
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    there, here, missing = flat(there), flat(here), "not set"
     return [
         f"{name} is {there.get(name, missing)!r} there, {here.get(name, missing)!r} here"
         for name in sorted(there.keys() | here.keys())

@@ -1,7 +1,6 @@
 """A run on disk: the folder that it writes, and goes on from."""
 
 import contextlib
-import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from jax.experimental import multihost_utils
 from jfed import data as data_lib
 from jfed import files
 from jfed.errors import PreemptedError, RunFolderError
-from jfed.provenance import hardware
+from jfed.provenance import hardware, made_with
 from jfed.reports import plots
 from jfed.reports.summary import TierSummary, save_figures, summarise, to_json
 from jfed.runs import folder
@@ -57,9 +56,9 @@ def run(
       PreemptedError: `stop` said so, or the cluster's preemption notice.
       JfedError: see `jfed.runs.assembly.set_up` and `jfed.simulate`.
     """
-    path, settings = files.absolute(workdir), dataclasses.asdict(config)
+    path, settings = files.absolute(workdir), folder.as_json(config)
     _inspect(path, settings)
-    made_with = hardware()  # before anything on the disk can change
+    where = hardware()  # before anything on the disk can change
     federation, data, network = set_up(config)
     saver = functools.partial(Checkpoints, path / "checkpoints", checkpoints or CheckpointConfig())
     with _alone(path), folder.explain_disk(path), simulation.explain_memory(federation):
@@ -72,14 +71,17 @@ def run(
             )
         if saved is None or len(saved.history) < config.rounds:
             federation.compile()  # what a model cannot do shows while it is traced
+        if found == "begun" and _writes():
+            folder.warn_of_others(path, made_with(where))
         if found == "nothing" and _writes():
-            _begin(path, settings, federation, data)
+            _begin(path, federation, data)
+            folder.write_settings(path, settings, made_with(where))
         with contextlib.closing(saver()) as saves:
             result = _rounds(federation, path, saved, saves, writers, stop)
         table = summarise(config, network, result, data.image_shape)
         if found != "finished" and _writes():
             save_figures(path, result, table)
-            files.write_json(path / "summary.json", to_json(config, data, result, table, made_with))
+            files.write_json(path / "summary.json", to_json(config, data, result, table, where))
     return result, table
 
 
@@ -100,14 +102,11 @@ def _alone(path: epath.Path) -> contextlib.AbstractContextManager[None]:
     return folder.claim(path) if _writes() else contextlib.nullcontext()
 
 
-def _begin(
-    path: epath.Path, settings: dict[str, Any], federation: Federation, data: data_lib.Dataset
-) -> None:
-    """Writes what a run begins with; `config.json` last, which makes the folder a run's."""
+def _begin(path: epath.Path, federation: Federation, data: data_lib.Dataset) -> None:
+    """Draws what a run begins with."""
     partition = federation.population.partition
     counts = data_lib.class_counts(data.train.labels, partition, data.num_classes)
     plots.save(plots.classes_by_client(counts, data.class_names), path / "clients.png")
-    files.write_json(path / "config.json", settings)
 
 
 def _restore(federation: Federation, saver: Callable[[], Checkpoints]) -> Checkpoint | None:

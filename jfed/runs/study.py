@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import multiprocessing
 import os
 import pathlib
@@ -17,13 +16,13 @@ from typing import Any
 import jax
 
 from jfed import files
-from jfed.cli import launch
 from jfed.errors import ConfigError, DeviceMemoryError, DivergedError, check_integer
 from jfed.provenance import cores
 from jfed.reports import finished
 from jfed.reports.finished import FinishedRun
 from jfed.runs import folder, huge_pages
 from jfed.runs import running as runs
+from jfed.runs.compiled import keep_compiled
 from jfed.runs.config import RunConfig
 
 Arms = Mapping[str, RunConfig]
@@ -63,7 +62,7 @@ def run_all(
     jobs = _jobs(arms, pathlib.Path(workdir), check_integer("seeds", seeds, least=1))
     found: dict[_Key, FinishedRun] = {}
     for key, (config, path) in jobs.items():
-        if folder.inspect(files.absolute(path), dataclasses.asdict(config)) == "finished":
+        if folder.inspect(files.absolute(path), folder.as_json(config)) == "finished":
             found[key] = finished.read(path, key[0])
     left = {key: job for key, job in jobs.items() if key not in found}
     diverged, began = {}, time.perf_counter()
@@ -90,7 +89,7 @@ def _jobs(arms: Arms, workdir: pathlib.Path, seeds: int) -> _Jobs:
     if len({name.lower() for name in names.values()}) < len(names):
         raise ConfigError(f"arms must have folders of their own, got {list(arms)}.")
     return {
-        (arm, seed): (dataclasses.replace(config, seed=seed), workdir / names[arm] / str(seed))
+        (arm, seed): (config.replace(seed=seed), workdir / names[arm] / str(seed))
         for seed in range(seeds)
         for arm, config in arms.items()
     }
@@ -105,7 +104,7 @@ def _run_jobs(jobs: _Jobs, workers: int | None) -> Iterator[tuple[_Key, str | No
         raise ConfigError(f"an accelerator runs one process at a time, got workers {workers}.")
     workers = min(workers, len(jobs))
     if workers < 2:
-        launch.keep_compiled()
+        keep_compiled()
         for key, job in jobs.items():
             yield key, _run_job(*job)
         return
@@ -147,7 +146,7 @@ def _begin_worker(free: Any) -> None:
     core = free.get()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
-    launch.keep_compiled()
+    keep_compiled()
 
 
 def _end_with_parent() -> None:

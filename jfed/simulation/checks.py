@@ -162,13 +162,13 @@ def _check_message(message: Any, tier: Tier, like: Params, algorithm: Algorithm)
     if unknown := sorted(set(algorithm.weights) - set(message)):
         raise ConfigError(f"weights of parts {unknown}, but the message has {sorted(message)}.")
     shapes, merged = tier.shapes(like), {}
-    several = jax.tree.structure(shapes).num_leaves > 1
+    several = len(jax.tree.leaves(shapes)) > 1
     for name, part in message.items():
         for leaf in jax.tree.leaves(part):
             if leaf.dtype != jnp.float32:
                 raise ConfigError(f"part {name!r} of {title} must be float32, got {leaf.dtype}.")
         own = is_like(part, shapes)
-        if several and not own and jax.tree.structure(part) == jax.tree.structure(shapes):
+        if several and not own and _structure(part) == _structure(shapes):
             raise ConfigError(
                 f"part {name!r} of {title} does not match what tier {tier.name!r} owns: it has "
                 f"{_shapes(part)}, the tier {_shapes(shapes)}."
@@ -178,9 +178,7 @@ def _check_message(message: Any, tier: Tier, like: Params, algorithm: Algorithm)
 
 
 def _check_same(title: str, what: str, found: Any, expected: Any) -> None:
-    if jax.tree.structure(found) != jax.tree.structure(expected) or _shapes(found) != _shapes(
-        expected
-    ):
+    if (_structure(found), _shapes(found)) != (_structure(expected), _shapes(expected)):
         raise ConfigError(
             f"{title} must keep the {what} as it is in tree, shapes and dtypes: got "
             f"{_shapes(found)}, expected {_shapes(expected)}."
@@ -188,7 +186,7 @@ def _check_same(title: str, what: str, found: Any, expected: Any) -> None:
 
 
 def _structure(tree: Any) -> Any:
-    return jax.tree.structure(tree)
+    return jax.tree.flatten(tree)[1]
 
 
 def _check_tree(what: str, made: Any, params: Params, tier: Tier) -> None:

@@ -30,13 +30,19 @@ class MethodConfig:
     """What clients that cannot afford the full model train. None: not given.
 
     Attributes:
-      method: one of `METHODS`; "ode" for an ODENet, "full" for a ResNet by default.
-      iterations: of "ode": those of each tier, see `ode`; 1, 2 and 4 by default. Of "full" and
-        "exclusive" with an ODENet: at most one entry, the network's own by default.
-      sharing: of "ode", see there; "all" by default.
-      ratios: of "heterofl", "fedrolex" and "nefl-d", see there.
-      scaler: of "heterofl" and "fedrolex", see there; True by default.
-      depths: of "depthfl", see there.
+      method: "ode" (fewer iterations), "depthfl", "nefl-d", "heterofl", "fedrolex", "exclusive"
+        (nothing), or "full" (all can afford it); by default "ode" for an ODENet and "full" for a
+        ResNet. Settings of another method must not be given.
+      iterations: of "ode": an entry for each tier, solver iterations of all stages of the network
+        or of each (a tuple; 3-2-2 in a command); 1, 2 and 4 by default. Of "full" and "exclusive"
+        with an ODENet: at most one entry, the network's own by default.
+      sharing: of "ode": "all" (every weight is everybody's; the default), "norms-per-depth",
+        "steps-per-depth", "norms-and-steps-per-depth" or "classifier-per-depth".
+      ratios: of "heterofl" and "fedrolex": share of the channels of each tier; of "nefl-d": share
+        of the parameters.
+      scaler: of "heterofl" and "fedrolex": divide norms' inputs by the ratio in training; True by
+        default.
+      depths: of "depthfl": stages of each tier; every number of them by default.
       distillation: the weight of self-distillation. Of "ode": from the count that a client affords
         to the shallower ones, 0 by default; of "depthfl": among exits, 1 by default.
       able: of "exclusive": the share of the clients that can afford the full model.

@@ -9,7 +9,7 @@ import pytest
 import jfed
 from jfed.benchmark.contenders import Contender
 from jfed.benchmark.race import Measured, _Entry, race
-from jfed.benchmark.report import ratio, table
+from jfed.benchmark.results import ratio, table
 from jfed.benchmark.tasks import RoundWork, Task
 from jfed.benchmark.timing import interleaved
 from jfed.benchmark.workers import Seconds, Worker, WorkerError

@@ -9,7 +9,8 @@ import re
 import jax
 import pytest
 
-from jfed.cli.commands import main, model_table
+from jfed.cli.commands import main
+from jfed.cli.models_command import model_table
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 SMALL = (
@@ -42,7 +43,7 @@ def test_run_writes_its_folder(run_folder, cache_folder):
     config = json.loads((run_folder / "config.json").read_text())
     assert config["rounds"] == 3
     assert config["seed"] == 1
-    assert config["iterations"] == [0, 1]
+    assert config["tiers"]["iterations"] == [0, 1]
     with (run_folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["round"] for row in rows] == ["1", "2", "3"]

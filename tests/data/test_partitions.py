@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jfed.data import (
+    PartitionConfig,
     check_partition,
     class_counts,
     dirichlet,
@@ -23,23 +24,22 @@ def settings_of_a_partition(draw):
     labels = np.array(draw(st.lists(st.integers(0, 5), min_size=1, max_size=200)))
     shards_per_client = draw(st.integers(1, 3))
     clients = draw(st.integers(1, max(1, len(labels) // (2 * shards_per_client))))
-    return {
-        "labels": labels,
-        "clients": clients,
+    config = {
         "alpha": draw(st.floats(0.01, 1e6)),
         "shards_per_client": min(shards_per_client, len(labels) // clients),
         "min_examples": draw(st.integers(1, len(labels) // clients)),
-        "seed": draw(st.integers(0, 2**32 - 1)),
     }
+    return labels, clients, config, draw(st.integers(0, 2**32 - 1))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@given(kwargs=settings_of_a_partition())
+@given(given=settings_of_a_partition())
 @settings(max_examples=60, deadline=None)
-def test_every_example_has_one_client_or_the_error_says_why(scheme, kwargs):
-    labels, clients, minimum = kwargs["labels"], kwargs["clients"], kwargs["min_examples"]
+def test_every_example_has_one_client_or_the_error_says_why(scheme, given):
+    labels, clients, drawn, seed = given
+    config = PartitionConfig(scheme, **drawn)
     try:
-        parts = partition(scheme, **kwargs)
+        parts = partition(config, labels, clients, seed=seed)
     except ConfigError as error:
         reason = str(error)
     else:
@@ -52,18 +52,16 @@ def test_every_example_has_one_client_or_the_error_says_why(scheme, kwargs):
     assert len(parts) == clients
     assert all(part.dtype == np.int64 for part in parts)
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
-    assert min(len(part) for part in parts) >= minimum
+    assert min(len(part) for part in parts) >= config.min_examples
     check_partition(parts, len(labels))
-    again = partition(scheme, **kwargs)
+    again = partition(config, labels, clients, seed=seed)
     assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_another_seed_gives_another_partition(scheme):
-    one, two = (
-        partition(scheme, LABELS, 7, alpha=1.0, shards_per_client=2, min_examples=1, seed=seed)
-        for seed in (0, 1)
-    )
+    config = PartitionConfig(scheme, alpha=1.0, min_examples=1)
+    one, two = (partition(config, LABELS, 7, seed=seed) for seed in (0, 1))
     assert any(not np.array_equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -152,17 +150,10 @@ def test_class_counts_by_hand():
     ],
 )
 def test_impossible_settings(change, message):
-    kwargs = {
-        "scheme": "dirichlet",
-        "labels": LABELS,
-        "clients": 5,
-        "alpha": 1.0,
-        "shards_per_client": 2,
-        "min_examples": 1,
-        "seed": 0,
-    }
+    config = {"alpha": 1.0, "min_examples": 1} | change
+    clients, seed = config.pop("clients", 5), config.pop("seed", 0)
     with pytest.raises(ConfigError, match=message):
-        partition(**(kwargs | change))
+        partition(PartitionConfig(**config), LABELS, clients, seed=seed)
 
 
 @pytest.mark.parametrize("labels", [np.zeros((3, 1), int), np.zeros(3)])

@@ -46,7 +46,13 @@ def write(folder, arm, seed):
         "hardware": {"machine": "a CPU", "devices": ["cpu"], "jax": "0.10", "commit": "abc"},
     }
     iterations = [1, 2] if arm == "mixed" else [2]
-    config = {"seed": seed, "iterations": iterations, "rounds": 2, "data_dir": str(folder)}
+    config = {
+        "seed": seed,
+        "tiers": {"iterations": iterations},
+        "rounds": 2,
+        "data": {"data_dir": str(folder)},
+        "made_with": {"jfed": arm},
+    }
     lines = ["round,bytes_down_total,bytes_up_total,test_accuracy_1,test_accuracy_2"]
     one, two = accuracies.values()
     lines += [f"1,500000,500000,{one / 2},{two / 2}", f"2,1000000,1000000,{one},{two}"]
@@ -186,6 +192,12 @@ def test_what_cannot_be_reported_is_refused(runs, tmp_path):
         finished.read(tmp_path)
     with pytest.raises(RunFolderError, match="no finished run among"):
         finished.read_all([tmp_path / "nowhere"])
+
+
+def test_a_run_of_an_older_version_is_named_as_such(folders):
+    (folders[0] / "config.json").write_text('{"seed": 0, "iterations": [1, 2], "rounds": 2}')
+    with pytest.raises(RunFolderError, match="is of an older version of jfed"):
+        finished.read(folders[0])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """What the settings of a run make."""
 
-import dataclasses
-
 import pytest
 
 from jfed.algorithms.clients import ClientConfig
@@ -9,23 +7,20 @@ from jfed.engine.faults import FaultConfig
 from jfed.algorithms.servers import ServerConfig
 from jfed.errors import ConfigError
 from jfed.models import ODENetConfig, ResNetConfig
-from jfed.runs.assembly import model_config, set_up
-from jfed.runs.config import RUN_PRESETS, RunConfig, run_preset
+from jfed.runs.assembly import set_up
+from jfed.runs.config import run_preset
 from jfed.simulation.evaluation import EvaluationConfig
 
 
 def test_presets_make_the_network_that_they_name():
-    flexible = model_config(run_preset("cifar10-flexible"), 10, 3)
+    flexible = run_preset("cifar10-flexible").network.make(10, 3)
     assert isinstance(flexible, ODENetConfig)
     assert flexible.widths == (16, 32, 64)
-    resnet = model_config(run_preset("cifar10-resnet"), 10, 3)
+    resnet = run_preset("cifar10-resnet").network.make(10, 3)
     assert isinstance(resnet, ResNetConfig)
     assert resnet.blocks == (9, 9, 9)
-    same = ("clients", "cohort", "rounds", "partition", "alpha", "batch_size", "learning_rate")
-    for field in same:
-        assert getattr(RUN_PRESETS["cifar10-flexible"], field) == getattr(
-            RUN_PRESETS["cifar10-resnet"], field
-        )
+    same = {"model": "resnet-56", "iterations": None}
+    assert run_preset("cifar10-flexible").replace(**same) == run_preset("cifar10-resnet")
 
 
 @pytest.mark.parametrize(
@@ -44,12 +39,12 @@ def test_presets_make_the_network_that_they_name():
     ids=str,
 )
 def test_methods_make_tiers_of_the_network(changes, names):
-    federation, _, _ = set_up(dataclasses.replace(RunConfig(), **changes))
+    federation, _, _ = set_up(run_preset("digits").replace(**changes))
     assert [tier.name for tier in federation.tiers.members] == names
 
 
 def test_every_tested_count_is_tested_with_every_solver():
-    config = RunConfig(
+    config = run_preset("digits").replace(
         iterations=(1, (2, 3)), eval_iterations=(4, 1), eval_solvers=("Heun", "Euler")
     )
     federation, _, _ = set_up(config)
@@ -58,8 +53,10 @@ def test_every_tested_count_is_tested_with_every_solver():
 
 
 def test_settings_change_the_network():
-    config = RunConfig(widths=(8, 8), solver="Heun", horizon="proportional", norm="group")
-    network = model_config(config, 7, 1)
+    config = run_preset("digits").replace(
+        widths=(8, 8), solver="Heun", horizon="proportional", norm="group"
+    )
+    network = config.network.make(classes=7, channels=1)
     assert network == ODENetConfig(
         widths=(8, 8),
         solver="Heun",
@@ -72,7 +69,7 @@ def test_settings_change_the_network():
 
 
 def test_every_part_gets_its_own_settings():
-    config = RunConfig(
+    config = run_preset("digits").replace(
         learning_rate=0.2,
         server_learning_rate=0.3,
         momentum=0.4,
@@ -114,9 +111,8 @@ def test_every_part_gets_its_own_settings():
     ],
 )
 def test_a_resnet_takes_no_settings_of_an_odenet(name, value):
-    config = dataclasses.replace(run_preset("cifar10-resnet"), **{name: value})
     with pytest.raises(ConfigError, match=f"a ResNet has no {name}, got {name} {value!r}; leave"):
-        set_up(config)
+        run_preset("cifar10-resnet").replace(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -156,6 +152,7 @@ def test_a_resnet_takes_no_settings_of_an_odenet(name, value):
         ({"optimizer": "sgdd"}, "Did you mean 'sgd'"),
         ({"server_learning_rate": 0.0}, r"got 0\.0"),
         ({"rounds": 0}, "got 0"),
+        ({"seed": -1}, "got -1"),
         ({"dropout": 1.5}, r"dropout must be a number from 0 to 1, got 1\.5"),
         ({"attack": "flip"}, r"unknown attack 'flip'\. Did you mean 'sign-flip'"),
         ({"aggregator": "medain"}, r"Did you mean 'median'"),
@@ -166,4 +163,4 @@ def test_a_resnet_takes_no_settings_of_an_odenet(name, value):
 )
 def test_bad_settings_are_quoted_before_anything_is_compiled(changes, message):
     with pytest.raises(ConfigError, match=message):
-        set_up(dataclasses.replace(RunConfig(), **changes))
+        set_up(run_preset("digits").replace(**changes))

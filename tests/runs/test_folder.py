@@ -1,20 +1,38 @@
 """The run folder: whose it is, claimed by one process, given back if nothing comes of it."""
 
 import errno
+import functools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from etils import epath
 
+import jfed
 from jfed.errors import DataNotFoundError, RunFolderError
 from jfed.files import write_json
-from jfed.runs.folder import claim, explain_disk, inspect
+from jfed.runs.config import run_preset
+from jfed.runs.folder import (
+    as_json,
+    claim,
+    explain_disk,
+    inspect,
+    read_settings,
+    warn_of_others,
+    write_settings,
+)
 
-CONFIG = {"seed": 1, "iterations": (1, 2), "shares": None}
+CONFIG = {"seed": 1, "tiers": {"iterations": [1, 2]}, "population": {"shares": None}}
+MADE_WITH = {"jfed": "0.1.0", "commit": "abc", "jax": "0.10.2", "devices": {"cpu": 2}}
 
 
 @pytest.fixture
@@ -26,7 +44,7 @@ def test_a_folder_is_nothing_then_begun_then_finished(folder):
     assert inspect(folder, CONFIG) == "nothing"
     with claim(folder):
         assert inspect(folder, CONFIG) == "nothing"
-        write_json(folder / "config.json", CONFIG)
+        write_settings(folder, CONFIG, MADE_WITH)
         assert inspect(folder, CONFIG) == "begun"
         write_json(folder / "summary.json", {})
         assert inspect(folder, CONFIG) == "finished"
@@ -35,13 +53,67 @@ def test_a_folder_is_nothing_then_begun_then_finished(folder):
 
 def test_other_settings_are_refused_and_shown(folder):
     folder.mkdir()
-    write_json(folder / "config.json", CONFIG)
-    other = {"seed": 2, "iterations": (1, 2), "rounds": 9}
+    write_settings(folder, CONFIG, MADE_WITH)
+    other = {"seed": 2, "tiers": {"iterations": [1, 2]}, "population": {"shares": [1]}, "rounds": 9}
     with pytest.raises(RunFolderError) as error:
         inspect(folder, other)
     assert "rounds is 'not set' there, 9 here" in str(error.value)
     assert "seed is 1 there, 2 here" in str(error.value)
+    assert "population.shares is None there, [1] here" in str(error.value)
     assert "iterations" not in str(error.value)
+
+
+def test_a_setting_that_differs_is_named_by_its_path(folder):
+    folder.mkdir()
+    config = run_preset("smoke")
+    write_settings(folder, as_json(config), MADE_WITH)
+    assert inspect(folder, as_json(config)) == "begun"
+    message = r"other settings: client.learning_rate is 0.1 there, 0.05 here\. Choose"
+    with pytest.raises(RunFolderError, match=message):
+        inspect(folder, as_json(config.replace(learning_rate=0.05)))
+
+
+def test_a_folder_of_an_older_version_is_named_as_such(folder):
+    """Whose config.json was flat, and did not tell what it was made with."""
+    folder.mkdir()
+    write_json(folder / "config.json", {"seed": 1, "learning_rate": 0.1, "model": "odenet-20"})
+    with pytest.raises(RunFolderError, match="is of an older version of jfed"):
+        inspect(folder, CONFIG)
+
+
+def test_settings_are_json_and_functions_are_their_names():
+    made = as_json(
+        jfed.ClientConfig(
+            optimizer=functools.partial(optax.adamw, b1=np.float32(0.5)),
+            transform=jax.tree_util.Partial(jnp.multiply),
+        )
+    )
+    assert made["optimizer"] == {"partial": ["optax._src.alias.adamw", [], {"b1": 0.5}]}
+    assert made["learning_rate"] == 0.1
+    assert made["steps"] is None
+    assert json.loads(json.dumps(made)) == made
+    by_name = as_json(run_preset("smoke").replace(optimizer=optax.sgd))
+    assert by_name["client"]["optimizer"] == "optax._src.alias.sgd"
+    assert by_name["tiers"]["iterations"] == [1, 2]
+
+
+def test_another_jfed_jax_or_devices_are_told(folder):
+    folder.mkdir()
+    write_settings(folder, CONFIG, MADE_WITH)
+    assert read_settings(folder) == (CONFIG, MADE_WITH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_others(folder, MADE_WITH)
+    other = {"jfed": "0.1.0", "commit": "def", "jax": "0.11.0", "devices": {"NVIDIA H100": 1}}
+    with pytest.warns(UserWarning, match="goes on with what it was not begun with") as found:
+        warn_of_others(folder, other)
+    (told,) = (str(warning.message) for warning in found)
+    assert "\n" not in told
+    assert "jax is '0.10.2' there, '0.11.0' here" in told
+    assert "commit is 'abc' there, 'def' here" in told
+    assert "devices.cpu is 2 there, 'not set' here" in told
+    assert "devices.NVIDIA H100 is 'not set' there, 1 here" in told
+    assert "jfed is" not in told
 
 
 @pytest.mark.parametrize("text", ["", '{"seed": 1', "[]", '{"seed"\x00: 1}', "\ufffd"])
@@ -69,7 +141,7 @@ def test_a_folder_is_given_back_after_a_failure(folder, error):
 
 def test_a_folder_with_a_run_in_it_is_kept(folder):
     with claim(folder):
-        write_json(folder / "config.json", CONFIG)
+        write_settings(folder, CONFIG, MADE_WITH)
     assert inspect(folder, CONFIG) == "begun"
 
 

@@ -1,14 +1,19 @@
 """Whether a process asks for huge pages, and starts again to do so."""
 
+import importlib.metadata
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 
 from jfed.benchmark.contenders import Contender
 from jfed.benchmark.workers import started
+from jfed.cli import run_command
+from jfed.errors import RunFolderError
 from jfed.runs import huge_pages
 
 ASK = "glibc.malloc.hugetlb=1"
@@ -86,6 +91,139 @@ def test_the_command_starts_again_with_them_once(on_request, tmp_path, main, exp
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len({pid for pid, _ in lines}) == 1
     assert [value for _, value in lines] == expected
+
+
+@pytest.fixture
+def restarted(on_request, monkeypatch):
+    """What `restart` starts, in place of starting it."""
+    started = []
+    jax.devices()
+    monkeypatch.setattr(os, "execve", lambda *given: started.append(given))
+    monkeypatch.setattr(sys, "gettrace", lambda: None)
+    monkeypatch.setattr(sys, "getprofile", lambda: None)
+    monkeypatch.delenv("JFED_RESTARTED", raising=False)
+    monkeypatch.setattr(huge_pages, "_ROOT", on_request.parent)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    before = jax.config.values["jax_platforms"]
+    jax.config.update("jax_platforms", None)  # JAX has started: it changes nothing
+    yield started
+    jax.config.update("jax_platforms", before)
+
+
+def test_a_process_that_lacks_them_starts_again(restarted):
+    huge_pages.restart()
+    ((program, arguments, environment),) = restarted
+    assert (program, arguments) == (sys.executable, sys.orig_argv)
+    assert environment[huge_pages.VARIABLE] == ASK
+
+
+def _plugin(monkeypatch, tmp_path, name):
+    """Installs a plugin for JAX, as a module where JAX looks for them."""
+    (tmp_path / "site" / "jax_plugins" / name).mkdir(parents=True)
+    (tmp_path / "site" / "jax_plugins" / name / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+
+
+@pytest.mark.parametrize(
+    ("plugin", "device", "accelerated"),
+    [
+        ("xla_cuda13", None, False),
+        ("xla_cuda13", "nvidia0", True),
+        ("xla_cuda13", "kfd", False),
+        ("xla_rocm7", "kfd", True),
+        ("xla_of_tomorrow", None, True),  # nothing is known of what it needs
+    ],
+)
+def test_a_process_with_an_accelerator_goes_on(
+    restarted, tmp_path, monkeypatch, plugin, device, accelerated
+):
+    _plugin(monkeypatch, tmp_path, plugin)
+    if device:
+        (tmp_path / "dev").mkdir()
+        (tmp_path / "dev" / device).touch()
+    huge_pages.restart()
+    assert bool(restarted) != accelerated
+
+
+def test_a_plugin_may_be_an_entry_point(restarted, monkeypatch):
+    point = importlib.metadata.EntryPoint("tpu", "jax_plugins.tpu:initialize", "jax_plugins")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point])
+    huge_pages.restart()
+    assert not restarted
+
+
+@pytest.mark.parametrize(
+    ("platforms", "accelerated"), [("cpu", False), ("cuda,cpu", True), ("tpu", True)]
+)
+def test_a_platform_that_was_named_decides(
+    restarted, tmp_path, monkeypatch, platforms, accelerated
+):
+    if not accelerated:
+        _plugin(monkeypatch, tmp_path, "xla_of_tomorrow")
+    jax.config.update("jax_platforms", platforms)
+    huge_pages.restart()
+    assert bool(restarted) != accelerated
+
+
+def test_asking_starts_no_jax():
+    code = """if True:
+        from jax._src import xla_bridge
+        from jfed.runs import huge_pages
+        huge_pages.accelerated()
+        assert not xla_bridge.backends_are_initialized()"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def _debugger(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "gettrace", lambda: print)
+
+
+def _profiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "getprofile", lambda: print)
+
+
+def _monitoring(monkeypatch, tmp_path):
+    tools = types.SimpleNamespace(get_tool={n: "pdb" if n == 0 else None for n in range(6)}.get)
+    monkeypatch.setattr(sys, "monitoring", tools, raising=False)
+
+
+def _debugpy(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "debugpy", types.ModuleType("debugpy"))
+
+
+def _tracer(monkeypatch, tmp_path):
+    (tmp_path / "status").write_text("Name:\tpython\nTracerPid:\t41\nUid:\t0\n")
+    monkeypatch.setattr(huge_pages, "_STATUS", tmp_path / "status")
+
+
+@pytest.mark.parametrize("attach", [_debugger, _profiler, _monitoring, _debugpy, _tracer])
+def test_a_process_that_is_watched_goes_on(restarted, monkeypatch, tmp_path, attach):
+    attach(monkeypatch, tmp_path)
+    huge_pages.restart()
+    assert not restarted
+
+
+def test_nobody_watches_by_default(restarted, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        sys, "monitoring", types.SimpleNamespace(get_tool=lambda n: None), raising=False
+    )
+    (tmp_path / "status").write_text("TracerPid:\t0\n")
+    monkeypatch.setattr(huge_pages, "_STATUS", tmp_path / "status")
+    assert not huge_pages.watched()
+    monkeypatch.setattr(huge_pages, "_STATUS", tmp_path / "nowhere")  # as on macOS
+    assert not huge_pages.watched()
+
+
+def test_a_switch_turns_them_off(restarted, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
+    arguments = ["--workdir", "taken", "--no-cache"]
+    with pytest.raises(RunFolderError, match="is a file"):
+        run_command.execute([*arguments, "--no-huge-pages"], restart=True)
+    assert not restarted
+    with pytest.raises(RunFolderError, match="is a file"):
+        run_command.execute(arguments, restart=True)
+    assert restarted
 
 
 def test_a_process_that_cannot_start_again_goes_on(on_request, monkeypatch):

@@ -1,6 +1,5 @@
 """A long run stays flat: host memory, open files, compiled programs, arrays on the devices."""
 
-import dataclasses
 import gc
 import os
 import pathlib
@@ -43,8 +42,7 @@ def test_two_thousand_rounds_stay_flat(tmp_path):
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compilations.append(event) if "compile" in event else None
     )
-    config = dataclasses.replace(
-        run_preset("digits"),
+    config = run_preset("digits").replace(
         rounds=ROUNDS,
         train_examples=200,
         eval_examples=60,

@@ -11,12 +11,11 @@ import time
 import jax
 import numpy as np
 import pytest
-import tyro
 
 from jfed import files
+from jfed.cli import run_command
 from jfed.runs.assembly import set_up
 from jfed.runs.checkpoints import CheckpointConfig, Checkpoints
-from jfed.runs.config import run_preset
 
 ROUNDS = 40
 ARGUMENTS = (
@@ -66,8 +65,7 @@ def _rows(folder):
 
 def _state(folder):
     """The server's last state, from its checkpoint."""
-    digits = run_preset("digits")
-    federation, _, _ = set_up(tyro.cli(type(digits), default=digits, args=ARGUMENTS))
+    federation, _, _ = set_up(run_command.parse(ARGUMENTS).run)
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig())
     saved = checkpoints.latest(federation.state_shapes)
     checkpoints.close()

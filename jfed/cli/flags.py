@@ -1,0 +1,155 @@
+"""The flags of `jfed run`, made of the dataclasses that its settings live in.
+
+A field becomes a flag called by its short name (`--learning-rate`, not `--client.learning-rate`),
+with its own type, default and description. What a field could hold that no command line can give,
+a function, its flag leaves out; a field that could hold nothing else has no flag.
+"""
+
+import collections.abc
+import dataclasses
+import functools
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Union
+
+import docstring_parser
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from jfed.errors import ConfigError
+from jfed.models.ode_nets import Iterations, ODENetConfig
+from jfed.models.presets import NetworkConfig
+from jfed.tiers import tier_name
+
+
+def parse_iterations(text: str) -> Iterations:
+    """Reads 4 as 4 iterations in every stage, 3-2-2 as counts per stage."""
+    try:
+        # A leading minus is a sign, so that -1 is refused as a number, not as a text.
+        counts = tuple(int(part) for part in (text.split("-") if text[:1] != "-" else [text]))
+    except ValueError:
+        raise ConfigError(
+            f"iterations must look like 4, or like 3-2-2 for counts per stage, got {text!r}."
+        ) from None
+    return counts if len(counts) > 1 else counts[0]
+
+
+def _iterations(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Tyro's rule for an entry of iterations."""
+    if info.type != Iterations:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT|INT-INT-...",
+        instance_from_str=lambda args: parse_iterations(args[0]),
+        is_instance=lambda x: isinstance(x, int | tuple),
+        str_from_instance=lambda x: [tier_name(x)],
+    )
+
+
+def parse(
+    defaults: Any, args: list[str], *, names: Callable[[str], str], prog: str, description: str
+) -> Any:
+    """Reads flags into a dataclass of dataclasses.
+
+    Args:
+      defaults: an instance, whose values stay where no flag is given.
+      args: the flags.
+      names: from a field, by its name and that of the field which holds its dataclass, such as
+        `client.learning_rate`, to the name of its flag.
+      prog: the command's name.
+      description: what it does.
+
+    Returns:
+      Another instance.
+
+    Raises:
+      ConfigError: what the dataclasses raise for values that cannot work. (Where text cannot be
+        read as a value at all, or there is no such flag, tyro ends the process with status 2.)
+    """
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_iterations)
+    registry.struct_rule(functools.partial(_struct, _places(defaults), names))
+    given = tyro.cli(
+        type(defaults),
+        default=defaults,
+        args=args,
+        prog=prog,
+        description=description,
+        registry=registry,
+    )
+    return _replaced(defaults, given)
+
+
+def _places(value: Any, place: str = "") -> dict[type, str]:
+    """The dataclasses in one, itself included, by type, and the fields that hold them."""
+    found = {type(value): place}
+    for field in dataclasses.fields(value):
+        inner = getattr(value, field.name)
+        found |= _places(inner, f"{field.name}.") if dataclasses.is_dataclass(inner) else {}
+    return found
+
+
+def _struct(
+    places: Mapping[type, str], names: Callable[[str], str], info: StructTypeInfo
+) -> StructConstructorSpec | None:
+    """Tyro's rule for a dataclass: a flag for each field, and a heading for all of them.
+
+    It makes a dictionary of them; the dataclass is made outside of tyro, which would print what it
+    raises in a way of its own.
+    """
+    if info.type not in places:
+        return None
+    hints, texts, fields = typing.get_type_hints(info.type), _descriptions(info.type), []
+    for field in dataclasses.fields(info.type):
+        kind, value = _without_functions(hints[field.name]), getattr(info.default, field.name)
+        if kind is None:
+            continue
+        title = field.name if type(value) in places else names(places[info.type] + field.name)
+        kind = Annotated[kind, tyro.conf.arg(name=title, prefix_name=False)]
+        fields.append(StructFieldSpec(field.name, kind, value, texts.get(field.name)))  # type: ignore[arg-type]
+    return StructConstructorSpec(dict, tuple(fields))
+
+
+def _replaced(defaults: Any, given: Mapping[str, Any]) -> Any:
+    """The dataclass with values in place of its own; dictionaries are for dataclasses in it."""
+    changes = {
+        name: _replaced(getattr(defaults, name), value) if isinstance(value, dict) else value
+        for name, value in given.items()
+    }
+    return dataclasses.replace(defaults, **changes)
+
+
+# Kinds of values that no command line can give; of a path it gives the text.
+_NOT_GIVEN = (collections.abc.Callable, os.PathLike)
+
+
+def _without_functions(kind: Any) -> Any:
+    """A type without what cannot be given; None if nothing is left."""
+    if typing.get_origin(kind) in _NOT_GIVEN:
+        return None
+    if typing.get_origin(kind) not in (Union, types.UnionType):
+        return kind
+    left = tuple(k for k in typing.get_args(kind) if _without_functions(k) is not None)
+    return Union[left] if set(left) - {type(None)} else None  # noqa: UP007  (made of a tuple)
+
+
+# Whose fields another dataclass has too, documented there.
+_CHANGES: dict[type, type] = {NetworkConfig: ODENetConfig}
+
+
+def _descriptions(kind: type) -> dict[str, str]:
+    """What a dataclass's docstring says of its fields."""
+    found = _descriptions(_CHANGES[kind]) if kind in _CHANGES else {}
+    for entry in docstring_parser.parse(kind.__doc__ or "").params:
+        found[entry.arg_name] = " ".join((entry.description or "").split())
+    return found

@@ -1,0 +1,75 @@
+"""The process that a run takes for its own: the devices it makes, the signals it hears."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from jfed.errors import ConfigError
+from jfed.provenance import cores
+
+_MOST_CPU_DEVICES = 8  # each holds a copy of the images
+
+
+def start_devices(distributed: bool, **process: Any) -> None:
+    """Joins the other hosts, and makes a device of each core of a CPU, before JAX starts.
+
+    Args:
+      distributed: whether there are other hosts.
+      **process: of `jax.distributed.initialize`; None where not given.
+
+    Raises:
+      ConfigError: the others cannot be joined, or there are none.
+    """
+    given = [f"{name} {value!r}" for name, value in process.items() if value is not None]
+    if given and not distributed:
+        raise ConfigError(f"{given[0]} goes with --distributed.")
+    if jax.config.values["jax_num_cpu_devices"] < 0:
+        with contextlib.suppress(RuntimeError):  # JAX has started, in a program that calls `main`
+            jax.config.update("jax_num_cpu_devices", min(len(cores()), _MOST_CPU_DEVICES))
+    if distributed:
+        try:
+            jax.distributed.initialize(**process)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"cannot join the other processes: {error}") from error
+
+
+@contextlib.contextmanager
+def terminable(distributed: bool, begun: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGTERM or Ctrl-C has come.
+
+    Before rounds begin there is nothing to save, and they end the process at once.
+
+    Of several hosts each hears of it through JAX's preemption service, which lets all of them stop
+    after the same round.
+    """
+    heard = False
+
+    def hear(signal_: int, _: object) -> None:
+        nonlocal heard
+        heard = True
+        if signal_ == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends at once
+            if not begun():
+                raise KeyboardInterrupt
+        elif not begun():
+            print("jfed: terminated before any round began.", file=sys.stderr, flush=True)
+            os._exit(143)  # no exception: threads that compile cannot be stopped
+
+    if distributed:
+        yield lambda: False
+        return
+    try:
+        before = {s: signal.signal(s, hear) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread
+        yield lambda: False
+        return
+    try:
+        yield lambda: heard
+    finally:
+        for signal_, handler in before.items():
+            signal.signal(signal_, handler)

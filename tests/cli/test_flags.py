@@ -1,0 +1,150 @@
+"""The flags of `jfed run`: which there are, what they say, what they make of text."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import pytest
+
+from jfed.cli import flags, run_command
+from jfed.cli.commands import main
+from jfed.errors import ConfigError
+from jfed.runs.config import run_preset
+
+# Users' scripts know them by these names.
+FLAGS = """
+    --data --data-dir --image-size --train-examples --eval-examples
+    --partition --alpha --shards-per-client --min-examples
+    --clients --cohort --shares --draw-tiers
+    --model --widths --solver --horizon --function --learn-steps --no-learn-steps --norm --unroll
+    --no-unroll --dtype --conv
+    --method --iterations --sharing --ratios --scaler --depths --distillation --able
+    --rounds --seed
+    --epochs --steps --batch-size --optimizer --learning-rate --schedule --momentum --weight-decay
+    --clip-norm --mask-absent-classes --no-mask-absent-classes
+    --server-optimizer --server-learning-rate --server-momentum --aggregator --trim
+    --krum-byzantine --krum-selected --clip-updates
+    --dropout --stragglers --straggler-steps --non-finite --exploding --explosion --hostile --attack
+    --attack-noise --attack-scale
+    --pad --flip --no-flip
+    --eval-every --eval-iterations --eval-solvers --eval-batch-size --calibration-examples
+    --devices --lanes --mapping
+    --preset --workdir --checkpoint-every --checkpoint-keep --tensorboard --no-tensorboard --wandb
+    --cache --no-cache --cache-dir --huge-pages --no-huge-pages --distributed --no-distributed
+    --coordinator-address --num-processes --process-id
+    --help
+"""
+
+
+@pytest.fixture
+def help_text(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    return capsys.readouterr().out
+
+
+def test_the_flags_are_these(help_text):
+    lines = [line.strip("│ ") for line in help_text.splitlines()]
+    heads = [line.split("  ")[0] for line in lines if line.startswith("-")]
+    found = [flag for head in heads for flag in re.findall(r"--[a-z][a-z-]*", head)]
+    assert len(found) == len(set(found))
+    assert set(found) == set(FLAGS.split())
+
+
+def test_each_flag_says_what_it_does(help_text):
+    text = " ".join(line.strip("│ ") for line in help_text.splitlines())
+    for entry in re.split(r" (?=--[a-z])", text)[1:]:
+        if not re.fullmatch(r"--[a-z-]+,|--help.*", entry):  # the first of a pair
+            said = re.sub(r"^--\S+ ([A-Z]+ |\S*[{[|].*?[\]}] )?", "", entry)
+            assert re.search(r"[a-z]{2,}.*\(default: ", said), entry
+    assert "fixed to" not in text
+    # From where the setting is used, and what only that place can say.
+    assert "scaled down to it; None for no clipping. (default: None)" in text
+    assert "The last batch of an epoch holds what is left. (default: 16)" in text
+
+
+def test_text_becomes_settings():
+    args = (
+        "--preset smoke --iterations 3-2 1 --eval-iterations 2 --no-flip --seed 4 --data-dir here"
+    )
+    args += " --server-optimizer adam --eval-every 0 --ratios None --widths 4 8 --checkpoint-keep 7"
+    given = run_command.parse(args.split())
+    assert given.run == run_preset("smoke").replace(
+        iterations=((3, 2), 1),
+        eval_iterations=(2,),
+        seed=4,
+        data_dir="here",
+        server_optimizer="adam",
+        eval_every=0,
+        widths=(4, 8),
+    )
+    assert given.launch == run_command.LaunchConfig(
+        preset="smoke",
+        checkpoints=dataclasses.replace(run_command.LaunchConfig().checkpoints, keep=7),
+    )
+
+
+def test_iterations_are_one_number_or_one_a_stage():
+    assert flags.parse_iterations("4") == 4
+    assert flags.parse_iterations("3-2-2") == (3, 2, 2)
+    assert flags.parse_iterations("-1") == -1
+    with pytest.raises(ConfigError, match="'3x2'"):
+        flags.parse_iterations("3x2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Fields of which a command line can give all, something, or nothing.
+
+    Attributes:
+      size: how large.
+      optimizer: by name, or a function.
+      weights: a function, or none.
+    """
+
+    size: int = 1
+    optimizer: str | Callable[[float], object] = "sgd"
+    weights: Callable[[int], float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """Two of a kind would not do; one is enough.
+
+    Attributes:
+      part: the one.
+    """
+
+    part: Part
+
+
+def test_functions_have_no_flags_and_stay_as_they_are(capsys):
+    def parse(*args):
+        whole = Whole(Part(weights=float))
+        return flags.parse(whole, list(args), names=lambda p: p[5:], prog="x", description="")
+
+    assert parse("--size", "3") == Whole(Part(3, "sgd", float))
+    assert parse("--optimizer", "adam") == Whole(Part(1, "adam", float))
+    with pytest.raises(SystemExit):
+        parse("--weights", "3")
+    assert "Unrecognized options: --weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--learning-rate -1", "learning_rate must be a number, above 0, got -1"),
+        ("--server-learning-rate 0", "server learning_rate must be a number, above 0, got 0"),
+        ("--dropout 0.7 --exploding 0.7", "must sum to at most 1"),
+        ("--model odenet-21", "unknown model 'odenet-21'"),
+        ("--checkpoint-every 0", "checkpoint_every must be 1 or more, got 0"),
+        ("--rounds 0", "rounds must be 1 or more, got 0"),
+    ],
+)
+def test_what_a_dataclass_refuses_is_an_error_of_the_command(args, message, capsys):
+    assert main(["run", *args.split()]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("jfed: error: ")
+    assert message in told.err
+    assert told.out == ""
