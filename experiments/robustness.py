@@ -24,10 +24,10 @@ from script import table_of
 from tabulate import tabulate
 
 from jfed import files, provenance
-from jfed.cli import launch
 from jfed.errors import DivergedError
 from jfed.reports import tables as report
 from jfed.runs.assembly import set_up
+from jfed.runs.compiled import keep_compiled
 from jfed.runs.config import RunConfig
 from jfed.simulation import loop as simulation
 from jfed.simulation.federation import Federation
@@ -190,7 +190,7 @@ def main(
         smoke.
       cache: where compiled programs are kept, which all seeds, shares and attacks have in common.
     """
-    launch.keep_compiled(cache.resolve())
+    keep_compiled(cache.resolve())
     output = table_of(__file__, scale, output)
     hardware, lines = provenance.hardware(), []
     about = {

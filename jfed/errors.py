@@ -1,6 +1,7 @@
 """The errors that jfed raises. Each message quotes the offending value and says what is allowed."""
 
 import difflib
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -33,6 +34,14 @@ class PreemptedError(JfedError):
 
 class DeviceMemoryError(JfedError, MemoryError):
     """The devices have too little memory for the run."""
+
+
+class CallbackError(JfedError, RuntimeError):
+    """A callback of the user's raised an exception, which is the cause of this one."""
+
+
+class HostError(JfedError, RuntimeError):
+    """One of several hosts that do a run failed, with an error that is none of jfed's own."""
 
 
 class DivergedError(JfedError, ArithmeticError):
@@ -109,3 +118,11 @@ def check_number(
     if wrong_type or not math.isfinite(number) or number <= above or number < least:
         raise ConfigError(f"{name} must be a number, {bound}, got {value!r}.")
     return number
+
+
+def name_of(function: Any) -> str:
+    """What to call a function, or an object that can be called: its module and name in it."""
+    if isinstance(function, functools.partial):
+        return f"partial of {name_of(function.func)}"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -16,13 +16,16 @@ import tyro
 from etils import epath
 from tqdm import tqdm
 
-from jfed.errors import ConfigError
+from jfed.errors import JfedError
 from jfed.provenance import cores
 from jfed.reports.summary import format_table
-from jfed.runs import folder, huge_pages
+from jfed.runs import folder, hosts, huge_pages
 from jfed.runs import running as runs
+from jfed.runs.assembly import set_up
 from jfed.runs.checkpoints import CheckpointConfig
+from jfed.runs.compiled import keep_compiled
 from jfed.runs.config import RUN_PRESETS, RunConfig, run_preset
+from jfed.runs.hosts import HostsConfig
 from jfed.runs.writers import TensorBoardWriter, WandbWriter, optional
 from jfed.simulation.records import Record, Writer
 
@@ -44,11 +47,6 @@ class LaunchConfig:
       wandb: log to this project of Weights & Biases too.
       cache: keep compiled programs for later runs.
       cache_dir: where they are kept; JAX's own setting, or ~/.cache/jfed, where not given.
-      distributed: this is one of several processes, on as many hosts, that run the same command
-        and share the work, see `jax.distributed.initialize`. The first one writes.
-      coordinator_address: host:port of the first process; found out on TPUs, Slurm and Open MPI.
-      num_processes: how many; likewise.
-      process_id: which of them this is, from 0; likewise.
     """
 
     preset: str = next(iter(RUN_PRESETS))
@@ -59,10 +57,6 @@ class LaunchConfig:
     wandb: str | None = None
     cache: bool = True
     cache_dir: pathlib.Path | None = None
-    distributed: bool = False
-    coordinator_address: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
 
 
 def run(args: list[str], *, restart: bool = False) -> None:
@@ -73,30 +67,27 @@ def run(args: list[str], *, restart: bool = False) -> None:
       restart: the process is this command's own and may be started again, see
         `jfed.runs.huge_pages`.
     """
-    config, launch = _parse(args)
+    config, launch, together = _parse_or_tell(args)
     if restart:
         huge_pages.restart()
-    workdir = launch.workdir
-    if workdir is None:
-        workdir = f"runs/{launch.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoints = CheckpointConfig(every=launch.checkpoint_every, keep=launch.checkpoint_keep)
-    _start_devices(launch)
+    _start_devices(together)
     if launch.cache:
         keep_compiled(launch.cache_dir)
-    _check_writers(launch)
-    path, settings = epath.Path(workdir), dataclasses.asdict(config)
-    finished = folder.inspect(path, settings) == "finished"
+    workdir = hosts.gather("the command line", lambda: _check(launch))[0]
+    finished = hosts.agree("the command line", lambda: _finished(workdir, config))
     print("reading data and compiling ...", file=sys.stderr)
     progress, began = _Progress(config.rounds), time.perf_counter()
-    with _terminable(launch.distributed, lambda: progress.began) as stop:
+    with _terminable(together.distributed, lambda: progress.began) as stop:
         result, table = runs.run(
-            config,
             workdir,
+            dataclasses.asdict(config),
+            functools.partial(set_up, config),
             writers=functools.partial(_writers, config, launch, workdir, progress, began),
             checkpoints=checkpoints,
             stop=stop,
         )
-    if jax.process_index() > 0:
+    if not hosts.is_first():
         return
     print(f"\n{format_table(table)}\nBytes are of one client in one round.\n")
     if finished:
@@ -126,15 +117,38 @@ def _writers(
     return [*writers, progress.begin(done)]
 
 
-def _check_writers(launch: LaunchConfig) -> None:
-    """Raises ConfigError before anything is done if what a writer needs is not installed."""
+def _check(launch: LaunchConfig) -> str:
+    """The run folder; ConfigError if what a writer needs is not installed."""
     if launch.tensorboard:
         optional("tensorboardX", "tensorboard")
     if launch.wandb is not None:
         optional("wandb", "wandb")
+    return launch.workdir or f"runs/{launch.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _parse(args: list[str]) -> tuple[RunConfig, LaunchConfig]:
+def _finished(workdir: str, config: RunConfig) -> bool:
+    """Whether nothing is left to do, as the first host sees it."""
+    settings = dataclasses.asdict(config)
+    return hosts.is_first() and folder.inspect(epath.Path(workdir), settings) == "finished"
+
+
+def _parse_or_tell(args: list[str]) -> tuple[RunConfig, LaunchConfig, HostsConfig]:
+    """Reads the options; other hosts hear of it, if there are any, when that is not possible."""
+    try:
+        return _parse(args)
+    except (SystemExit, JfedError) as error:
+        if "--distributed" in args and "--help" not in args:
+            own, _ = tyro.cli(HostsConfig, args=args, return_unknown_args=True)
+            _start_devices(own)
+            hosts.agree("the command line", functools.partial(_raise, error))
+        raise
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def _parse(args: list[str]) -> tuple[RunConfig, LaunchConfig, HostsConfig]:
     """Reads the options; --preset first, which decides the defaults of all others."""
     preset = LaunchConfig.preset
     for i, arg in enumerate(args):
@@ -146,36 +160,20 @@ def _parse(args: list[str]) -> tuple[RunConfig, LaunchConfig]:
     def command(
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = run_preset(preset),  # noqa: B008
         launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = LaunchConfig(),
-    ) -> tuple[RunConfig, LaunchConfig]:
+        together: Annotated[HostsConfig, tyro.conf.arg(name="")] = HostsConfig(),  # noqa: B008
+    ) -> tuple[RunConfig, LaunchConfig, HostsConfig]:
         """Trains a federation and writes a run folder, or goes on with the run that is in it."""
-        return config, launch
+        return config, launch, together
 
     return tyro.cli(command, prog="jfed run", args=args)
 
 
-def _start_devices(launch: LaunchConfig) -> None:
+def _start_devices(together: HostsConfig) -> None:
     """Joins the other hosts, and makes a device of each core of a CPU, before JAX starts."""
-    names = ("coordinator_address", "num_processes", "process_id")
-    process = {name: getattr(launch, name) for name in names}
-    given = [f"{name} {value!r}" for name, value in process.items() if value is not None]
-    if given and not launch.distributed:
-        raise ConfigError(f"{given[0]} goes with --distributed.")
     if jax.config.values["jax_num_cpu_devices"] < 0:
         with contextlib.suppress(RuntimeError):  # JAX has started, in a program that calls `main`
             jax.config.update("jax_num_cpu_devices", min(len(cores()), _MOST_CPU_DEVICES))
-    if launch.distributed:
-        try:
-            jax.distributed.initialize(**process)
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"cannot join the other processes: {error}") from error
-
-
-def keep_compiled(folder: pathlib.Path | None = None) -> None:
-    """Keeps compiled programs for later runs, in JAX's own setting or ~/.cache/jfed by default."""
-    own = folder or jax.config.values["jax_compilation_cache_dir"]
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(own or pathlib.Path(home) / "jfed"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    hosts.join(together)
 
 
 @contextlib.contextmanager

@@ -44,6 +44,10 @@ def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
         return jax.device_put(tree, sharding)
 
     def place(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(
+                place(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+            )
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 

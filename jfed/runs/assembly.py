@@ -1,7 +1,8 @@
 """What the settings of a run make: its network, its tiers, and the federation."""
 
 import dataclasses
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from jfed import data as data_lib
 from jfed import tiers as tiers_lib
@@ -14,6 +15,7 @@ from jfed.engine.server import ServerConfig
 from jfed.errors import ConfigError, check_integer, one_of
 from jfed.models.ode_nets import ODENetConfig
 from jfed.models.presets import ModelConfig, preset
+from jfed.reports.summary import Twin, find_twin
 from jfed.runs.config import RunConfig
 from jfed.seeds import check_seed
 from jfed.simulation.evaluation import EvaluationConfig
@@ -63,7 +65,21 @@ def _named(kind: type[_Part], config: RunConfig, prefix: str = "") -> _Part:
     return kind(**{name: given[at] for name, at in settings.items() if at in given})
 
 
-def set_up(config: RunConfig) -> tuple[Federation, data_lib.Dataset, ModelConfig]:
+class Prepared(NamedTuple):
+    """A federation that is ready to run, and what its reports need beside it.
+
+    Attributes:
+      federation: not compiled yet.
+      data: that it was made with.
+      twin: what its traffic is compared with, if there is such a network.
+    """
+
+    federation: Federation
+    data: data_lib.Dataset
+    twin: Twin | None = None
+
+
+def set_up(config: RunConfig) -> Prepared:
     """Loads the data, deals it out, builds the model, and checks everything; compiles nothing."""
     client = _named(ClientConfig, config)
     server = _named(ServerConfig, config, "server_")
@@ -114,4 +130,19 @@ def set_up(config: RunConfig) -> tuple[Federation, data_lib.Dataset, ModelConfig
         faults=faults,
         seed=config.seed,
     )
-    return federation, data, network
+    return Prepared(federation, data, find_twin(config.model, network, federation.tiers))
+
+
+def rebuild(
+    settings: Mapping[str, Any], classes: int, channels: int
+) -> tuple[tiers_lib.Tiers, EvaluationConfig, EngineConfig]:
+    """What the settings in the `config.json` of `jfed run` make, as far as it takes no data."""
+    names = {field.name for field in dataclasses.fields(RunConfig)}
+    config = RunConfig(**{n: _tuples(value) for n, value in settings.items() if n in names})
+    tiers = make_tiers(config, model_config(config, classes, channels))
+    return tiers, _named(EvaluationConfig, config, "eval_"), _named(EngineConfig, config)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

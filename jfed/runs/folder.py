@@ -4,7 +4,7 @@ import contextlib
 import errno
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import filelock
@@ -19,8 +19,10 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO,
 FOUND = ("nothing", "begun", "finished")
 
 
-def inspect(folder: epath.Path, config: dict[str, Any]) -> str:
+def inspect(folder: epath.Path, config: Mapping[str, Any]) -> str:
     """What a run with these settings finds in a folder, one of `FOUND`.
+
+    The settings may lack "inputs", what the run is made of, which are then not compared.
 
     Raises:
       RunFolderError: the folder belongs to other settings, is no run folder, or cannot be read.
@@ -38,23 +40,36 @@ def inspect(folder: epath.Path, config: dict[str, Any]) -> str:
             f"the run folder {str(folder)!r} exists already and holds no run but "
             f"{sorted(names)[:5]}; choose another one."
         )
-    differences = _differences(read_json(folder / "config.json"), config)
-    if differences:
+    there = read_json(folder / "config.json")
+    if "inputs" not in config:
+        there.pop("inputs", None)
+    found = differences(there, config)
+    if found:
         raise RunFolderError(
             f"the run folder {str(folder)!r} belongs to a run with other settings: "
-            f"{'; '.join(differences)}. Choose another folder, or give the same settings to go on."
+            f"{'; '.join(found)}. Choose another folder, or give the same settings to go on."
         )
     return "finished" if "summary.json" in names else "begun"
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The settings in which two runs differ, flat or nested, by dotted path, with their values."""
     here = json.loads(json.dumps(here))  # tuples become lists, as in the file
+    there, here = dict(_flat(there)), dict(_flat(here))
     missing = "not set"
     return [
         f"{name} is {there.get(name, missing)!r} there, {here.get(name, missing)!r} here"
         for name in sorted(there.keys() | here.keys())
         if there.get(name, missing) != here.get(name, missing)
     ]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 @contextlib.contextmanager

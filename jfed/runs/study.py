@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
 import pathlib
@@ -17,13 +18,14 @@ from typing import Any
 import jax
 
 from jfed import files
-from jfed.cli import launch
 from jfed.errors import ConfigError, DeviceMemoryError, DivergedError, check_integer
 from jfed.provenance import cores
 from jfed.reports import finished
 from jfed.reports.finished import FinishedRun
 from jfed.runs import folder, huge_pages
 from jfed.runs import running as runs
+from jfed.runs.assembly import set_up
+from jfed.runs.compiled import keep_compiled
 from jfed.runs.config import RunConfig
 
 Arms = Mapping[str, RunConfig]
@@ -105,7 +107,7 @@ def _run_jobs(jobs: _Jobs, workers: int | None) -> Iterator[tuple[_Key, str | No
         raise ConfigError(f"an accelerator runs one process at a time, got workers {workers}.")
     workers = min(workers, len(jobs))
     if workers < 2:
-        launch.keep_compiled()
+        keep_compiled()
         for key, job in jobs.items():
             yield key, _run_job(*job)
         return
@@ -147,7 +149,7 @@ def _begin_worker(free: Any) -> None:
     core = free.get()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
-    launch.keep_compiled()
+    keep_compiled()
 
 
 def _end_with_parent() -> None:
@@ -161,7 +163,7 @@ def _end_with_parent() -> None:
 def _run_job(config: RunConfig, path: pathlib.Path) -> str | None:
     """Does one run; returns how it diverged, if it did."""
     try:
-        runs.run(config, path)
+        runs.run(path, dataclasses.asdict(config), functools.partial(set_up, config))
     except DivergedError as error:
         return str(error)
     return None

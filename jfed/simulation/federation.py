@@ -78,7 +78,7 @@ class Federation:
         self.client = client or ClientConfig()
         self.server = server or ServerConfig()
         self.evaluation = evaluation or EvaluationConfig()
-        self.tiers = _as_tiers(tiers)
+        self.tiers = as_tiers(tiers)
         self.key = jax.random.key(check_seed(seed))
         self.seed = seed
         self.population = make_population(
@@ -93,7 +93,7 @@ class Federation:
             faults=faults,
         )
         self.server.aggregation.check_cohort(self.population.cohort)
-        self.evaluated = _evaluated(self.tiers, self.evaluation)
+        self.evaluated = evaluated_tiers(self.tiers, self.evaluation)
         like = jax.eval_shape(self.tiers.init, self.key)
         for tier in self.evaluated:
             check_model(tier, like, data)
@@ -263,7 +263,8 @@ class Federation:
         return number + 1 == self.rounds or (every > 0 and (number + 1) % every == 0)
 
 
-def _as_tiers(tiers: Tiers | Model) -> Tiers:
+def as_tiers(tiers: Tiers | Model) -> Tiers:
+    """The tiers, or the one tier of a model; ConfigError for anything else."""
     if isinstance(tiers, Model):
         return tiers_lib.single(tiers)
     if not isinstance(tiers, Tiers):
@@ -274,7 +275,7 @@ def _as_tiers(tiers: Tiers | Model) -> Tiers:
     return tiers
 
 
-def _evaluated(tiers: Tiers, evaluation: EvaluationConfig) -> tuple[Tier, ...]:
+def evaluated_tiers(tiers: Tiers, evaluation: EvaluationConfig) -> tuple[Tier, ...]:
     """The tiers that clients run, then others: those to be tested, other counts, other solvers."""
     if tiers.at is None:
         for name in ("iterations", "solvers"):
