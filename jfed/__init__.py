@@ -7,23 +7,30 @@ from jfed.data.preprocessing import Augmentation
 from jfed.engine.devices import EngineConfig
 from jfed.engine.faults import FaultConfig
 from jfed.errors import (
+    CallbackError,
     ConfigError,
     DataError,
     DataNotFoundError,
     DeviceMemoryError,
     DivergedError,
+    HostError,
     JfedError,
     PreemptedError,
     RunFolderError,
 )
 from jfed.reports import plots
+from jfed.runs.api import load, simulate
+from jfed.runs.checkpoints import CheckpointConfig
+from jfed.runs.compiled import keep_compiled
 from jfed.simulation.evaluation import EvaluationConfig
-from jfed.simulation.loop import Result, simulate
+from jfed.simulation.loop import Result
 from jfed.simulation.records import Evaluation, Record
 
 __version__ = "0.1.0"
 __all__ = [
     "Augmentation",
+    "CallbackError",
+    "CheckpointConfig",
     "ClientConfig",
     "ConfigError",
     "DataError",
@@ -34,6 +41,7 @@ __all__ = [
     "Evaluation",
     "EvaluationConfig",
     "FaultConfig",
+    "HostError",
     "JfedError",
     "PreemptedError",
     "Record",
@@ -41,6 +49,8 @@ __all__ = [
     "RunFolderError",
     "ServerConfig",
     "data",
+    "keep_compiled",
+    "load",
     "models",
     "plots",
     "simulate",

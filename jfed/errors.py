@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,14 @@ class PreemptedError(JfedError):
 
 class DeviceMemoryError(JfedError, MemoryError):
     """The devices have too little memory for the run."""
+
+
+class CallbackError(JfedError, RuntimeError):
+    """A callback of the user's raised an exception, which is the cause of this one."""
+
+
+class HostError(JfedError, RuntimeError):
+    """One of several hosts that do a run failed, with an error that is none of jfed's own."""
 
 
 class DivergedError(JfedError, ArithmeticError):
@@ -113,9 +122,16 @@ def check_number(
 
 
 def name_of(function: Any) -> str:
-    """How messages call a function: by its own name, in quotes; anything else as it is written."""
-    name = getattr(function, "__qualname__", None)
-    return repr(function if name is None else name)
+    """How to call a function, or an object that can be called: by its module and its name there.
+
+    Anything else is called as it is written.
+    """
+    if isinstance(function, functools.partial):
+        return f"partial of {name_of(function.func)}"
+    if not callable(function):
+        return repr(function)
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 @contextlib.contextmanager

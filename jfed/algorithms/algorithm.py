@@ -125,10 +125,10 @@ def one_each(client: Client) -> Float[Array, ""]:
 
 def is_like(tree: Any, variables: Params) -> bool:
     """Whether a tree has the structure, the shapes and the dtypes of the variables."""
-    (leaves, structure), (others, wanted) = map(jax.tree.flatten, (tree, variables))
-    if structure != wanted:
+    structures: list[Any] = [jax.tree.structure(t) for t in (tree, variables)]
+    if structures[0] != structures[1]:
         return False
-    pairs = zip(leaves, others, strict=True)
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(variables), strict=True)
     return all(jnp.shape(a) == jnp.shape(b) and a.dtype == b.dtype for a, b in pairs)
 
 

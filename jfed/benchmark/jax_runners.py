@@ -10,10 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jfed.benchmark.tasks import Task, flat
-from jfed.data.preprocessing import make_preprocess
-from jfed.engine.devices import make_mesh
-from jfed.engine.lanes import EngineConfig, put_schedule
-from jfed.engine.packing import Work, pack
+from jfed.engine.devices import EngineConfig
+from jfed.engine.packing import Work
 from jfed.models.model import Params
 from jfed.tiers import Tier
 
@@ -34,20 +32,11 @@ class JfedRunner:
 
     def variables(self) -> dict[str, np.ndarray]:
         """The global weights by name."""
-        return flat(self._state.variables)
+        return flat(self._state.server.variables)
 
     def host_seconds(self, number: int) -> float:
         """Seconds of a round's work on the host: sampling, packing, sending the schedule."""
-        population, engine = self._federation.population, self._federation.engine
-        mesh = make_mesh(engine.devices)
-        lanes = (engine.lanes or 1) * mesh.size
-        capacity = population.capacity(lanes)
-        began = time.perf_counter()
-        for clients in population.sample(number):
-            work = population.work(number, clients)
-            schedule = pack(work, lanes, population.client.batch_size, capacity)
-            jax.block_until_ready(put_schedule(schedule, mesh))
-        return time.perf_counter() - began
+        return self._federation.host_seconds(number)
 
 
 class _Rival:
@@ -131,11 +120,12 @@ def sgd_step(task: Task, tier: Tier) -> Callable[..., tuple[Params, Float[Array,
 
 def batch_loss(task: Task, tier: Tier) -> Callable[..., Float[Array, ""]]:
     """Mean cross-entropy of a batch, `loss(params, images, labels)` with uint8 images."""
-    mean, std = (tuple(moment.tolist()) for moment in task.moments())
-    preprocess = make_preprocess(mean, std, pad=0, flip=False)
+    mean, std = (moment[None, None, None].astype(np.float32) for moment in task.moments())
 
     def loss(params: Params, images: Array, labels: Array) -> Float[Array, ""]:
-        log = jax.nn.log_softmax(tier.model.apply(params, preprocess(images, None)))
+        log = jax.nn.log_softmax(
+            tier.bound().apply(params, (images.astype(jnp.float32) - mean) / std)
+        )
         return -jnp.take_along_axis(log, labels[:, None], axis=1).mean()
 
     return loss

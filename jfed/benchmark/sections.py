@@ -7,7 +7,7 @@ from typing import Any
 from jfed.benchmark.contenders import Contender
 from jfed.benchmark.settings import Settings
 from jfed.benchmark.tasks import Task
-from jfed.engine.lanes import MAPPINGS, EngineConfig
+from jfed.engine.devices import MAPPINGS, EngineConfig
 from jfed.errors import ConfigError
 from jfed.models.ode_nets import ODENetConfig
 
@@ -192,7 +192,7 @@ def _scaling(settings: Settings, machine: Machine) -> list[Group]:
     cohorts = (1, 8) if smoke else (1, 10, 100, 1000)
     lanes = (2,) if smoke else (1, 2, 4, 8, 16)
     devices = (2,) if smoke else (1, 2, 4)
-    mappings = ("map",) if smoke else tuple(m for m in MAPPINGS if m != "auto")
+    mappings = ("map",) if smoke else tuple(m for m in MAPPINGS if m not in ("auto", "debug"))
     sweeps = {
         "clients a round": [
             machine.jfed(f"{n:,} clients", dataclasses.replace(base, cohort=n)) for n in cohorts

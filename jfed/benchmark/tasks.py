@@ -122,7 +122,7 @@ class Task:
 
     def plan(self, number: int) -> list[list[Work]]:
         """What each client of round `number` does, by tier."""
-        return [self.population.work(number, cohort) for cohort in self.population.sample(number)]
+        return self.population.work(number, self.population.sample(number))
 
     def start(self) -> Params:
         """The weights before the first round, those of `federation`."""
@@ -156,7 +156,7 @@ class Task:
         params, flops = self.start(), 0
         members = self.tiers(conv="xla", unroll=False).members
         for tier, work in zip(members, self.plan(0), strict=True):
-            each = forward_flops(tier.model, params, (self.size, self.size, 3))
+            each = forward_flops(tier.bound(), params, (self.size, self.size, 3))
             flops += 3 * each * self.images * len(work)
         return RoundWork(self.cohort, self.cohort * self.images, flops)
 

@@ -5,37 +5,26 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 
-from jfed.errors import ConfigError
 from jfed.provenance import cores
+from jfed.runs import hosts
+from jfed.runs.hosts import HostsConfig
 
 _MOST_CPU_DEVICES = 8  # each holds a copy of the images
 
 
-def start_devices(distributed: bool, **process: Any) -> None:
+def start_devices(together: HostsConfig) -> None:
     """Joins the other hosts, and makes a device of each core of a CPU, before JAX starts.
-
-    Args:
-      distributed: whether there are other hosts.
-      **process: of `jax.distributed.initialize`; None where not given.
 
     Raises:
       ConfigError: the others cannot be joined, or there are none.
     """
-    given = [f"{name} {value!r}" for name, value in process.items() if value is not None]
-    if given and not distributed:
-        raise ConfigError(f"{given[0]} goes with --distributed.")
     if jax.config.values["jax_num_cpu_devices"] < 0:
         with contextlib.suppress(RuntimeError):  # JAX has started, in a program that calls `main`
             jax.config.update("jax_num_cpu_devices", min(len(cores()), _MOST_CPU_DEVICES))
-    if distributed:
-        try:
-            jax.distributed.initialize(**process)
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"cannot join the other processes: {error}") from error
+    hosts.join(together)
 
 
 @contextlib.contextmanager

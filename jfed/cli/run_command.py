@@ -6,18 +6,22 @@ import pathlib
 import sys
 import time
 
-import jax
+import tyro
 from etils import epath
 
+from jfed import files
 from jfed.cli import flags
 from jfed.cli.process import start_devices, terminable
 from jfed.cli.progress import Progress
+from jfed.errors import JfedError
 from jfed.reports.summary import format_table
-from jfed.runs import folder, huge_pages
+from jfed.runs import folder, hosts, huge_pages
 from jfed.runs import running as runs
+from jfed.runs.assembly import set_up
 from jfed.runs.checkpoints import CheckpointConfig
 from jfed.runs.compiled import keep_compiled
 from jfed.runs.config import RUN_PRESETS, RunConfig, run_preset, short_name
+from jfed.runs.hosts import HostsConfig
 from jfed.runs.writers import TensorBoardWriter, WandbWriter, optional
 from jfed.simulation.records import Writer
 
@@ -38,11 +42,7 @@ class LaunchConfig:
       cache_dir: where they are kept; JAX's own setting, or ~/.cache/jfed, where not given.
       huge_pages: on a CPU, start again with huge pages where the system gives them only to who
         asks, see `jfed.runs.huge_pages`.
-      distributed: this is one of several processes, on as many hosts, that run the same command
-        and share the work, see `jax.distributed.initialize`. The first one writes.
-      coordinator_address: host:port of the first process; found out on TPUs, Slurm and Open MPI.
-      num_processes: how many; likewise.
-      process_id: which of them this is, from 0; likewise.
+      hosts: which of several processes this one is.
     """
 
     preset: str = RUN_PRESETS[0]
@@ -53,10 +53,7 @@ class LaunchConfig:
     cache: bool = True
     cache_dir: pathlib.Path | None = None
     huge_pages: bool = True
-    distributed: bool = False
-    coordinator_address: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
+    hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,34 +99,27 @@ def execute(args: list[str], *, restart: bool = False) -> None:
       restart: the process is this command's own and may be started again, see
         `jfed.runs.huge_pages`.
     """
-    given = parse(args)
+    given = _parse_or_tell(args)
     config, launch = given.run, given.launch
     if restart and launch.huge_pages:
         huge_pages.restart()
-    workdir = launch.workdir
-    if workdir is None:
-        workdir = f"runs/{launch.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    start_devices(
-        launch.distributed,
-        coordinator_address=launch.coordinator_address,
-        num_processes=launch.num_processes,
-        process_id=launch.process_id,
-    )
+    start_devices(launch.hosts)
     if launch.cache:
         keep_compiled(launch.cache_dir)
-    _check_writers(launch)
-    finished = folder.inspect(epath.Path(workdir), folder.as_json(config)) == "finished"
+    workdir = hosts.gather("the command line", lambda: _check(launch))[0]
+    finished = hosts.agree("the command line", lambda: _finished(workdir, config))
     print("reading data and compiling ...", file=sys.stderr)
     progress, began = Progress(config.rounds), time.perf_counter()
-    with terminable(launch.distributed, lambda: progress.began) as stop:
+    with terminable(launch.hosts.distributed, lambda: progress.began) as stop:
         result, table = runs.run(
-            config,
             workdir,
+            folder.as_json(config),
+            functools.partial(set_up, config, files.absolute(workdir) / "memory"),
             writers=functools.partial(_writers, config, launch, workdir, progress, began),
             checkpoints=launch.checkpoints,
             stop=stop,
         )
-    if jax.process_index() > 0:
+    if not hosts.is_first():
         return
     print(f"\n{format_table(table)}\nBytes are of one client in one round.\n")
     if finished:
@@ -159,9 +149,32 @@ def _writers(
     return [*writers, progress.begin(done)]
 
 
-def _check_writers(launch: LaunchConfig) -> None:
-    """Raises ConfigError before anything is done if what a writer needs is not installed."""
+def _check(launch: LaunchConfig) -> str:
+    """The run folder; ConfigError if what a writer needs is not installed."""
     if launch.tensorboard:
         optional("tensorboardX", "tensorboard")
     if launch.wandb is not None:
         optional("wandb", "wandb")
+    return launch.workdir or f"runs/{launch.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _finished(workdir: str, config: RunConfig) -> bool:
+    """Whether nothing is left to do, as the first host sees it."""
+    settings = folder.as_json(config)
+    return hosts.is_first() and folder.inspect(epath.Path(workdir), settings) == "finished"
+
+
+def _parse_or_tell(args: list[str]) -> Command:
+    """Reads the flags; other hosts hear of it, if there are any, when that is not possible."""
+    try:
+        return parse(args)
+    except (SystemExit, JfedError) as error:
+        if "--distributed" in args and "--help" not in args:
+            own, _ = tyro.cli(HostsConfig, args=args, return_unknown_args=True)
+            start_devices(own)
+            hosts.agree("the command line", functools.partial(_raise, error))
+        raise
+
+
+def _raise(error: BaseException) -> None:
+    raise error

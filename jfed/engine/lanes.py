@@ -143,7 +143,8 @@ class _Trainer:
         client, key = self.client(slot, largest)
         data_key, loss_key = jax.random.split(jax.random.fold_in(key, now.step))
         mask = (jnp.arange(now.examples.shape[-1]) < now.real).astype(jnp.float32)
-        batch = gather(self.inputs.images, now.examples, mask, self.config.augmentation, data_key)
+        examples = jnp.asarray(now.examples)
+        batch = gather(self.inputs.images, examples, mask, self.config.augmentation, data_key)
         if self.inputs.present is not None:
             batch = batch._replace(present=self.inputs.present[client.number])
         return self.algorithm.client_step(client, local, batch, loss_key)

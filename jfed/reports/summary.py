@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,8 +14,9 @@ from jfed.models.flops import forward_flops
 from jfed.models.ode_nets import ODENetConfig
 from jfed.models.presets import ModelConfig, build, twin
 from jfed.reports import plots
-from jfed.runs.config import RunConfig
+from jfed.simulation.federation import Federation
 from jfed.simulation.loop import Result
+from jfed.tiers import Tiers
 from jfed.tiers.communication import traffic, tree_bytes, tree_size
 
 
@@ -35,7 +36,7 @@ class TierSummary:
       flops: of classifying one image, see `jfed.models.flops.forward_flops`.
       bytes_down: to one client in one round.
       bytes_up: from one client in one round.
-      twin: the ResNet it is compared with; None where the model is itself a ResNet.
+      twin: the ResNet it is compared with; None where the model is itself one, or not of jfed.
       twin_bytes: one upload of the twin.
       reduction: 1 - bytes_up / twin_bytes.
     """
@@ -56,35 +57,48 @@ class TierSummary:
     reduction: float | None
 
 
+class Twin(NamedTuple):
+    """The ResNet that an ODENet is compared with: its name, and the bytes of one upload."""
+
+    name: str
+    bytes: int
+
+
+def find_twin(name: str, network: ModelConfig, tiers: Tiers) -> Twin | None:
+    """The twin of a network made from the preset `name`; None where that is itself a ResNet."""
+    if not isinstance(network, ODENetConfig):
+        return None
+    run = [tier.iterations for tier in tiers.members if tier.iterations is not None]
+    title, config = twin(name, network, max(run, key=sum, default=None))
+    return Twin(title, tree_bytes(jax.eval_shape(build(config).init, jax.random.key(0))))
+
+
 def summarise(
-    config: RunConfig, network: ModelConfig, result: Result, image_shape: tuple[int, int, int]
+    federation: Federation,
+    result: Result,
+    image_shape: tuple[int, int, int],
+    compared: Twin | None = None,
 ) -> list[TierSummary]:
     """What the table at the end of a run says, one entry for each evaluated tier."""
-    twin_name, twin_bytes = None, None
-    if isinstance(network, ODENetConfig):
-        run = [t.iterations for t in result.tiers.members if t.iterations is not None]
-        deepest = max(run, key=sum, default=None)
-        twin_name, twin_config = twin(config.network.model, network, deepest)
-        twin_bytes = tree_bytes(jax.eval_shape(build(twin_config).init, jax.random.key(0)))
     last, lines = result.history[-1].evaluations, []
-    for tier in result.evaluated:
+    for tier in federation.evaluated:
         bytes_, shapes = traffic(tier, result.variables), tier.shapes(result.variables)
         lines.append(
             TierSummary(
-                kind=result.tiers.kind,
+                kind=federation.tiers.kind,
                 tier=tier.name,
                 iterations=tier.iterations,
                 solver=tier.solver,
-                trained=tier.name in result.traffic,
+                trained=tier.name in federation.traffic,
                 accuracy=last[tier.name].accuracy,
                 loss=last[tier.name].loss,
                 parameters=tree_size(shapes),
                 flops=forward_flops(tier.bound(), shapes, image_shape),
                 bytes_down=bytes_.down,
                 bytes_up=bytes_.up,
-                twin=twin_name,
-                twin_bytes=twin_bytes,
-                reduction=None if twin_bytes is None else 1 - bytes_.up / twin_bytes,
+                twin=compared.name if compared else None,
+                twin_bytes=compared.bytes if compared else None,
+                reduction=1 - bytes_.up / compared.bytes if compared else None,
             )
         )
     return lines
@@ -115,10 +129,11 @@ def format_table(lines: list[TierSummary]) -> str:
 
 
 def to_json(
-    config: RunConfig,
     data: Dataset,
     result: Result,
     table: list[TierSummary],
+    *,
+    seed: int,
     hardware: dict[str, Any],
 ) -> dict[str, Any]:
     """What `summary.json` holds."""
@@ -136,7 +151,7 @@ def to_json(
         "lane_utilisation": _mean(result, "lane_utilisation"),
         "padded_utilisation": _mean(result, "padded_utilisation"),
         "engine": dataclasses.asdict(result.engine),
-        "seed": config.seed,
+        "seed": seed,
         "hardware": hardware,
     }
 
@@ -147,7 +162,7 @@ def _mean(result: Result, column: str) -> float:
 
 def save_figures(path: epath.Path, result: Result, table: Sequence[TierSummary]) -> None:
     """Accuracy over rounds and over bytes, against FLOPs, and against iteration counts."""
-    kind = result.tiers.kind
+    kind = table[0].kind
     plots.save(plots.accuracy(result.history, kind), path / "accuracy.png")
     plots.save(plots.accuracy_by_bytes(result.history, kind), path / "accuracy_by_bytes.png")
     by_flops: dict[str, list[plots.Reached]] = {}

@@ -1,14 +1,37 @@
 """What the settings of a run make: its network, its tiers, and the federation."""
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from etils import epath
+
 from jfed import data as data_lib
 from jfed import tiers as tiers_lib
-from jfed.engine.devices import make_mesh
-from jfed.models.presets import ModelConfig
+from jfed.engine.devices import EngineConfig, make_mesh
+from jfed.models.presets import NetworkConfig
+from jfed.reports.summary import Twin, find_twin
 from jfed.runs.config import RunConfig
+from jfed.simulation.evaluation import EvaluationConfig
 from jfed.simulation.federation import Federation
 
+_Part = TypeVar("_Part")
 
-def set_up(config: RunConfig) -> tuple[Federation, data_lib.Dataset, ModelConfig]:
+
+class Prepared(NamedTuple):
+    """A federation that is ready to run, and what its reports need beside it.
+
+    Attributes:
+      federation: not compiled yet.
+      data: that it was made with.
+      twin: what its traffic is compared with, if there is such a network.
+    """
+
+    federation: Federation
+    data: data_lib.Dataset
+    twin: Twin | None = None
+
+
+def set_up(config: RunConfig, memory_folder: epath.Path | None = None) -> Prepared:
     """Loads the data, deals it out, builds the model, and checks everything; compiles nothing."""
     population, seed = config.population, config.seed
     # What can fail without the data does so before they are read.
@@ -37,5 +60,24 @@ def set_up(config: RunConfig) -> tuple[Federation, data_lib.Dataset, ModelConfig
         engine=config.engine,
         faults=config.faults,
         seed=seed,
+        memory_folder=memory_folder,
     )
-    return federation, data, network
+    return Prepared(federation, data, find_twin(config.network.model, network, federation.tiers))
+
+
+def rebuild(
+    settings: Mapping[str, Any], classes: int, channels: int
+) -> tuple[tiers_lib.Tiers, EvaluationConfig, EngineConfig]:
+    """What the settings in the `config.json` of `jfed run` make, as far as it takes no data."""
+
+    def part(kind: type[_Part], name: str) -> _Part:
+        return kind(**{field: _tuples(value) for field, value in settings[name].items()})
+
+    network = part(NetworkConfig, "network").make(classes, channels)
+    tiers = tiers_lib.make_tiers(network, part(tiers_lib.MethodConfig, "tiers"))
+    return tiers, part(EvaluationConfig, "evaluation"), part(EngineConfig, "engine")
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +13,9 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
-from jfed.algorithms.servers import ServerState
 from jfed.errors import RunFolderError, check_integer
 from jfed.files import absolute
+from jfed.simulation.federation import State
 from jfed.simulation.records import Record
 
 
@@ -23,12 +23,13 @@ class Checkpoint(NamedTuple):
     """A run after `len(history)` rounds.
 
     Attributes:
-      state: the server's, NumPy arrays. Keys and the order of examples follow from the seed and
-        the round's number, and clients keep nothing from round to round.
+      state: the server's `State`, or as it is stored; NumPy arrays, except typed PRNG keys.
+        Keys of rounds and the order of examples follow from the seed and the round's number, and
+        clients keep nothing from round to round.
       history: the records of all rounds so far.
     """
 
-    state: ServerState
+    state: Any
     history: tuple[Record, ...]
 
 
@@ -52,26 +53,36 @@ class CheckpointConfig:
 class Checkpoints:
     """The checkpoints in a folder. Each is complete or not there at all.
 
+    Of several hosts only the first one saves.
+
     Args:
       folder: local, or of any kind that etils knows (`gs://` too).
       config: when to save.
+      writes: whether to save, and to put away what is damaged or half written; a run may be at work
+        in the folder otherwise.
     """
 
-    def __init__(self, folder: epath.PathLike, config: CheckpointConfig) -> None:
-        self._folder, self.every = absolute(folder), config.every
+    def __init__(
+        self, folder: epath.PathLike, config: CheckpointConfig, *, writes: bool = True
+    ) -> None:
+        self._folder, self._writes = absolute(folder), writes
+        self.every, self.keep = config.every, config.keep
         context = ocp.Context()
         # Made in the background, a folder that cannot be made is noticed after 20 minutes.
         context.asynchronous.create_directories_asynchronously = False
+        if jax.process_count() > 1:  # else Orbax waits for the other hosts, in vain if one failed
+            context.multiprocessing.active_processes = {jax.process_index()}
+            context.multiprocessing.primary_host = jax.process_index()
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
             context=context,
             preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=writes,
         )
         self._saving: Any = None
 
-    def save(self, state: ServerState, history: Sequence[Record]) -> None:
+    def save(self, state: State, history: Sequence[Record]) -> None:
         """Copies the state and writes it in the background; waits for the save before.
 
         Raises:
@@ -79,8 +90,8 @@ class Checkpoints:
         """
         text = json.dumps([dataclasses.asdict(record) for record in history]).encode()
         # The records are an array too: Orbax would keep all metadata that it ever saw in memory.
-        content = {"state": jax.tree.map(np.asarray, state), "history": np.frombuffer(text, "u1")}
-        about = {"history_bytes": len(text), "digest": _digest(content)}
+        content = {"state": jax.tree.map(_as_numpy, state), "history": np.frombuffer(text, "u1")}
+        about = {"digest": _digest(_named(content)), "keys": _keys(state)}
         self.wait()
         try:
             self._saving = self._checkpointer.save_async(
@@ -106,13 +117,14 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # the failed save's again, which `wait` told
                 self._checkpointer.close()
 
-    def latest(self, like: ServerState) -> Checkpoint | None:
+    def latest(self, like: State | None) -> Checkpoint | None:
         """The latest checkpoint that is intact, or None if none was ever saved.
 
-        Damaged ones are named in a warning, renamed to `damaged-N`, and passed over.
+        Damaged ones are named in a warning, renamed to `damaged-N` and passed over.
 
         Args:
-          like: shapes and dtypes of the state.
+          like: shapes and dtypes of the state. None: the state is what is stored, dictionaries and
+            lists whose keys are texts.
 
         Raises:
           RunFolderError: there are checkpoints, but none is intact.
@@ -121,7 +133,7 @@ class Checkpoints:
         damaged = []
         for step in found:
             try:
-                checkpoint = self._load(step, like)
+                checkpoint = self.load(step, like)
             except (MemoryError, PermissionError, TimeoutError):
                 raise  # nothing is wrong with the checkpoint
             except Exception as error:  # whatever Orbax, Zarr or JSON find wrong
@@ -130,9 +142,9 @@ class Checkpoints:
                 continue
             for bad, why in damaged:
                 warnings.warn(f"{self._folder}: damaged checkpoint set aside, {why}", stacklevel=2)
-                if jax.process_index() == 0:
+                if self._writes:
                     (self._folder / str(bad)).rename(self._folder / f"damaged-{bad}")
-            if damaged:
+            if damaged and self._writes:
                 self._checkpointer.reload()
             return checkpoint
         if found:
@@ -142,15 +154,15 @@ class Checkpoints:
             )
         return None
 
-    def _load(self, step: int, like: ServerState) -> Checkpoint:
+    def load(self, step: int, like: State | None) -> Checkpoint:
+        """The checkpoint of a round; `like` as of `latest`. Raises whatever is wrong with it."""
         about = self._checkpointer.metadata(step).custom_metadata
-        state = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
-        shapes = {"state": state, "history": np.empty(about["history_bytes"], "u1")}
-        content = self._checkpointer.load(step, shapes)
-        if _digest(content) != about["digest"]:
+        content = self._checkpointer.load(step)
+        if _digest(_named(content)) != about["digest"]:
             raise ValueError("its contents are not those that were saved (SHA-256 differs)")
-        history = json.loads(content["history"].tobytes())
-        return Checkpoint(content["state"], tuple(map(Record.from_dict, history)))
+        history = tuple(map(Record.from_dict, json.loads(content["history"].tobytes())))
+        state = _with_keys(content["state"], about["keys"])
+        return Checkpoint(state if like is None else in_tree_of(like, state), history)
 
     def _cannot_save(self, error: Exception) -> str:
         return (
@@ -159,10 +171,56 @@ class Checkpoints:
         )
 
 
-def _digest(arrays: Any) -> str:
-    """SHA-256 of all arrays, in the order of the tree."""
+def _is_key(x: Any) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _as_numpy(x: Any) -> np.ndarray:
+    """An array on the host, all of it; of typed PRNG keys their data."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        x = x.addressable_data(0)  # every device of every host has all of it
+    return np.asarray(jax.random.key_data(x) if _is_key(x) else x)
+
+
+def _keys(tree: Any) -> dict[str, str]:
+    """The implementations of the typed PRNG keys in a tree, by name."""
+    return {n: str(jax.random.key_impl(leaf)) for n, leaf in _named(tree).items() if _is_key(leaf)}
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by the texts that Orbax stores instead of the keys on their paths."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="\n"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _with_keys(stored: Any, keys: Mapping[str, str]) -> Any:
+    """What is stored, with typed PRNG keys in place of their data."""
+    leaves = [
+        jax.random.wrap_key_data(leaf, impl=keys[name]) if name in keys else leaf
+        for name, leaf in _named(stored).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(stored), leaves)
+
+
+def in_tree_of(like: Any, stored: Any) -> Any:
+    """What is stored, in the tree of `like`; ValueError unless shapes and dtypes are the same."""
+    arrays, expected = _named(stored), _named(like)
+    for name in sorted(arrays.keys() | expected.keys()):
+        here, there = (
+            f"{tree[name].dtype}{list(tree[name].shape)}" if name in tree else "nothing"
+            for tree in (arrays, expected)
+        )
+        if here != there:
+            raise ValueError(f"it holds {here} at {name.split()}, where the run expects {there}")
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in expected])
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of arrays and their names, in the order of these."""
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ import filelock
 import numpy as np
 from etils import epath
 
-from jfed.errors import JfedError, RunFolderError
+from jfed.errors import JfedError, RunFolderError, name_of
 from jfed.files import is_local, read_json, write_json
 
 _LOCK = ".lock"
@@ -38,8 +38,7 @@ def as_json(value: Any) -> Any:
     if isinstance(value, functools.partial):
         return {"partial": as_json([value.func, value.args, value.keywords])}
     if callable(value):
-        kind = value if hasattr(value, "__qualname__") else type(value)
-        return f"{kind.__module__}.{kind.__qualname__}"
+        return name_of(value)
     if isinstance(value, np.generic):
         return value.item()
     return value if value is None or isinstance(value, str | int | float) else str(value)
@@ -79,7 +78,7 @@ def inspect(folder: epath.Path, settings: Mapping[str, Any]) -> str:
 
     Args:
       folder: of the run.
-      settings: see `as_json`.
+      settings: see `as_json`; they may lack "inputs", what the run is made of.
 
     Raises:
       RunFolderError: the folder belongs to other settings or to an older version of jfed, is no
@@ -98,22 +97,25 @@ def inspect(folder: epath.Path, settings: Mapping[str, Any]) -> str:
             f"the run folder {str(folder)!r} exists already and holds no run but "
             f"{sorted(names)[:5]}; choose another one."
         )
-    differences = _differences(read_settings(folder)[0], settings)
-    if differences:
+    there, _ = read_settings(folder)
+    if "inputs" not in settings:  # they are known only once the data are read
+        there.pop("inputs", None)
+    found = differences(there, settings)
+    if found:
         raise RunFolderError(
             f"the run folder {str(folder)!r} belongs to a run with other settings: "
-            f"{'; '.join(differences)}. Choose another folder, or give the same settings to go on."
+            f"{'; '.join(found)}. Choose another folder, or give the same settings to go on."
         )
     return "finished" if "summary.json" in names else "begun"
 
 
 def warn_of_others(folder: epath.Path, made_with: Mapping[str, Any]) -> None:
     """Warns if a run was begun with another jfed, JAX or other devices than it goes on with."""
-    differences = _differences(read_settings(folder)[1], made_with)
-    if differences:
+    found = differences(read_settings(folder)[1], made_with)
+    if found:
         warnings.warn(
             f"the run in {str(folder)!r} goes on with what it was not begun with, so it may end "
-            f"otherwise than if it had not been stopped: {'; '.join(differences)}",
+            f"otherwise than if it had not been stopped: {'; '.join(found)}",
             stacklevel=2,
         )
 
@@ -127,7 +129,8 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The settings in which two runs differ, by dotted path, with the values of both."""
     there, here, missing = flat(there), flat(here), "not set"
     return [
         f"{name} is {there.get(name, missing)!r} there, {here.get(name, missing)!r} here"

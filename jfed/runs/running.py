@@ -1,36 +1,40 @@
 """A run on disk: the folder that it writes, and goes on from."""
 
+import collections
 import contextlib
 import functools
+import importlib.metadata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
 from jfed import data as data_lib
 from jfed import files
-from jfed.errors import PreemptedError, RunFolderError
+from jfed.errors import CallbackError, PreemptedError, RunFolderError
 from jfed.provenance import hardware, made_with
 from jfed.reports import plots
 from jfed.reports.summary import TierSummary, save_figures, summarise, to_json
-from jfed.runs import folder
-from jfed.runs.assembly import set_up
+from jfed.runs import fingerprints, folder, hosts
+from jfed.runs.assembly import Prepared
 from jfed.runs.checkpoints import Checkpoint, CheckpointConfig, Checkpoints
-from jfed.runs.config import RunConfig
 from jfed.simulation import loop as simulation
-from jfed.simulation.federation import Federation
-from jfed.simulation.loop import Result
+from jfed.simulation.federation import Federation, State
+from jfed.simulation.loop import Callback, Result
 from jfed.simulation.records import CsvWriter, Record, Writer, csv_text
+
+_T = TypeVar("_T")
 
 
 def run(
-    config: RunConfig,
     workdir: epath.PathLike,
+    settings: Mapping[str, Any],
+    prepare: Callable[[], Prepared],
     *,
+    callbacks: Sequence[Callback] = (),
     writers: Callable[[int], Sequence[Writer]] = lambda done: (),
     checkpoints: CheckpointConfig | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -43,120 +47,247 @@ def run(
     and the data were checked, and taken away again if the model cannot be compiled. A finished run
     is read, and nothing changes.
 
+    Of several hosts the first one writes. Whatever one of them finds wrong, at any time, ends all,
+    see `jfed.runs.hosts`.
+
     Args:
-      config: of the run.
       workdir: the folder, of any kind that etils knows (`gs://` too).
-      writers: makes writers of records beside `metrics.csv`, given how many rounds are done.
+      settings: what `config.json` holds, as plain values, beside digests of data, partition and
+        tiers: all that decides the outcome.
+      prepare: sets up the federation that they describe.
+      callbacks: called with each record, on every host.
+      writers: makes writers of records beside `metrics.csv`, given how many rounds are done; on the
+        first host only.
       checkpoints: when to save.
       stop: asked often; once it says True, the run saves and ends with PreemptedError.
 
     Raises:
       RunFolderError: the folder belongs to other settings, or to another process, or to no run, or
         cannot be read or written.
+      CallbackError: a callback raised; the last round is saved.
       PreemptedError: `stop` said so, or the cluster's preemption notice.
-      JfedError: see `jfed.runs.assembly.set_up` and `jfed.simulate`.
+      JfedError: see `prepare` and `jfed.simulate`.
     """
-    path, settings = files.absolute(workdir), folder.as_json(config)
+    path = files.absolute(workdir)
+    hosts.same("versions and settings", lambda: {**_versions(), **settings})
     _inspect(path, settings)
     where = hardware()  # before anything on the disk can change
-    federation, data, network = set_up(config)
-    saver = functools.partial(Checkpoints, path / "checkpoints", checkpoints or CheckpointConfig())
-    with _alone(path), folder.explain_disk(path), simulation.explain_memory(federation):
+    federation, data, twin = hosts.agree("setting up", prepare)
+    inputs = fingerprints.inputs(data, federation)
+    hosts.same("what they train on", lambda: inputs)
+    settings = {**settings, "inputs": inputs}
+
+    def phase(what: str, function: Callable[[Callable[[], None]], _T]) -> _T:
+        """A phase of all hosts, which the function may ask how the others do."""
+        begun = hosts.Phase(what)
+
+        def explained() -> _T:
+            with folder.explain_disk(path), simulation.explain_memory(federation):
+                return function(begun.check)
+
+        return begun.run(explained)
+
+    saver = functools.partial(
+        Checkpoints,
+        path / "checkpoints",
+        checkpoints or CheckpointConfig(),
+        writes=hosts.is_first(),
+    )
+    with contextlib.ExitStack() as stack:
+        phase("claiming the run folder", lambda _: stack.enter_context(_alone(path)))
         found, has_saved = _inspect(path, settings)
-        saved = _restore(federation, saver) if has_saved else None
+        saved = _restore(federation, saver, phase) if has_saved else None
         if found == "finished" and saved is None:
             raise RunFolderError(
                 f"the run in {str(path)!r} has finished, but its checkpoints are gone; choose "
                 "another folder, or remove it to run anew."
             )
-        if saved is None or len(saved.history) < config.rounds:
-            federation.compile()  # what a model cannot do shows while it is traced
-        if found == "begun" and _writes():
+        if saved is None or len(saved.history) < federation.rounds:
+            # What a model cannot do shows while it is traced.
+            phase("compiling", lambda _: federation.compile())
+        if found == "begun" and hosts.is_first():
             folder.warn_of_others(path, made_with(where))
-        if found == "nothing" and _writes():
-            _begin(path, federation, data)
-            folder.write_settings(path, settings, made_with(where))
-        with contextlib.closing(saver()) as saves:
-            result = _rounds(federation, path, saved, saves, writers, stop)
-        table = summarise(config, network, result, data.image_shape)
-        if found != "finished" and _writes():
-            save_figures(path, result, table)
-            files.write_json(path / "summary.json", to_json(config, data, result, table, where))
+        if found == "nothing":
+            begin = functools.partial(_begin, path, settings, federation, data)
+            phase("beginning", lambda _: begin(made_with(where)))
+        start = functools.partial(_rounds, federation, path, saved, saver, callbacks, writers, stop)
+        result = phase("the rounds", lambda check: start(check))
+        table = summarise(federation, result, data.image_shape, twin)
+        if found != "finished":
+            text = to_json(data, result, table, seed=federation.seed, hardware=where)
+            phase("writing the summary", lambda _: _finish(path, result, table, text))
     return result, table
 
 
-def _inspect(path: epath.Path, settings: dict[str, Any]) -> tuple[str, bool]:
+def _versions() -> dict[str, str]:
+    return {"jfed": importlib.metadata.version("jfed"), "jax": jax.__version__}
+
+
+def _inspect(path: epath.Path, settings: Mapping[str, Any]) -> tuple[str, bool]:
     """What `folder.inspect` finds, and whether there are checkpoints, as the first host sees it."""
-    found = folder.inspect(path, settings) if _writes() else folder.FOUND[0]
-    seen = folder.FOUND.index(found), (path / "checkpoints").exists()
-    state, saved = multihost_utils.broadcast_one_to_all(np.asarray(seen, np.int32)).tolist()
-    return folder.FOUND[state], bool(saved)
 
+    def look() -> tuple[str, bool] | None:
+        if not hosts.is_first():
+            return None
+        return folder.inspect(path, settings), (path / "checkpoints").exists()
 
-def _writes() -> bool:
-    """Whether this process writes files: of several hosts the first one. Checkpoints need all."""
-    return jax.process_index() == 0
+    found, has_saved = hosts.gather("looking into the run folder", look)[0]
+    return found, has_saved
 
 
 def _alone(path: epath.Path) -> contextlib.AbstractContextManager[None]:
-    return folder.claim(path) if _writes() else contextlib.nullcontext()
+    return folder.claim(path) if hosts.is_first() else contextlib.nullcontext()
 
 
-def _begin(path: epath.Path, federation: Federation, data: data_lib.Dataset) -> None:
-    """Draws what a run begins with."""
+def _begin(
+    path: epath.Path,
+    settings: Mapping[str, Any],
+    federation: Federation,
+    data: data_lib.Dataset,
+    made: Mapping[str, Any],
+) -> None:
+    """Writes what a run begins with; `config.json` last, which makes the folder a run's."""
+    if not hosts.is_first():
+        return
     partition = federation.population.partition
     counts = data_lib.class_counts(data.train.labels, partition, data.num_classes)
     plots.save(plots.classes_by_client(counts, data.class_names), path / "clients.png")
+    folder.write_settings(path, settings, made)
 
 
-def _restore(federation: Federation, saver: Callable[[], Checkpoints]) -> Checkpoint | None:
-    """The run's latest intact checkpoint, if it ever had one."""
-    with contextlib.closing(saver()) as checkpoints:
-        saved = checkpoints.latest(federation.state_shapes)
-    done = 0 if saved is None else len(saved.history)
-    if done != multihost_utils.broadcast_one_to_all(np.int32(done)):
-        raise RunFolderError(
-            f"this host restored round {done}, the first one another: the run folder must be one "
-            "that all hosts share."
-        )
-    return None if saved is None else saved._replace(state=federation.place(saved.state))
+def _finish(
+    path: epath.Path, result: Result, table: Sequence[TierSummary], summary: dict[str, Any]
+) -> None:
+    """Writes what a run ends with; `summary.json` last, which makes it a finished one."""
+    if hosts.is_first():
+        save_figures(path, result, table)
+        files.write_json(path / "summary.json", summary)
+
+
+def _restore(
+    federation: Federation, saver: Callable[[], Checkpoints], phase: Callable[..., Any]
+) -> Checkpoint | None:
+    """The run's latest intact checkpoint, if it ever had one: the first host's choice."""
+
+    def choose() -> Checkpoint | None:
+        if not hosts.is_first():
+            return None
+        with contextlib.closing(saver()) as checkpoints:
+            return checkpoints.latest(federation.state_shapes)
+
+    saved = phase("restoring", lambda _: choose())
+    rounds = hosts.gather("restoring", lambda: len(saved.history) if saved else 0)[0]
+    if not rounds:
+        return None
+
+    def place() -> Checkpoint:
+        if saved is not None:
+            return saved._replace(state=federation.place(saved.state))
+        with contextlib.closing(saver()) as checkpoints:
+            try:
+                found = checkpoints.load(rounds, federation.state_shapes)
+            except Exception as error:
+                raise RunFolderError(
+                    f"cannot read round {rounds}, which the first host restored: {error}. The run "
+                    "folder must be one that all hosts share."
+                ) from error
+        return found._replace(state=federation.place(found.state))
+
+    return phase("restoring", lambda _: place())
 
 
 def _rounds(
     federation: Federation,
     path: epath.Path,
     saved: Checkpoint | None,
-    checkpoints: Checkpoints,
+    saver: Callable[[], Checkpoints],
+    callbacks: Sequence[Callback],
     make_writers: Callable[[int], Sequence[Writer]],
     stop: Callable[[], bool],
+    check: Callable[[], None],
 ) -> Result:
-    """Runs what is left of a run."""
+    """Runs what is left of a run; `check` raises if another host has failed."""
     history = list(saved.history) if saved else []
-    last, kept = (saved.state, len(history)) if saved else (federation.start, 0)
-    with _writers(federation, path, history, make_writers) as writers:
-        for state, record in simulation.iterate(federation, tuple(history), last, stop):
-            last = state
+    last: State | None = saved.state if saved else federation.start
+    reached, superseded = len(history), collections.deque[Any]()
+    failure: CallbackError | None = None
+    preempted = False
+
+    def stopped() -> bool:
+        check()
+        return preempted or failure is not None or stop()
+
+    with (
+        contextlib.closing(saver() if hosts.is_first() else _NotSaved()) as checkpoints,
+        _writers(federation, path, history, make_writers) as writers,
+    ):
+        kept = reached
+        every = checkpoints.every
+        rounds = simulation.iterate(
+            federation, tuple(history), last, stopped, keep=lambda n: n % every == 0
+        )
+        for state, record in rounds:
             history.append(record)
+            last, reached = state, record.round
             for writer in writers:
                 writer.write(record)
-            preempted = multihost_utils.reached_preemption_sync_point(record.round)
-            if preempted or record.round % checkpoints.every == 0:
-                checkpoints.save(last, history)
+            if failure is None:
+                failure = _failure(callbacks, record)
+            if record.round % every == 0:
+                assert state is not None  # `keep` asked for it
+                checkpoints.save(state, history)
                 kept = record.round
+                _forget(federation, state, superseded, checkpoints)
                 for writer in writers:
                     if isinstance(writer, CsvWriter):
                         writer.flush()
-            if preempted:
-                break
-        if kept < len(history):
+            preempted = preempted or multihost_utils.reached_preemption_sync_point(record.round)
+        assert last is not None  # the last one always is
+        if kept < reached:
             checkpoints.save(last, history)
         checkpoints.wait()
+    saved_now = f"round {len(history)} of {federation.rounds}, which is saved in {str(path)!r}"
+    if failure is not None:
+        raise CallbackError(
+            f"{failure} Stopped after {saved_now}; the same call goes on from there."
+        ) from failure.__cause__
     if len(history) < federation.rounds:
-        raise PreemptedError(
-            f"stopped after round {len(history)} of {federation.rounds}, which is saved in "
-            f"{str(path)!r}; the same command goes on from there."
-        )
+        raise PreemptedError(f"stopped after {saved_now}; the same command goes on from there.")
     return simulation.make_result(federation, last, history)
+
+
+class _NotSaved:
+    """The `Checkpoints` of a host that is not the first one."""
+
+    every, keep = 1, 1
+
+    def save(self, state: Any, history: Sequence[Record]) -> None:
+        """Leaves it to the first host."""
+
+    def wait(self) -> None:
+        """There is nothing to wait for."""
+
+    def close(self) -> None:
+        """Likewise."""
+
+
+def _forget(
+    federation: Federation, state: State, saved: collections.deque[Any], checkpoints: Any
+) -> None:
+    """Drops the rows of client memory that no checkpoint that is kept needs any more."""
+    if federation.memory is not None and hosts.is_first():
+        saved.append(state.latest)
+        if len(saved) > checkpoints.keep:
+            federation.memory.forget(saved.popleft())
+
+
+def _failure(callbacks: Sequence[Callback], record: Record) -> CallbackError | None:
+    """Calls the callbacks; what went wrong, if anything did."""
+    try:
+        simulation.tell(callbacks, record)
+    except CallbackError as error:
+        return error
+    return None
 
 
 @contextlib.contextmanager
@@ -167,7 +298,7 @@ def _writers(
     make: Callable[[int], Sequence[Writer]],
 ) -> Iterator[Sequence[Writer]]:
     """The writers of a run, `metrics.csv` first, whose lines become those of `history`."""
-    if not _writes():
+    if not hosts.is_first():
         yield ()
         return
     names, csv = [tier.name for tier in federation.evaluated], path / "metrics.csv"

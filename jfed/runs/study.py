@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import multiprocessing
 import os
 import pathlib
@@ -22,6 +23,7 @@ from jfed.reports import finished
 from jfed.reports.finished import FinishedRun
 from jfed.runs import folder, huge_pages
 from jfed.runs import running as runs
+from jfed.runs.assembly import set_up
 from jfed.runs.compiled import keep_compiled
 from jfed.runs.config import RunConfig
 
@@ -160,7 +162,7 @@ def _end_with_parent() -> None:
 def _run_job(config: RunConfig, path: pathlib.Path) -> str | None:
     """Does one run; returns how it diverged, if it did."""
     try:
-        runs.run(config, path)
+        runs.run(path, folder.as_json(config), functools.partial(set_up, config))
     except DivergedError as error:
         return str(error)
     return None

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jaxtyping import Array
 
 from jfed import tiers as tiers_lib
@@ -106,7 +107,7 @@ class Federation:
         self.evaluation = evaluation or EvaluationConfig()
         self.augmentation = augmentation or Augmentation()
         self.algorithm = fedavg(self.client, self.server) if algorithm is None else algorithm
-        self.tiers = _as_tiers(tiers)
+        self.tiers = as_tiers(tiers)
         self.key = jax.random.key(check_seed(seed))
         self.seed = seed
         examples = check_partition(partition, len(data.train))
@@ -124,7 +125,7 @@ class Federation:
             faults=faults,
         )
         self.server.check_cohort(self.population.cohort)
-        self.evaluated = _evaluated(self.tiers, self.evaluation)
+        self.evaluated = evaluated_tiers(self.tiers, self.evaluation)
         like = jax.eval_shape(self.tiers.init, self.key)
         for tier in self.evaluated:
             check_model(tier, like, data)
@@ -138,6 +139,10 @@ class Federation:
         self._memory_folder = memory_folder
         first = jax.eval_shape(self.algorithm.memory_init, like)
         self.remembers = bool(jax.tree.leaves(first))
+        if self.remembers and memory_folder is None and jax.process_count() > 1:
+            raise ConfigError(
+                "client memory on several hosts needs a workdir that all of them see."
+            )
         self._groups = self._make_groups(data, like)
         self._place(data)
 
@@ -331,6 +336,10 @@ class Federation:
             for items, packed, group, rows in kept:
                 self._remember(number, items, packed, group, rows)
                 latest[[item.client for item in items]] = number
+            if self._memory_folder is None:  # no checkpoint needs what this round began with
+                self.memory.forget(state.latest)
+            elif jax.process_count() > 1:  # another host may need these rows in the next round
+                multihost_utils.sync_global_devices(f"memory {number}")
         return State(server, latest), finite, reports, loads
 
     def _debug(
@@ -385,6 +394,15 @@ class Federation:
                     state.server.variables, self._settings[member], self._calibration, self._test
                 )
         return {tier.name: found[tier.name] for tier in self.evaluated}
+
+    def host_seconds(self, number: int) -> float:
+        """Seconds of a round's work on the host: sampling, packing, sending the schedule."""
+        began = time.perf_counter()
+        by_tier = self.population.work(number, self.population.sample(number))
+        for group in self._groups:
+            items = _as_in([w for i in group.tiers for w in by_tier[i]], group.tiers)
+            jax.block_until_ready(self._put_schedule(pack(items, group.packing)))
+        return time.perf_counter() - began
 
     def _put_schedule(self, schedule: Schedule) -> Schedule:
         """Sends each device its lanes, and all of them the table of clients."""
@@ -455,7 +473,8 @@ def _by_row(leaf: Array) -> dict[int, np.ndarray]:
     return found
 
 
-def _as_tiers(tiers: Tiers | Model) -> Tiers:
+def as_tiers(tiers: Tiers | Model) -> Tiers:
+    """The tiers, or the one tier of a model; ConfigError for anything else."""
     if isinstance(tiers, Model):
         return tiers_lib.single(tiers)
     if not isinstance(tiers, Tiers):
@@ -466,7 +485,7 @@ def _as_tiers(tiers: Tiers | Model) -> Tiers:
     return tiers
 
 
-def _evaluated(tiers: Tiers, evaluation: EvaluationConfig) -> tuple[Tier, ...]:
+def evaluated_tiers(tiers: Tiers, evaluation: EvaluationConfig) -> tuple[Tier, ...]:
     """The tiers that clients run, then others: those to be tested, other counts, other solvers."""
     if tiers.at is None:
         for name in ("iterations", "solvers"):

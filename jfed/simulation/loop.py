@@ -10,18 +10,17 @@ from typing import Any
 
 import jax
 
-from jfed.algorithms.algorithm import Algorithm
-from jfed.algorithms.clients import ClientConfig
-from jfed.algorithms.servers import ServerConfig
-from jfed.data import Dataset
-from jfed.data.preprocessing import Augmentation
 from jfed.engine.devices import EngineConfig
-from jfed.engine.faults import FaultConfig
-from jfed.errors import DeviceMemoryError, DivergedError
-from jfed.models.model import Model, Params
-from jfed.simulation.evaluation import EvaluationConfig
+from jfed.errors import (
+    CallbackError,
+    ConfigError,
+    DeviceMemoryError,
+    DivergedError,
+    check_sequence,
+    name_of,
+)
+from jfed.models.model import Params
 from jfed.simulation.federation import Federation, State
-from jfed.simulation.population import Sampler
 from jfed.simulation.records import Record
 from jfed.simulation.under_way import UnderWay
 from jfed.tiers import Tier, Tiers
@@ -29,16 +28,17 @@ from jfed.tiers.communication import Traffic
 
 # Rounds that may be under way on the devices while the host waits for an older one's metrics.
 _IN_FLIGHT = 1
+Callback = Callable[[Record], Any]  # told of each round, in order, as soon as it is known
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What `simulate` returns.
+    """What `jfed.simulate` returns.
 
     Attributes:
       history: one record a round.
       variables: the global ones after the last round.
-      tiers: as trained.
+      tiers: as trained; None where `jfed.load` cannot know them.
       evaluated: the tiers that were tested, trained ones first.
       traffic: bytes of one client in one round, by tier name.
       compile_seconds: how long tracing and compiling all programs took.
@@ -47,7 +47,7 @@ class Result:
 
     history: tuple[Record, ...]
     variables: Params
-    tiers: Tiers
+    tiers: Tiers | None
     evaluated: tuple[Tier, ...]
     traffic: dict[str, Traffic]
     compile_seconds: float
@@ -65,94 +65,38 @@ class Result:
 
         from jfed.reports import plots
 
-        return plots.accuracy(self.history, self.tiers.kind)
+        return plots.accuracy(self.history, self.tiers.kind if self.tiers else "tier")
 
 
-def simulate(
-    data: Dataset,
-    partition: Sequence[Any],
-    tiers: Tiers | Model,
-    *,
-    rounds: int,
-    cohort: int | None = None,
-    sampler: Sampler | None = None,
-    shares: Sequence[float] | None = None,
-    draw_tiers: int = 0,
-    algorithm: Algorithm | None = None,
-    client: ClientConfig | None = None,
-    server: ServerConfig | None = None,
-    evaluation: EvaluationConfig | None = None,
-    augmentation: Augmentation | None = None,
-    engine: EngineConfig | None = None,
-    faults: FaultConfig | None = None,
-    seed: int = 0,
-    on_round: Callable[[Record], None] | None = None,
-) -> Result:
-    """Runs federated learning and returns what came of it.
-
-    The same arguments give the same bits on the same machine.
-
-    Args:
-      data: training images for the clients, test images for the evaluation.
-      partition: for each client the indices of its training examples, see `jfed.data.partitions`.
-      tiers: what clients train, see `jfed.tiers`; a `Model` makes one tier.
-      rounds: how many.
-      cohort: clients that train in a round, drawn without replacement; all by default.
-      sampler: `(round, rng) -> numbers of clients`, at most `cohort`, in place of that draw.
-      shares: of the clients, for each tier, summing to 1; equal by default.
-      draw_tiers: each sampled client draws its tier anew in each round among those at most so many
-        places from its own in `tiers.members`, with `shares` as probabilities (NeFL, arXiv
-        2308.07761, has 2); 0: it keeps its own. Clients without a tier keep none.
-      algorithm: what clients and server do, see `jfed.algorithms.Algorithm`; FedAvg with the
-        optimizers of `client` and `server` by default. Another one takes from `client` and `server`
-        what is not the optimizers'.
-      client: how clients train.
-      server: how the server makes one update of theirs, and uses it.
-      evaluation: when and how the global model is tested.
-      augmentation: of training images.
-      engine: how clients are spread over devices.
-      faults: clients that fail or attack, simulated.
-      seed: of everything random.
-      on_round: called with each record, in order, as soon as it is known.
-
-    Raises:
-      ConfigError: settings that cannot work, before anything is compiled.
-      DivergedError: no client that trained honestly in a round ended with a finite update, or the
-        model or its test loss is not finite. Single updates that are not are left out.
-      DeviceMemoryError: the devices have too little memory.
-    """
-    federation = Federation(
-        data,
-        partition,
-        tiers,
-        rounds=rounds,
-        cohort=cohort,
-        sampler=sampler,
-        shares=shares,
-        draw_tiers=draw_tiers,
-        algorithm=algorithm,
-        client=client,
-        server=server,
-        evaluation=evaluation,
-        augmentation=augmentation,
-        engine=engine,
-        faults=faults,
-        seed=seed,
-    )
-    return run(federation, on_round)
-
-
-def run(federation: Federation, on_round: Callable[[Record], None] | None = None) -> Result:
-    """Runs every round of a federation; see `simulate`."""
+def run(federation: Federation, callbacks: Sequence[Callback] = ()) -> Result:
+    """Runs every round of a federation; see `jfed.simulate`."""
     history: list[Record] = []
     last: State | None = None
     for state, record in iterate(federation):
         last = state
         history.append(record)
-        if on_round is not None:
-            on_round(record)
+        tell(callbacks, record)
     assert last is not None
     return make_result(federation, last, history)
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
+    """Returns the callbacks; ConfigError unless they are a sequence of functions."""
+    for callback in check_sequence("callbacks", callbacks):
+        if not callable(callback):
+            raise ConfigError(f"callbacks must be functions of a Record, got {callback!r}.")
+    return tuple(callbacks)
+
+
+def tell(callbacks: Sequence[Callback], record: Record) -> None:
+    """Calls all callbacks with a record; CallbackError names the first one that raises."""
+    for callback in callbacks:
+        try:
+            callback(record)
+        except Exception as error:
+            raise CallbackError(
+                f"the callback {name_of(callback)} raised {error!r} after round {record.round}."
+            ) from error
 
 
 def make_result(federation: Federation, state: State, history: Sequence[Record]) -> Result:

@@ -185,7 +185,7 @@ class _Network:
         config = dataclasses.replace(self.config, iterations=most, solver=solver)
 
         def at(setting: Setting, largest: Setting | None) -> Model:
-            far = None if largest is None else largest.steps
+            far: Any = None if largest is None else largest.steps
             learned = setting.learned
             depth = Depth(
                 setting.steps, bool(learned) if isinstance(learned, int) else learned > 0, far

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from jfed.data.preprocessing import make_preprocess
 from jfed.algorithms.clients import ClientConfig, learning_rate, make_optimizer
+from jfed.data.preprocessing import make_preprocess
 from jfed.errors import ConfigError
 from jfed.models.losses import Batch, cross_entropy
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jfed.data.preprocessing import make_preprocess
 from jfed.algorithms.clients import ClientConfig
+from jfed.data.preprocessing import make_preprocess
 from jfed.engine.devices import make_mesh
 from jfed.engine.faults import (
     ATTACKS,

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jfed.algorithms.clients import ClientConfig, make_optimizer, make_step
 from jfed.data import dirichlet
 from jfed.data.preprocessing import gather, make_preprocess
-from jfed.algorithms.clients import ClientConfig, make_optimizer, make_step
 from jfed.engine.devices import make_mesh
 from jfed.engine.lanes import EngineConfig, make_trainer, put_schedule
 from jfed.engine.packing import Work, capacity, client_batches, client_steps, load, pack

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jfed.engine.merging import StackedUpdates, TierUpdate, clip_update, merge
 from jfed.algorithms.aggregators import AGGREGATORS, Aggregation, aggregate
 from jfed.algorithms.servers import (
     ServerConfig,
@@ -16,6 +15,7 @@ from jfed.algorithms.servers import (
     make_server_optimizer,
     make_server_step,
 )
+from jfed.engine.merging import StackedUpdates, TierUpdate, clip_update, merge
 from jfed.errors import ConfigError
 from jfed.models import Model
 from jfed.tiers import Tier

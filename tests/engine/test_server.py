@@ -6,13 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from jfed.engine.merging import TierUpdate
 from jfed.algorithms.servers import (
     ServerConfig,
     ServerState,
     make_server_optimizer,
     make_server_step,
 )
+from jfed.engine.merging import TierUpdate
 from jfed.errors import ConfigError
 from jfed.models import Model
 from jfed.tiers import Tier

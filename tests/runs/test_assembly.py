@@ -3,8 +3,8 @@
 import pytest
 
 from jfed.algorithms.clients import ClientConfig
-from jfed.engine.faults import FaultConfig
 from jfed.algorithms.servers import ServerConfig
+from jfed.engine.faults import FaultConfig
 from jfed.errors import ConfigError
 from jfed.models import ODENetConfig, ResNetConfig
 from jfed.runs.assembly import set_up

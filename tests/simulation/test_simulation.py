@@ -186,7 +186,7 @@ def test_history_accuracies_and_bytes():
         cohort=3,
         client=jfed.ClientConfig(epochs=3, batch_size=5),
         evaluation=jfed.EvaluationConfig(every=2, batch_size=7),
-        on_round=heard.append,
+        callbacks=[heard.append],
     )
     assert list(result.history) == heard
     assert all(a.seconds < b.seconds for a, b in itertools.pairwise(heard))
@@ -341,7 +341,7 @@ def test_a_diverged_run_stops_names_the_round_and_keeps_its_records():
     config = jfed.ClientConfig(batch_size=60, learning_rate=0.5)
     with pytest.raises(DivergedError, match=r"round (\d+) diverged: no client that") as e:
         jfed.simulate(
-            DATA, PARTS, model, rounds=99, client=config, evaluation=QUIET, on_round=heard.append
+            DATA, PARTS, model, rounds=99, client=config, evaluation=QUIET, callbacks=[heard.append]
         )
     assert len(heard) > 0
     assert e.value.history == tuple(heard)

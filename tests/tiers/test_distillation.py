@@ -11,8 +11,8 @@ import scipy.special
 
 import jfed
 from jfed import tiers as tiers_lib
-from jfed.data import Dataset, Split
 from jfed.algorithms.clients import make_step
+from jfed.data import Dataset, Split
 from jfed.models import ODENetConfig
 from jfed.models.losses import Batch
 from jfed.models.model import initialise

@@ -1,0 +1,208 @@
+"""What a program calls: run a federation, in a folder or in memory, and have a run back."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from jfed import files
+from jfed.algorithms.algorithm import Algorithm
+from jfed.algorithms.clients import ClientConfig
+from jfed.algorithms.servers import ServerConfig
+from jfed.data import Dataset
+from jfed.data.preprocessing import Augmentation
+from jfed.engine.devices import EngineConfig
+from jfed.engine.faults import FaultConfig
+from jfed.errors import ConfigError, RunFolderError, check_type
+from jfed.models.model import Model
+from jfed.runs import assembly, fingerprints, folder, running
+from jfed.runs.assembly import Prepared
+from jfed.runs.checkpoints import CheckpointConfig, Checkpoints, in_tree_of
+from jfed.simulation import loop
+from jfed.simulation.evaluation import EvaluationConfig
+from jfed.simulation.federation import Federation, as_tiers, evaluated_tiers
+from jfed.simulation.loop import Callback, Result
+from jfed.simulation.population import Sampler
+from jfed.simulation.records import Record
+from jfed.tiers import Tiers
+from jfed.tiers.communication import traffic
+
+_MADE_BY = {"made_by": "jfed.simulate"}  # tells such a folder from one of `jfed run`
+
+
+def simulate(
+    data: Dataset,
+    partition: Sequence[Any],
+    tiers: Tiers | Model,
+    *,
+    rounds: int,
+    cohort: int | None = None,
+    sampler: Sampler | None = None,
+    shares: Sequence[float] | None = None,
+    draw_tiers: int = 0,
+    algorithm: Algorithm | None = None,
+    client: ClientConfig | None = None,
+    server: ServerConfig | None = None,
+    evaluation: EvaluationConfig | None = None,
+    augmentation: Augmentation | None = None,
+    engine: EngineConfig | None = None,
+    faults: FaultConfig | None = None,
+    seed: int = 0,
+    callbacks: Sequence[Callback] = (),
+    workdir: epath.PathLike | None = None,
+    checkpoints: CheckpointConfig | None = None,
+) -> Result:
+    """Runs federated learning and returns what came of it.
+
+    The same arguments give the same bits on the same machine.
+
+    With `workdir` the run has a folder, as those of `jfed run`, which `jfed report` and `jfed.load`
+    read: `config.json`, `metrics.csv`, `checkpoints/`, and at the end `summary.json` and figures.
+    Where it was stopped or killed, the same call goes on from its last checkpoint, to the same
+    bits; a finished run is only read. Other settings, data, partition or tiers are refused. Of
+    functions among the settings only the names are compared, of tiers the names and shapes.
+
+    Args:
+      data: training images for the clients, test images for the evaluation.
+      partition: for each client the indices of its training examples, see `jfed.data.partitions`.
+      tiers: what clients train, see `jfed.tiers`; a `Model` makes one tier.
+      rounds: how many.
+      cohort: clients that train in a round, drawn without replacement; all by default.
+      sampler: `(round, rng) -> numbers of clients`, at most `cohort`, in place of that draw.
+      shares: of the clients, for each tier, summing to 1; equal by default.
+      draw_tiers: each sampled client draws its tier anew in each round among those at most so many
+        places from its own in `tiers.members`, with `shares` as probabilities (NeFL, arXiv
+        2308.07761, has 2); 0: it keeps its own. Clients without a tier keep none.
+      algorithm: what clients and server do, see `jfed.algorithms.Algorithm`; FedAvg with the
+        optimizers of `client` and `server` by default. Another one takes from `client` and `server`
+        what is not the optimizers'.
+      client: how clients train.
+      server: how the server makes one update of theirs, and uses it.
+      evaluation: when and how the global model is tested.
+      augmentation: of training images.
+      engine: how clients are spread over devices.
+      faults: clients that fail or attack, simulated.
+      seed: of everything random.
+      callbacks: functions, each called with the record of every round, in order, as soon as it is
+        known. Rounds of an earlier call in the same folder are not told again.
+      workdir: the run folder, local or `gs://`; none by default.
+      checkpoints: when a run with a folder saves.
+
+    Raises:
+      ConfigError: settings that cannot work, before anything is compiled.
+      RunFolderError: the folder belongs to another run, or cannot be read or written.
+      CallbackError: a callback raised. In a folder the last recorded round is saved first.
+      DivergedError: no client that trained honestly in a round ended with a finite update, or the
+        model or its test loss is not finite. Single updates that are not are left out.
+      DeviceMemoryError: the devices have too little memory.
+    """
+    callbacks = loop.check_callbacks(callbacks)
+    check_type("checkpoints", checkpoints, CheckpointConfig, type(None))
+    if workdir is None and checkpoints is not None:
+        raise ConfigError(f"checkpoints need a workdir to be in, got {checkpoints!r} without one.")
+    options: dict[str, Any] = {
+        "rounds": rounds,
+        "cohort": cohort,
+        "sampler": sampler,
+        "shares": shares,
+        "draw_tiers": draw_tiers,
+        "algorithm": algorithm,
+        "client": ClientConfig() if client is None else client,
+        "server": ServerConfig() if server is None else server,
+        "evaluation": EvaluationConfig() if evaluation is None else evaluation,
+        "augmentation": Augmentation() if augmentation is None else augmentation,
+        "engine": EngineConfig() if engine is None else engine,
+        "faults": FaultConfig() if faults is None else faults,
+        "seed": seed,
+    }
+    memory = None if workdir is None else files.absolute(workdir) / "memory"
+    federation = Federation(data, partition, tiers, **options, memory_folder=memory)
+    if workdir is None:
+        return loop.run(federation, callbacks)
+    settings = _MADE_BY | folder.as_json(options)
+    prepared = Prepared(federation, data)
+    result, _ = running.run(
+        workdir, settings, lambda: prepared, callbacks=callbacks, checkpoints=checkpoints
+    )
+    return result
+
+
+def load(workdir: epath.PathLike, tiers: Tiers | Model | None = None) -> Result:
+    """The result of a run, from its folder; nothing trains or compiles, no data are read.
+
+    Args:
+      workdir: the run folder, of `jfed run` or of `simulate`. Of a run that is not finished the
+        latest checkpoint is loaded.
+      tiers: what `simulate` was given. Without them its result has `tiers` None, nothing
+        `evaluated`, no `traffic`, and `variables` as they are stored: dictionaries and lists, with
+        texts for keys. `jfed run`'s tiers follow from its settings.
+
+    Returns:
+      The result, its variables NumPy arrays. `compile_seconds` and `engine` are those of the
+      process that finished the run; 0 and what was asked for if none did.
+
+    Raises:
+      RunFolderError: there is no run in the folder, or it saved nothing so far, or is damaged.
+      ConfigError: the run was made with other tiers than these.
+    """
+    path = files.absolute(workdir)
+    if not (path / "config.json").exists():
+        raise RunFolderError(f"{str(path)!r} holds no run: it has no config.json.")
+    settings, _ = folder.read_settings(path)
+    summary = files.read_json(path / "summary.json") if (path / "summary.json").exists() else {}
+    try:
+        found, evaluation, engine = _rebuilt(settings, tiers)
+        engine = EngineConfig(**summary["engine"]) if summary else engine
+        seconds = float(summary["compile_seconds"]) if summary else 0.0
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunFolderError(
+            f"{str(path)!r} is damaged, or of another version of jfed: {error!r}."
+        ) from error
+    variables, history = _latest(path)
+    if found is None:
+        return Result(history, variables, None, (), {}, seconds, engine)
+    like = jax.eval_shape(found.init, jax.random.key(0))
+    return Result(
+        history=history,
+        variables=in_tree_of(like, variables),
+        tiers=found,
+        evaluated=evaluated_tiers(found, evaluation),
+        traffic={tier.name: traffic(tier, like) for tier in found.members},
+        compile_seconds=seconds,
+        engine=engine,
+    )
+
+
+def _rebuilt(
+    settings: Mapping[str, Any], given: Tiers | Model | None
+) -> tuple[Tiers | None, EvaluationConfig, EngineConfig]:
+    """Tiers, evaluation and engine of the run that has this `config.json`."""
+    inputs = settings["inputs"]
+    found = None if given is None else as_tiers(given)
+    if settings.get("made_by") == _MADE_BY["made_by"]:
+        tested, engine = settings["evaluation"], EngineConfig(**settings["engine"])
+        counts = tuple(c if isinstance(c, int) else tuple(c) for c in tested["iterations"])
+        evaluation = EvaluationConfig(iterations=counts, solvers=tuple(tested["solvers"]))
+    else:
+        classes, channels = inputs["data"]["classes"], inputs["data"]["image_shape"][-1]
+        own, evaluation, engine = assembly.rebuild(settings, classes, channels)
+        found = own if found is None else found
+    if found is not None:
+        differing = folder.differences(inputs["tiers"], fingerprints.of_tiers(found))
+        if differing:
+            raise ConfigError(f"the run was made with other tiers: {'; '.join(differing)}.")
+    return found, evaluation, engine
+
+
+def _latest(path: epath.Path) -> tuple[Any, tuple[Record, ...]]:
+    """The variables as they are stored, and the records, of the latest checkpoint."""
+    saved = None
+    if (path / "checkpoints").exists():
+        checkpoints = Checkpoints(path / "checkpoints", CheckpointConfig(), writes=False)
+        with contextlib.closing(checkpoints):
+            saved = checkpoints.latest(None)
+    if saved is None:
+        raise RunFolderError(f"the run in {str(path)!r} has not saved any round yet.")
+    return saved.state["server"]["variables"], saved.history
