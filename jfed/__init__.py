@@ -1,6 +1,6 @@
 """Federated learning of Neural ODE image classifiers with different iteration counts, in JAX."""
 
-from jfed import data, models, tiers
+from jfed import algorithms, data, models, tiers
 from jfed.algorithms.clients import ClientConfig
 from jfed.algorithms.servers import ServerConfig
 from jfed.data.preprocessing import Augmentation
@@ -48,6 +48,7 @@ __all__ = [
     "Result",
     "RunFolderError",
     "ServerConfig",
+    "algorithms",
     "data",
     "keep_compiled",
     "load",
