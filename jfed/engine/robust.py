@@ -1,7 +1,7 @@
 """Aggregators that a few faulty or hostile clients cannot take over, beside the weighted mean.
 
 Each works on every global entry over the clients that own it; an entry that nobody owns keeps its
-value. Those but the mean and clipping to a fixed norm need the update of every client at once: the
+value. All except the mean and clipping to a fixed norm need the update of every client at once: the
 server and every lane then hold as many updates as a tier has clients in a round.
 """
 

@@ -67,7 +67,7 @@ class Population:
         return first + int(rng.choice(len(shares), p=shares / shares.sum()))
 
     def work(self, number: int, clients: np.ndarray) -> list[Work]:
-        """What clients do in a round, but for those that drop out.
+        """What clients do in a round, except those that drop out.
 
         Depends on the client and the round alone.
         """
