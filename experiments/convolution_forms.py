@@ -163,7 +163,7 @@ def on_devices(train: Callable[..., Pair]) -> Callable[..., Pair]:
 def torch_run(
     layer: Layer, x: np.ndarray, kernel: np.ndarray, steps: int, channels_last: bool
 ) -> Callable[[], None]:
-    """The same steps with PyTorch, padded alike but for the side of an odd row."""
+    """The same steps with PyTorch, padded alike except for the side of an odd row."""
     import torch
 
     layout = torch.channels_last if channels_last else torch.contiguous_format

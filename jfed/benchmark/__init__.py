@@ -9,7 +9,7 @@ Each contender runs in a process of its own; their turns are interleaved. The mo
     matmul.py         the machine's peak, by matrix products
     contenders.py     who takes part, and how each is built
     workers.py        a contender's process
-    timing.py, race.py    interleaved repeats, and whether all computed the same
+    timing.py, turns.py   interleaved repeats, and whether all computed the same
     sections.py       which contenders and sizes each section has
-    report.py, figures.py, run.py    tables, figures, and the run itself
+    report.py, figures.py, racing.py    tables, figures, and the run itself
 """

@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from jfed.benchmark.race import Measured
 from jfed.benchmark.sections import Group
+from jfed.benchmark.turns import Measured
 
 Measurements = Sequence[tuple[Group, Sequence[Measured]]]
 

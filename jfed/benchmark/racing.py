@@ -9,9 +9,9 @@ from typing import Any
 
 from jfed import provenance
 from jfed.benchmark import figures, results
-from jfed.benchmark.race import Measured, Progress, race
 from jfed.benchmark.sections import Group, Machine, groups
 from jfed.benchmark.settings import Settings, check_output
+from jfed.benchmark.turns import Measured, Progress, race
 from jfed.benchmark.workers import hardware
 from jfed.errors import ConfigError
 from jfed.files import write_json

@@ -7,8 +7,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from jfed.benchmark.race import Measured
 from jfed.benchmark.sections import JFED, LOOP
+from jfed.benchmark.turns import Measured
 
 MB = 1e6
 

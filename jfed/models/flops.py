@@ -14,7 +14,7 @@ def forward_flops(model: Model, params: Params, image_shape: tuple[int, int, int
     """FLOPs of classifying one image: two for each multiply-add of convolutions and products.
 
     Element-wise work is not counted, as is usual. A loop of unknown length counts once; of branches
-    the dearest counts.
+    the most expensive counts.
 
     Args:
       model: any model.

@@ -24,8 +24,8 @@ SHORTCUTS = ("pad", "projection")
 DTYPES = ("float32", "bfloat16")
 
 _KEPT = "kept"
-# A policy for `jax.checkpoint`: keep what is dear to compute again, which is what convolutions give
-# and norms measure, and compute the rest again, which is what norms and relus give.
+# A policy for `jax.checkpoint`: keep what is expensive to compute again, which is what convolutions
+# give and norms measure, and compute the rest again, which is what norms and relus give.
 KEEP_CONVOLUTIONS = jax.checkpoint_policies.save_only_these_names(_KEPT)
 
 _he_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 
-from jfed import files
 from jfed.cli import run_command
 from jfed.runs.assembly import set_up
 from jfed.runs.checkpoints import CheckpointConfig, Checkpoints
@@ -138,7 +137,7 @@ def test_a_terminated_run_saves_and_says_so(tmp_path, cache, left_alone):
     assert saved == [str(len(_rows(folder)))]
     assert f"stopped after round {saved[0]} of {ROUNDS}" in output
     metrics = folder / "metrics.csv"
-    files.write_text(metrics.read_text()[:-9] + "\n\0torn")
+    metrics.write_text(metrics.read_text()[:-9] + "\n\0torn")
     process = _start(folder, cache, more=["--checkpoint-every", "1000"])
     output = _finish(process)
     assert "metrics.csv was damaged; rewritten from the checkpoint" in output

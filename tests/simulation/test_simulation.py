@@ -22,7 +22,7 @@ from jfed.simulation.loop import check_finite
 
 
 def _dataset(train=60, test=30, seed=0):
-    """Two blobs of 4x4 images for each of three classes; separable but for noise."""
+    """Two blobs of 4x4 images for each of three classes; separable except for noise."""
     rng = np.random.default_rng(seed)
     prototypes = rng.integers(40, 216, (3, 4, 4, 1))
 

@@ -8,10 +8,10 @@ import pytest
 
 import jfed
 from jfed.benchmark.contenders import Contender
-from jfed.benchmark.race import Measured, _Entry, race
 from jfed.benchmark.results import ratio, table
 from jfed.benchmark.tasks import RoundWork, Task
 from jfed.benchmark.timing import interleaved
+from jfed.benchmark.turns import Measured, _Entry, race
 from jfed.benchmark.workers import Seconds, Worker, WorkerError
 
 TASK = Task(users=2, images=4, cohort=2, size=6, batch_size=4, conv="im2col")

@@ -1,0 +1,41 @@
+"""The package as a whole: each thing is found under its name."""
+
+import importlib
+import inspect
+import pkgutil
+import sys
+
+import jfed
+
+
+def modules():
+    """Every module of the package that can be imported here, by name."""
+    found = {}
+    for info in pkgutil.walk_packages(jfed.__path__, "jfed."):
+        try:
+            found[info.name] = importlib.import_module(info.name)
+        except ModuleNotFoundError as error:
+            if error.name not in ("torch", "fedjax"):  # which come with the benchmark
+                raise
+    return found
+
+
+def test_no_module_is_hidden_by_something_of_its_name():
+    """`import jfed.models.odenet` must give the module, not a function of that name."""
+    found = modules()
+    assert len(found) > 60
+    for name, module in found.items():
+        parent, _, own = name.rpartition(".")
+        assert getattr(sys.modules[parent], own) is module, name
+
+
+def test_no_module_shares_its_name_with_a_function_or_class_beside_it():
+    found = modules()
+    rooms = {name.rpartition(".")[0] for name in found}
+    for room in rooms:
+        beside = {name.rpartition(".")[2] for name in found if name.rpartition(".")[0] == room}
+        for module in (m for n, m in found.items() if n.rpartition(".")[0] == room):
+            for name, thing in vars(module).items():
+                own = getattr(thing, "__module__", None) == module.__name__
+                if own and (inspect.isfunction(thing) or inspect.isclass(thing)):
+                    assert name not in beside, f"{module.__name__}.{name} and {room}.{name}"
