@@ -258,7 +258,7 @@ def make_trainer(config: Training) -> jax.stages.Wrapped:
             for i in range(len(length)):
                 alone = jax.tree.map(lambda a, i=i: a[i : i + 1], lanes)
                 delivered, memory = _run(trainer, alone, length[i], delivered, memory)
-        return jax.lax.psum(delivered, AXIS), memory
+        return _sum_over_devices(delivered), memory
 
     # Unchecked: the check would want every loop inside a user's model, and inside diffrax, to start
     # from values that are marked as varying over devices. Nothing is differentiated through `psum`.
@@ -274,6 +274,14 @@ def make_trainer(config: Training) -> jax.stages.Wrapped:
 
 # How a schedule is spread over devices: lanes, the table of clients, lengths.
 SCHEDULE = (SPREAD, EVERYWHERE, SPREAD)
+
+
+def _sum_over_devices(delivered: Delivered) -> Delivered:
+    """The only collective of a round; sums of flags are flags again, for a client has one device."""
+    total = jax.lax.psum(delivered, AXIS)
+    report = total.report
+    flags = {"delivered": report.delivered > 0, "rejected": report.rejected > 0}
+    return total._replace(report=report._replace(**flags))
 
 
 def _axis(tree: Any) -> Any:

@@ -6,7 +6,7 @@ tiers cost no padding. Clients are given to lanes by what they cost, the most ex
 
 import heapq
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -191,7 +191,7 @@ def _cohort(work: Sequence[Work], slots: int, at_row: dict[int, int]) -> Cohort:
     """The table of the clients, padded to `slots`."""
     found = sorted(work, key=lambda w: w.client)
 
-    def column(values: Sequence[float], dtype: type) -> np.ndarray:
+    def column(values: list[Any], dtype: type) -> np.ndarray:
         return np.pad(np.asarray(values, dtype), (0, slots - len(found)))
 
     return Cohort(

@@ -1,7 +1,8 @@
 """Models: the ODENets, their ResNet twins, a small CNN, and what jfed asks of any model."""
 
 from jfed.models.convolutions.convolution import conv, time_conv
-from jfed.models.model import Model, Moments, from_nnx
+from jfed.models.model import Model, Moments
+from jfed.models.nnx_models import from_nnx
 from jfed.models.ode_nets import ODENetConfig, odenet
 from jfed.models.presets import PRESETS, NetworkConfig, build, preset, twin
 from jfed.models.resnets import ResNetConfig, resnet

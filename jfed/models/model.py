@@ -47,21 +47,6 @@ class Model:
     loss: Callable[[Params, Any, Array], tuple[Float[Array, ""], Any]] | None = None
 
 
-def from_nnx(create: Callable[[nnx.Rngs], nnx.Module]) -> Model:
-    """Makes a `Model` of a Flax NNX module.
-
-    Args:
-      create: builds the module from its random streams. The module is called as `module(images)`
-        and returns logits; its `nnx.Param`s are what is trained, and it may hold no other state.
-    """
-    init, bind = functional(create)
-
-    def apply(params: Params, images: Float[Array, "B H W C"]) -> Float[Array, "B classes"]:
-        return bind(params)(images).astype(jnp.float32)
-
-    return Model(init, apply)
-
-
 def functional(
     create: Callable[[nnx.Rngs], nnx.Module],
 ) -> tuple[Callable[[Array], Params], Callable[[Params], Any]]:

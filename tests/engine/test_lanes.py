@@ -1,6 +1,7 @@
-"""Packing by property tests, and the engine against training one client after another."""
+"""The lanes against the debug engine and closed forms, and what their programs look like."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -8,206 +9,577 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from jfed.algorithms.clients import ClientConfig, make_optimizer, make_step
-from jfed.data import dirichlet
-from jfed.data.preprocessing import gather, make_preprocess
-from jfed.engine.devices import make_mesh
-from jfed.engine.lanes import EngineConfig, make_trainer, put_schedule
-from jfed.engine.packing import Work, capacity, client_batches, client_steps, load, pack
+import jfed
+from jfed.algorithms import (
+    Algorithm,
+    ClientConfig,
+    Codec,
+    Server,
+    ServerConfig,
+    fedavg,
+    local_training,
+    make_optimizer,
+    one_each,
+    step_owned,
+)
+from jfed.data import Dataset, Split
+from jfed.data.preprocessing import Augmentation, Images
+from jfed.engine.devices import EngineConfig, make_mesh
+from jfed.engine.faults import FaultConfig
+from jfed.engine.lanes import Inputs, Training, make_trainer
+from jfed.engine.packing import Packing, Work, client_batches, pack
 from jfed.errors import ConfigError
-from jfed.models import Model, ODENetConfig, cnn, odenet
-from jfed.models.model import initialise
-from jfed.tiers import Tier
+from jfed.models import Model, cnn
+from jfed.models.losses import Metrics
+from jfed.simulation.federation import Federation
+from jfed.tiers import Tier, Tiers
 from jfed.tiers.communication import tree_bytes
 
-
-@settings(deadline=None)
-@given(
-    st.integers(1, 40),
-    st.integers(1, 9),
-    st.integers(1, 3),
-    st.none() | st.integers(1, 12),
-    st.integers(0, 99),
-)
-def test_a_client_sees_every_example_once_an_epoch(examples, size, epochs, steps, seed):
-    config = ClientConfig(batch_size=size, epochs=epochs, steps=steps)
-    own = np.arange(100, 100 + examples)
-    batches = client_batches(own, config, np.random.default_rng(seed))
-    per_epoch = -(-examples // size)
-    assert batches.shape == (client_steps(examples, config), size)
-    assert len(batches) == (steps or epochs * per_epoch)
-    for epoch in range(len(batches) // per_epoch):
-        seen = batches[epoch * per_epoch : (epoch + 1) * per_epoch].ravel()
-        assert sorted(seen[seen >= 0]) == own.tolist()
+ENGINES = [(1, 1, "map"), (1, 3, "vmap"), (1, 3, "map"), (1, 2, "unroll"), (4, 1, "map")]
+ENGINES += [(4, 2, "vmap")]
+PARTS = np.split(np.random.default_rng(1).permutation(48), [3, 12, 13, 27, 34])
 
 
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(1, 8), st.randoms())
-def test_packing_loses_nothing_and_is_even(sizes, lanes, shuffler):
-    work = [Work(c, np.full((n, 2), c, np.int32), float(n)) for c, n in enumerate(sizes, start=1)]
-    steps = capacity(sizes, len(sizes), lanes)
-    schedule = pack(work, lanes, 2, steps)
-    done = {}
-    for lane in range(lanes):
-        starts = np.flatnonzero(schedule.steps.start[lane])
-        ends = np.flatnonzero(schedule.steps.weight[lane]) + 1
-        used = int((schedule.steps.examples[lane, :, 0] >= 0).sum())
-        assert starts.tolist() == [0, *ends[:-1].tolist()][: len(starts)]
-        assert ends.max(initial=0) == used <= schedule.length
-        for a, b in zip(starts, ends, strict=True):
-            client = schedule.steps.client[lane, a]
-            np.testing.assert_array_equal(schedule.steps.client[lane, a:b], client)
-            np.testing.assert_array_equal(schedule.steps.examples[lane, a:b], client)
-            np.testing.assert_array_equal(schedule.steps.step[lane, a:b], np.arange(b - a))
-            done[int(client)] = (b - a, schedule.steps.weight[lane, b - 1])
-            np.testing.assert_array_equal(schedule.steps.slot[lane, a:b], client - 1)
-    assert done == {c: (n, float(n)) for c, n in enumerate(sizes, start=1)}
-    # Graham's bound for lists: no lane starts a client later than all lanes would be even.
-    assert schedule.length <= sum(sizes) / lanes + max(sizes)
-    shuffler.shuffle(work)
-    jax.tree.map(np.testing.assert_array_equal, pack(work, lanes, 2, steps), schedule)
-
-
-LINEAR = Tier(
-    "linear", Model(lambda key: jnp.zeros((64, 10)), lambda p, x: x.reshape(x.shape[0], -1) @ p)
-)
-
-
-@pytest.fixture(scope="module")
-def task():
+def _data(classes=4):
     rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.integers(0, 256, (40, 8, 8, 1)), jnp.uint8)
-    labels = jnp.asarray(rng.integers(0, 10, 40), jnp.int32)
-    model = odenet(ODENetConfig(widths=(4,), iterations=2, channels=1, unroll=False))
-    config = ClientConfig(batch_size=4, momentum=0.9, weight_decay=1e-3, learning_rate=0.05)
-    preprocess = make_preprocess((128.0,), (64.0,), pad=1, flip=True)
-    cut = np.split(np.arange(40), [3, 12, 13, 27])
-    work = [
-        Work(c, client_batches(own, config, np.random.default_rng(c)), float(len(own)))
-        for c, own in enumerate(cut)
-    ]
-    variables = initialise(model.init, jax.random.key(0))
-    return images, labels, Tier("2", model), config, preprocess, work, variables
+
+    def split(count):
+        images = rng.integers(0, 256, (count, 4, 4, 1)).astype(np.uint8)
+        return Split(images, rng.integers(0, classes, count).astype(np.int32))
+
+    return Dataset("noise", split(48), split(8), tuple("abcd"[:classes]))
 
 
-def _one_after_another(task, key):
-    """The same training as a plain Python loop over clients and batches."""
-    images, labels, tier, config, preprocess, work, variables = task
-    optimizer = make_optimizer(config)(config.learning_rate)
-    step = make_step(tier.model)
-
-    @jax.jit
-    def batch_step(params, state, examples, step_key):
-        batch = gather(images, labels, examples, preprocess, step_key)
-        return step(optimizer, params, state, batch)
-
-    total, weight, loss = jax.tree.map(jnp.zeros_like, variables), 0.0, 0.0
-    for client in work:
-        params, state = variables, optimizer.init(variables)
-        for i, examples in enumerate(client.batches):
-            step_key = jax.random.fold_in(jax.random.fold_in(key, client.client), i)
-            params, state, metrics = batch_step(params, state, jnp.asarray(examples), step_key)
-            loss += float(metrics.loss)
-        total = jax.tree.map(
-            lambda t, p, v, w=client.weight: t + w * (p - v), total, params, variables
-        )
-        weight += client.weight
-    return total, weight, loss
+DATA = _data()
 
 
-@pytest.mark.parametrize(
-    ("devices", "lanes", "mapping"),
-    [(1, 1, "vmap"), (1, 3, "vmap"), (1, 3, "map"), (4, 1, "vmap"), (2, 2, "unroll")],
+def _init(key):
+    return {"w": 0.1 * jax.random.normal(key, (16, 4)), "b": jnp.zeros(4)}
+
+
+def _of_rows(setting, largest):
+    """A linear model of the first rows of its weights, whose number is the tier's setting."""
+
+    def apply(params, images):
+        w = jnp.where(jnp.arange(16)[:, None] < setting[0], params["w"], 0)
+        return images.reshape(images.shape[0], -1) @ w + params["b"][None]
+
+    return Model(_init, apply)
+
+
+def _rows(like, setting):
+    rows = (jnp.arange(16)[:, None] < setting[0]).astype(jnp.float32)
+    return {"w": jnp.broadcast_to(rows, (16, 4)), "b": jnp.ones(4)}
+
+
+def _cut(variables, round_):
+    """A window of the weights that moves over the rounds."""
+    return {"w": jax.lax.dynamic_slice(variables["w"], (4 * round_, 0), (6, 4))}
+
+
+NARROW = Model(_init, lambda params, images: images.reshape(images.shape[0], -1)[:, :6] @ params["w"])
+# Two tiers of one program, told apart by their settings, and one of another.
+THREE = Tiers(
+    _init,
+    (
+        Tier("16", _of_rows, setting=(16,), mask=_rows),
+        Tier("9", _of_rows, setting=(9,), mask=_rows),
+        Tier("window", NARROW, _cut),
+    ),
 )
-def test_engine_equals_training_one_client_after_another(task, devices, lanes, mapping):
-    images, labels, tier, config, preprocess, work, variables = task
-    key = jax.random.key(7)
-    mesh = make_mesh(devices)
-    train = make_trainer(tier, config, preprocess, mesh, mapping=mapping)
-    lanes *= devices
-    steps = capacity([len(w.batches) for w in work], len(work), lanes)
-    schedule = put_schedule(pack(work, lanes, config.batch_size, steps), mesh)
-    arguments = (variables, images, labels, schedule, key, np.int32(3), np.float32(0.05))
-    update, metrics = train(*arguments)
-    total, weight, loss = _one_after_another(task, jax.random.fold_in(key, 3))
-    assert update.weight == weight == 40
-    assert metrics.examples == 40
-    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), update.total, total
+
+
+def _remembering(client):
+    """Clients that begin a little further on where they went last, and count their rounds."""
+
+    def start(client, memory):
+        return jax.tree.map(lambda s, d: s + 0.5 * d, client.sent, memory["drift"])
+
+    training = local_training(make_optimizer(client), start=start)
+
+    def client_final(client, local, key):
+        update = jax.tree.map(jnp.subtract, local.params, client.sent)
+        rounds = local.memory["rounds"] + 1
+        drawn = jax.random.uniform(key)
+        message = {"update": update, "told": {"rounds": rounds.astype(jnp.float32), "u": drawn}}
+        return message, {"drift": update, "rounds": rounds}
+
+    def server_step(server, merged):
+        optimizer = optax.sgd(1.0)
+        variables, _ = step_owned(
+            optimizer,
+            merged.message["update"],
+            merged.owners,
+            optimizer.init(server.variables),
+            server.variables,
+        )
+        return Server(variables, merged.message["told"])
+
+    return Algorithm(
+        *training,
+        client_final,
+        server_step,
+        server_init=lambda variables: {"rounds": jnp.zeros(()), "u": jnp.zeros(())},
+        memory_init=lambda v: {"drift": jax.tree.map(jnp.zeros_like, v), "rounds": jnp.int32(0)},
+        weights={"told": one_each},
     )
-    again, _ = train(*arguments)
-    jax.tree.map(np.testing.assert_array_equal, again, update)
 
 
-def test_rounds_of_other_cohorts_run_the_same_program(task):
-    images, labels, tier, config, preprocess, work, variables = task
-    mesh = make_mesh(1)
-    traced, traces = [], 0
-
-    def spy(*args):
-        traced.append(args)
-        return preprocess(*args)
-
-    train = make_trainer(tier, config, spy, mesh, mapping="vmap")
-    for cohort in (work[:2], work[1:4], work):
-        schedule = pack(cohort, 2, 4, capacity([len(w.batches) for w in work], len(work), 2))
-        schedule = put_schedule(schedule, mesh)
-        train(variables, images, labels, schedule, jax.random.key(0), np.int32(0), np.float32(0.1))
-        traces = traces or len(traced)
-    assert len(traced) == traces
+def _largest(stack):
+    """An aggregator of the user's own."""
+    return jax.tree.map(
+        lambda u, o: jnp.where(o, u, -jnp.inf).max(0), stack.updates, stack.owned
+    )
 
 
-def test_the_only_collective_is_one_sum_over_devices(task):
-    images, labels, tier, config, preprocess, work, variables = task
-    mesh = make_mesh(4)
-    schedule = pack(work, 4, 4, capacity([len(w.batches) for w in work], len(work), 4))
-    train = make_trainer(tier, config, preprocess, mesh, mapping="map")
-    arguments = (variables, images, labels, put_schedule(schedule, mesh), jax.random.key(0))
-    text = train.lower(*arguments, np.int32(0), np.float32(0.1)).compile().as_text()
+def _rounded(update, key):
+    noisy = jax.tree.map(lambda u: 512 * u + jax.random.uniform(key, u.shape), update)
+    return jax.tree.map(lambda u: jnp.floor(u).astype(jnp.int16), noisy)
+
+
+ROUNDED = Codec(_rounded, lambda sent: jax.tree.map(lambda u: u.astype(jnp.float32) / 512, sent))
+MOMENTUM = ClientConfig(epochs=2, batch_size=4, momentum=0.9, learning_rate=0.05)
+WILD = FaultConfig(non_finite=0.2, exploding=0.2, explosion=10.0, hostile=0.34, attack="noise")
+AGGREGATORS = {
+    "median": {},
+    "trimmed-mean": {"trim": 0.2},
+    "krum": {"krum_byzantine": 1},
+    "multi-krum": {"krum_byzantine": 1},
+    "norm-clipping": {},
+}
+
+# What may go wrong in lanes, by name; each is trained for two rounds.
+CASES = {
+    "momentum": {"augmentation": Augmentation(pad=1, flip=True)},
+    "adam": {
+        "client": ClientConfig(batch_size=4, optimizer="adam", learning_rate=0.01),
+        "server": ServerConfig(optimizer="adam", learning_rate=0.01, weights="count"),
+    },
+    "decay": {
+        "client": dataclasses.replace(MOMENTUM, weight_decay=0.3, clip_norm=0.5),
+        "server": ServerConfig(momentum=0.9),
+    },
+    "absent classes": {"client": dataclasses.replace(MOMENTUM, mask_absent_classes=True)},
+    "codec": {"client": dataclasses.replace(MOMENTUM, codec=ROUNDED)},
+    "clipping": {
+        "client": dataclasses.replace(MOMENTUM, weight_decay=0.3),
+        "server": ServerConfig(aggregator="norm-clipping", clip_updates=0.2),
+    },
+    "faults": {"faults": WILD},
+    "attacks on the median": {
+        "faults": dataclasses.replace(WILD, attack="scaled", non_finite=0.4),
+        "server": ServerConfig(aggregator="median"),
+    },
+    "memory": {"algorithm": _remembering(MOMENTUM)},
+    "own": {"server": ServerConfig(aggregator=_largest)},
+    **{
+        name: {"server": ServerConfig(aggregator=name, **needs)}
+        for name, needs in AGGREGATORS.items()
+    },
+}
+CASES = {name: {"client": MOMENTUM} | settings for name, settings in CASES.items()}
+
+
+def _two_rounds(name, engine):
+    """Both rounds' variables and reports, and what clients remember at last."""
+    federation = Federation(
+        DATA,
+        PARTS,
+        THREE,
+        rounds=9,
+        shares=(0.34, 0.33, 0.33),
+        evaluation=jfed.EvaluationConfig(every=0, batch_size=8, calibration_examples=8),
+        engine=engine,
+        seed=3,
+        **CASES[name],
+    )
+    state, found = federation.start, []
+    for number in range(2):
+        state, under_way = federation.round(state, number)
+        reports = jax.device_get(under_way.reports)
+        found.append((jax.device_get(state.server), reports, bool(under_way.finite)))
+    if federation.memory is None:
+        return found, None
+    everybody = range(len(PARTS))
+    return found, federation.memory.rows(everybody, state.latest, (everybody, len(PARTS)))
+
+
+@functools.cache
+def _expected(name):
+    return _two_rounds(name, EngineConfig(mapping="debug"))
+
+
+def _close(a, b):
+    np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-5, atol=1e-5)
+
+
+def _check(name, engine):
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an integer power
+        found, remembered = _two_rounds(name, EngineConfig(*engine))
+        expected, expected_memory = _expected(name)
+    for (server, reports, finite), (own_server, own_reports, own_finite) in zip(
+        found, expected, strict=True
+    ):
+        assert finite
+        assert own_finite
+        jax.tree.map(_close, server, own_server)
+        jax.tree.map(_close, [_sent(r) for r in reports], [_sent(r) for r in own_reports])
+    jax.tree.map(_close, remembered, expected_memory)
+    return found
+
+
+def _sent(report):
+    """A report without the slots of clients that sent nothing, and its padding."""
+    there = np.asarray(report.delivered) + np.asarray(report.rejected) > 0
+    return jax.tree.map(lambda x: np.asarray(x)[there], report)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lanes_equal_the_debug_engine(name):
+    found = _check(name, (1, 3, "vmap"))
+    moved = np.abs(found[1][0].variables["w"] - found[0][0].variables["w"])
+    assert moved.max() > 1e-3
+    rejected = sum(int(np.sum(report.rejected)) for _, reports, _ in found for report in reports)
+    assert (rejected > 0) == ("faults" in CASES[name])
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("name", ["momentum", "memory"])
+def test_every_mapping_equals_the_debug_engine(name, engine):
+    _check(name, engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_on_every_mapping_equals_the_debug_engine(name, engine):
+    _check(name, engine)
+
+
+# What follows runs the training program alone.
+
+
+def _images(pixels=None, labels=None, classes=10):
+    rng = np.random.default_rng(0)
+    if pixels is None:
+        pixels = rng.integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
+    labels = rng.integers(0, classes, len(pixels)) if labels is None else labels
+    moments = jnp.float32([128.0]), jnp.float32([64.0])
+    return Images(jnp.asarray(pixels, jnp.uint8), jnp.asarray(labels, jnp.int32), *moments)
+
+
+WIDE = Model(lambda key: jnp.zeros((64, 10)), lambda p, x: x.reshape(x.shape[0], -1) @ p)
+
+
+def _work(config, cut=(3, 12, 13, 27), examples=40):
+    parts = np.split(np.arange(examples), cut)
+    return [
+        Work(c, 0, client_batches(own, config, np.random.default_rng(c)), len(own), float(len(own)))
+        for c, own in enumerate(parts)
+    ]
+
+
+def _trainer(work, client, devices=1, lanes=1, mapping="map", *, model=WIDE, images=None, **more):
+    """A training program, and its arguments; `more` changes `Training` and `Inputs`."""
+    mesh, slots = make_mesh(devices), more.pop("slots", len(work))
+    of_inputs = {k: more.pop(k) for k in ("key", "round") if k in more}
+    algorithm = more.pop("algorithm", None) or fedavg(client)
+    lockstep, size = mapping == "vmap", client.batch_size
+    steps = more.pop("steps", None) or sum(len(w.batches) for w in work)
+    packing = Packing(devices, lanes * devices, lockstep, size, steps, slots, slots, (1.0,))
+    config = Training((Tier("t", model),), algorithm, Augmentation(), mesh, mapping, slots, **more)
+    variables = model.init(jax.random.key(0))
+    inputs = Inputs(
+        Server(variables, algorithm.server_init(variables)),
+        _images() if images is None else images,
+        None,
+        of_inputs.get("key", jax.random.key(7)),
+        jnp.int32(of_inputs.get("round", 0)),
+        jnp.float32(client.learning_rate),
+    )
+    return make_trainer(config), (inputs, pack(work, packing), ())
+
+
+def _train(*args, **kwargs):
+    train, arguments = _trainer(*args, **kwargs)
+    return train(*arguments)[0]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_sgd_steps_equal_a_numpy_loop(engine):
+    """Momentum and weight decay included, each client's sum and what it reports."""
+    config = ClientConfig(epochs=2, batch_size=4, momentum=0.9, weight_decay=0.1, learning_rate=0.1)
+    images, work = _images(), _work(config)
+    x = ((np.asarray(images.pixels, np.float64) - 128) / 64).reshape(40, 64)
+    labels = np.asarray(images.labels)
+    total, losses = np.zeros((64, 10)), []
+    for item in work:
+        w, trace, loss = np.zeros((64, 10)), np.zeros((64, 10)), 0.0
+        for batch in item.batches:
+            own = batch[batch >= 0]
+            logits = x[own] @ w
+            p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            loss -= np.log(p[np.arange(len(own)), labels[own]]).sum()
+            p[np.arange(len(own)), labels[own]] -= 1
+            trace = 0.9 * trace + x[own].T @ p / len(own) + 0.1 * w
+            w = w - 0.1 * trace
+        total += item.weight * w
+        losses.append(loss)
+    told = _train(work, config, *engine)
+    np.testing.assert_allclose(told.parts["update"], total, rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(told.weights["update"], [w.weight for w in work])
+    np.testing.assert_allclose(told.report.metrics.loss, losses, rtol=1e-4)
+    np.testing.assert_array_equal(told.report.metrics.examples, [2 * w.examples for w in work])
+    assert np.asarray(told.report.delivered).all()
+    assert not np.asarray(told.report.rejected).any()
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_what_a_client_is_padded_with_is_its_own(engine):
+    """A model that is infinite at an image of one client only: that client is rejected, no other.
+
+    Batches of 19, of which each client fills 7: the rest of them is padding, as are lanes that
+    idle, and the image is the first of the training set.
+    """
+    pixels = np.random.default_rng(0).integers(0, 250, (21, 8, 8, 1))
+    pixels[0, 0, 0] = 255
+
+    def apply(params, x):
+        marked = (x[:, 0, 0, 0] > (254 - 128) / 64)[:, None]
+        return jnp.where(marked, jnp.inf, x.reshape(x.shape[0], -1)) @ params
+
+    config = ClientConfig(epochs=2, batch_size=19)
+    work, images = _work(config, (7, 14), 21), _images(pixels)
+    model = Model(WIDE.init, apply)
+    told = _train(work, config, *engine, model=model, images=images)
+    np.testing.assert_array_equal(told.report.rejected, [1, 0, 0])
+    np.testing.assert_array_equal(told.report.delivered, [0, 1, 1])
+    np.testing.assert_array_equal(told.report.metrics.examples, [0, 14, 14])
+    assert np.isfinite(told.parts["update"]).all()
+    others = _train(work[1:], config, *engine, model=model, images=images)
+    np.testing.assert_allclose(told.parts["update"], others.parts["update"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["noisy_sgd", "typed"])
+def test_every_client_of_every_round_has_noise_of_its_own(optimizer):
+    """The gradient of this loss is 0, so that the updates are noise alone."""
+
+    def typed(rate):
+        def update(gradient, key, params=None):
+            key, own = jax.random.split(key)
+            return rate * jax.random.normal(own, gradient.shape), key
+
+        return optax.GradientTransformation(lambda params: jax.random.key(0), update)
+
+    def loss(params, batch, key):
+        metrics = Metrics(jnp.float32(0), jnp.float32(0), batch.mask.sum())
+        return 0 * params.sum(), metrics
+
+    model = Model(lambda key: jnp.zeros(200), WIDE.apply, loss=loss)
+    with jax.numpy_dtype_promotion("standard"):
+        config = ClientConfig(
+            batch_size=10, optimizer=typed if optimizer == "typed" else optimizer, epochs=2
+        )
+        drawn = [
+            update
+            for round_ in (0, 1)
+            for update in np.asarray(
+                _train(
+                    _work(config, (10, 20, 30)),
+                    config,
+                    1,
+                    2,
+                    "vmap",
+                    model=model,
+                    stacked=True,
+                    round=round_,
+                ).parts["update"]
+            )
+        ]
+    assert len(drawn) == 8
+    assert min(np.std(update) for update in drawn) > 0.01
+    correlation = np.corrcoef(drawn) - np.eye(8)
+    assert np.abs(correlation).max() < 0.35  # five standard deviations of that of 200 numbers
+
+
+def test_rounds_of_other_cohorts_run_the_same_program():
+    traces = 0
+
+    def apply(params, images):
+        nonlocal traces
+        traces += 1
+        return WIDE.apply(params, images)
+
+    config, model = ClientConfig(batch_size=4), Model(WIDE.init, apply)
+    work = _work(config)
+    train, arguments = _trainer(work, config, 1, 2, "vmap", model=model)
+    train(*arguments)
+    before = traces
+    for cohort in (work[:2], work[1:4]):
+        _, (inputs, schedule, _) = _trainer(
+            cohort, config, 1, 2, "vmap", slots=len(work), steps=sum(len(w.batches) for w in work)
+        )
+        told, _ = train(inputs, schedule, ())
+        assert int(told.report.delivered.sum()) == len(cohort)
+    assert before > 0
+    assert traces == before
+
+
+@pytest.mark.parametrize("mapping", ["map", "vmap"])
+def test_the_only_collective_is_a_sum_over_devices_at_the_end(mapping):
+    config = ClientConfig(batch_size=4)
+    train, arguments = _trainer(_work(config), config, 4, 2, mapping)
+    text = train.lower(*arguments).compile().as_text()
     collectives = re.findall(r"(all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", text)
     assert set(collectives) == {"all-reduce"}
     assert all("while" not in line for line in text.splitlines() if "all-reduce(" in line)
 
 
-@pytest.mark.parametrize(
-    ("devices", "mapping", "linear"),
-    [(1, "map", True), (2, "vmap", True), pytest.param(2, "vmap", False, marks=pytest.mark.slow)],
-)
-def test_stacked_updates_are_those_that_are_summed(task, devices, mapping, linear):
-    images, labels, tier, config, preprocess, work, variables = task
-    if linear:
-        tier, variables = LINEAR, jnp.zeros((64, 10))
-    mesh, lanes = make_mesh(devices), 2 * devices
-    steps = capacity([len(w.batches) for w in work], len(work), lanes)
+def _paths(jaxpr, found, path=()):
+    """Through which loops and branches each marked primitive of a program is reached."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in found:
+            found[name].append(path)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                _paths(inner, found, (*path, name))
+    return found
 
-    def run(work, slots):
-        train = make_trainer(tier, config, preprocess, mesh, mapping=mapping, slots=slots)
-        schedule = put_schedule(pack(work, lanes, config.batch_size, steps), mesh)
-        scalars = (jax.random.key(7), np.int32(3), np.float32(0.05))
-        return train(variables, images, labels, schedule, *scalars)
 
-    total, told = run(work, None)
-    stacked, told_stacked = run(work, 7)
-    np.testing.assert_array_equal(stacked.weight, [w.weight for w in work] + [0, 0])
-    assert told.delivered == 5
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), told, told_stacked)
-    jax.tree.map(
-        lambda s, t: np.testing.assert_allclose(
-            np.tensordot(stacked.weight, s, 1), t, rtol=1e-4, atol=1e-5
+@pytest.mark.parametrize("engine", [(1, 3, "vmap"), (1, 1, "map"), (1, 2, "unroll")], ids=str)
+def test_beginnings_and_ends_are_behind_predicates(engine):
+    """Where lanes step together too: they are rare, and a `select` would do them at every step."""
+    plain, config = fedavg(ClientConfig()), ClientConfig(batch_size=4)
+
+    algorithm = dataclasses.replace(
+        plain,
+        client_init=lambda c, m, k: plain.client_init(
+            c._replace(sent=jax.lax.acos(c.sent)), m, k
         ),
-        stacked.updates,
-        total.total,
+        client_step=lambda c, local, batch, k: plain.client_step(
+            c, local._replace(params=jax.lax.atan(local.params)), batch, k
+        ),
+        client_final=lambda c, local, k: plain.client_final(
+            c, local._replace(params=jax.lax.asinh(local.params)), k
+        ),
     )
-    alone, _ = run(work[1:2], 7)
-    jax.tree.map(
-        lambda a, s: np.testing.assert_allclose(a[0], s[1], rtol=1e-5, atol=1e-6),
-        alone.updates,
-        stacked.updates,
+    train, arguments = _trainer(_work(config), config, *engine, algorithm=algorithm)
+    program = jax.make_jaxpr(train)(*arguments).jaxpr
+    found = _paths(program, {"acos": [], "atan": [], "asinh": []})
+    in_loop = {
+        name: [path[path.index("while") :] for path in paths if "while" in path]
+        for name, paths in found.items()
+    }
+    assert all("cond" in path for path in in_loop["acos"] + in_loop["asinh"])
+    assert all("cond" not in path for path in in_loop["atan"])
+    assert all(in_loop.values())
+    assert all("while" in path for path in found["asinh"])
+    # And the compiler keeps the branches.
+    text = train.lower(*arguments).compile().as_text()
+    assert len(re.findall(r" conditional\(", text)) >= 2
+
+
+@pytest.mark.parametrize("engine", [(1, 2, "map"), (2, 2, "vmap")], ids=str)
+def test_stacked_updates_are_those_that_are_summed(engine):
+    config = ClientConfig(batch_size=4, momentum=0.9)
+    work = _work(config)
+
+    def run(work, stacked):
+        return _train(work, config, *engine, slots=7, stacked=stacked)
+
+    total, stacked = run(work, False), run(work, True)
+    weights = np.asarray(stacked.weights["update"])
+    np.testing.assert_array_equal(weights, [w.weight for w in work] + [0, 0])
+    jax.tree.map(np.testing.assert_array_equal, total.report, stacked.report)
+    each = np.asarray(stacked.parts["update"])
+    np.testing.assert_allclose(
+        np.tensordot(weights, each, 1), total.parts["update"], rtol=1e-4, atol=1e-5
     )
+    assert not each[5:].any()
+    alone = run(work[1:2], True).parts["update"]
+    np.testing.assert_allclose(alone[0], each[1], rtol=1e-5, atol=1e-6)
+
+
+def _working_bytes(clients, lanes, mapping, *, stacked=False, model):
+    config = ClientConfig(batch_size=4)
+    own = client_batches(np.arange(8), config, np.random.default_rng(0))
+    work = [Work(c, 0, own, 8, 8.0) for c in range(clients)]
+    train, arguments = _trainer(work, config, 1, lanes, mapping, model=model, stacked=stacked)
+    memory = train.lower(*arguments).compile().memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+
+def test_memory_does_not_grow_with_the_cohort():
+    model = cnn(channels=1, size=8, form="transposed")
+    few, many = (_working_bytes(clients, 2, "map", model=model) for clients in (10, 1000))
+    assert few > 4 * tree_bytes(jax.eval_shape(model.init, jax.random.key(0)))
+    assert many <= 1.1 * few
+
+
+@pytest.mark.parametrize("mapping", ["map", "vmap"])
+def test_a_device_holds_one_stack_however_many_lanes_it_has(mapping):
+    model = Model(lambda key: jnp.zeros((64, 500)), WIDE.apply)
+    stack = 64 * 64 * 500 * 4
+    one, eight = (
+        _working_bytes(64, lanes, mapping, stacked=True, model=model) for lanes in (1, 8)
+    )
+    assert one >= stack
+    assert eight - one < 0.6 * stack  # the local states of 7 lanes more
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_gradients_are_not_summed_over_devices(devices):
+    """What `shard_map` does to gradients of replicated parameters, were it to check replication."""
+    images, config = _images(), ClientConfig(batch_size=10)
+    x = ((np.asarray(images.pixels, np.float64) - 128) / 64).reshape(40, 64)
+    p = np.full((40, 10), 0.1)
+    p[np.arange(40), np.asarray(images.labels)] -= 1
+    told = _train(_work(config, (10, 20, 30)), config, devices)
+    np.testing.assert_allclose(told.parts["update"], -0.1 * x.T @ p, rtol=1e-4, atol=1e-5)
+
+
+def test_a_codec_sees_a_clients_whole_update_and_has_a_key_of_its_own():
+    """Scaled to one of two norms at random; the server's half doubles it."""
+    norms = [0.5, 3.0]
+
+    def encode(update, key):
+        scale = jnp.where(jax.random.bernoulli(key), *norms) / optax.tree.norm(update)
+        return {"sent": update * scale}
+
+    config = ClientConfig(batch_size=4, codec=Codec(encode, lambda sent: 2 * sent["sent"]))
+    work = _work(config)
+
+    def total(work):
+        return _train(work, config, 2, codec=config.codec, slots=5, steps=20).parts["update"]
+
+    alone = [total([item]) for item in work]
+    found = [float(jnp.linalg.norm(a)) / w.weight / 2 for a, w in zip(alone, work, strict=True)]
+    assert all(min(abs(f - n) for n in norms) < 1e-4 for f in found)
+    assert len({round(f, 3) for f in found}) == 2
+    np.testing.assert_allclose(total(work), sum(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_client_does_not_own_is_no_part_of_its_updates_norm():
+    """Weight decay moves weights that the model of a tier does not use; they are not sent."""
+    update = Federation(
+        DATA,
+        PARTS[:1],
+        dataclasses.replace(THREE, members=THREE.members[1:2]),
+        rounds=2,
+        client=ClientConfig(batch_size=4, weight_decay=2.0),
+        server=ServerConfig(aggregator="norm-clipping", clip_updates=0.01),
+        evaluation=jfed.EvaluationConfig(every=0, batch_size=8),
+        engine=EngineConfig(1, 1, "map"),
+    )
+    start = jax.device_get(update.start.server.variables)
+    after = jax.device_get(update.round(update.start, 0)[0].server.variables)
+    moved = jax.tree.map(lambda a, b: a - b, after, start)
+    assert not moved["w"][9:].any()
+    norm = np.sqrt(sum(np.square(leaf).sum() for leaf in moved.values()))
+    assert norm == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -231,95 +603,5 @@ def test_the_engine_picks_by_backend():
     assert EngineConfig(devices=2).resolve(100, "gpu").lanes == 8
     given = EngineConfig(devices=1, lanes=3, mapping="unroll")
     assert given.resolve(10, "gpu") == given.resolve(10, "cpu") == given
-
-
-@pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16])
-def test_uneven_clients_fill_the_lanes(lanes):
-    """100 clients of CIFAR-10's size, Dirichlet(0.1), all in one round."""
-    labels = np.repeat(np.arange(10), 5000)
-    config = ClientConfig(batch_size=32)
-    for seed in range(3):
-        parts = dirichlet(labels, 100, alpha=0.1, min_examples=1, seed=seed)
-        batches = [np.zeros((client_steps(len(own), config), 32), np.int32) for own in parts]
-        work = [Work(c, b, 1.0) for c, b in enumerate(batches)]
-        steps = capacity([len(b) for b in batches], 100, lanes)
-        filled = load(work, pack(work, lanes, 32, steps))
-        assert filled.steps == sum(len(b) for b in batches)
-        assert filled.steps / filled.lanes >= 0.95
-        assert filled.steps / filled.padded < 0.5
-        assert load(work, pack(work, 1, 32, sum(map(len, batches)))).lanes == filled.steps
-
-
-def test_memory_does_not_grow_with_the_cohort(task):
-    images, labels, _, config, preprocess, _, _ = task
-    model = cnn(channels=1, size=8, form="transposed")
-    tier, variables = Tier("cnn", model), jax.eval_shape(model.init, jax.random.key(0))
-    mesh = make_mesh(1)
-    train = make_trainer(tier, config, preprocess, mesh, mapping="map")
-
-    def working_bytes(clients):
-        own = client_batches(np.arange(8), config, np.random.default_rng(0))
-        work = [Work(c, own, 8.0) for c in range(clients)]
-        schedule = pack(work, 2, config.batch_size, capacity([len(own)] * clients, clients, 2))
-        scalars = (jax.random.key(0), np.int32(0), np.float32(0.1))
-        compiled = train.lower(variables, images, labels, schedule, *scalars).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    few, many = working_bytes(10), working_bytes(1000)
-    assert few > 4 * tree_bytes(variables)
-    assert many <= 1.1 * few
-
-
-def _linear(task, devices):
-    """One step of a linear model for each of four clients on that many devices."""
-    images, labels, _, _, _, _, _ = task
-    config = ClientConfig(batch_size=10)
-    work = [Work(c, np.arange(10, dtype=np.int32)[None] + 10 * c, 10.0) for c in range(4)]
-    mesh = make_mesh(devices)
-    preprocess = make_preprocess((128.0,), (64.0,), pad=0, flip=False)
-    train = make_trainer(LINEAR, config, preprocess, mesh, mapping="map")
-    schedule = put_schedule(pack(work, devices, 10, 4 if devices == 1 else 2), mesh)
-    scalars = (jax.random.key(0), np.int32(0), np.float32(0.1))
-    return train(jnp.zeros((64, 10)), images, labels, schedule, *scalars)[0].total
-
-
-def test_gradients_are_not_summed_over_devices(task):
-    """What `shard_map` does to gradients of replicated parameters, were it to check replication."""
-    images, labels = np.asarray(task[0], np.float64), np.asarray(task[1])
-    x = ((images - 128) / 64).reshape(40, 64)
-    p = np.full((40, 10), 0.1)
-    p[np.arange(40), labels] -= 1
-    expected = -0.1 * x.T @ p
-    np.testing.assert_allclose(_linear(task, 1), expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(_linear(task, 4), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_clients_transform_sees_its_whole_update(task):
-    """Clipping to a norm, and a random mask: a key of its own for each client."""
-    images, labels, tier, config, preprocess, work, variables = task
-    mesh, key = make_mesh(2), jax.random.key(7)
-    norms = [0.5, 3.0]
-
-    def clip(update, key):
-        norm = optax.tree.norm(update)
-        scale = jnp.where(jax.random.bernoulli(key), norms[0], norms[1]) / norm
-        return jax.tree.map(lambda u: u * scale, update)
-
-    clipped = dataclasses.replace(config, transform=clip)
-    train = make_trainer(tier, clipped, preprocess, mesh, mapping="map")
-    steps = capacity([len(w.batches) for w in work], len(work), 2)
-
-    def total(work):
-        schedule = put_schedule(pack(work, 2, config.batch_size, steps), mesh)
-        return train(variables, images, labels, schedule, key, np.int32(0), np.float32(0.05))[0]
-
-    alone = [total([w]).total for w in work]
-    found = [float(optax.tree.norm(a)) / w.weight for a, w in zip(alone, work, strict=True)]
-    assert all(min(abs(f - n) for n in norms) < 1e-4 for f in found)
-    assert len({round(f, 3) for f in found}) == 2
-    together = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *alone)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-        total(work).total,
-        together,
-    )
+    debug = EngineConfig(devices=4, lanes=3, mapping="debug")
+    assert debug.resolve(10, "gpu") == EngineConfig(1, 1, "debug")

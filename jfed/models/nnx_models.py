@@ -1,0 +1,87 @@
+"""Models made of Flax NNX modules, with dropout and other layers that draw random numbers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jfed.errors import ConfigError
+from jfed.models.losses import Batch, Metrics, cross_entropy
+from jfed.models.model import Model, Params
+
+
+def from_nnx(create: Callable[[nnx.Rngs], nnx.Module]) -> Model:
+    """Makes a `Model` of a Flax NNX module.
+
+    In local training the module is in training mode (`module.train()`), and its random streams, as
+    of dropout, start from the client's own key of the step. In evaluation it is in evaluation mode
+    (`module.eval()`).
+
+    Args:
+      create: builds the module from its random streams. The module is called as `module(images)`
+        and returns logits. Its `nnx.Param`s are what is trained; beside them it may hold random
+        streams, and no other state.
+
+    Raises:
+      ConfigError: the module holds other state, such as the running statistics of a batch norm.
+    """
+    module = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
+    graph, empty, streams, other = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    _check_no_other(other)
+
+    def init(key: Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(create(nnx.Rngs(key)), nnx.Param))
+
+    def bind(params: Params, key: Array) -> Any:
+        state = jax.tree.map(lambda leaf: leaf, empty)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state, _rekeyed(streams, key))
+
+    def apply(params: Params, images: Float[Array, "B H W C"]) -> Float[Array, "B classes"]:
+        module = bind(params, jax.random.key(0))
+        module.eval()
+        return module(images).astype(jnp.float32)
+
+    def loss(params: Params, batch: Batch, key: Array) -> tuple[Float[Array, ""], Metrics]:
+        module = bind(params, key)
+        module.train()
+        return cross_entropy(module(batch.images).astype(jnp.float32), batch)
+
+    return Model(init, apply, loss=loss)
+
+
+def _rekeyed(streams: Any, key: Array) -> Any:
+    """The random streams of a module, each at its beginning, with keys that are made of one."""
+    leaves, structure = jax.tree.flatten(streams)
+    return jax.tree.unflatten(
+        structure,
+        [
+            jax.random.split(jax.random.fold_in(key, i), leaf.shape)
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else jnp.zeros(leaf.shape, leaf.dtype)  # how many numbers were drawn
+            for i, leaf in enumerate(leaves)
+        ],
+    )
+
+
+def _check_no_other(state: Any) -> None:
+    """Raises ConfigError if a module holds state that is neither trained nor a random stream."""
+    found = nnx.to_flat_state(state)
+    if not found:
+        return
+    path, leaf = next(iter(found))
+    kind = type(leaf).__name__ if isinstance(leaf, nnx.Variable) else "array"
+    if isinstance(leaf, nnx.BatchStat):
+        instead = (
+            "use a norm without running statistics, such as nnx.GroupNorm or nnx.LayerNorm, or a "
+            "`Model` with `measure`, as jfed's own networks are"
+        )
+    else:
+        instead = "make it an nnx.Param if it is trained, else compute it where it is used"
+    raise ConfigError(
+        f"a module may hold nnx.Params and random streams only, got {kind} "
+        f"{'.'.join(map(str, path))!r}; {instead}."
+    )
