@@ -105,9 +105,11 @@ def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Se
 def report(sent: Sequence[Sent]) -> Report:
     """What the clients of a program tell, in the order of their slots."""
     counts = np.asarray([one.counts for one in sent], bool)
-    zero = jax.tree.map(jnp.zeros_like, sent[0].metrics)
-    shown = [one.metrics if one.counts else zero for one in sent]
-    told = jax.tree.map(lambda *m: jnp.stack(m), *shown)
+    told: Any = {}
+    if sent:
+        zero = jax.tree.map(jnp.zeros_like, sent[0].metrics)
+        shown = [one.metrics if one.counts else zero for one in sent]
+        told = jax.tree.map(lambda *m: jnp.stack(m), *shown)
     return Report(told, jnp.asarray(counts), jnp.asarray(~counts))
 
 

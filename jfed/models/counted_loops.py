@@ -19,8 +19,8 @@ Count = Int[Array, ""]
 class _Kept(NamedTuple):
     """A residual of the steps: of each one, `[most, ...]`, or `fixed`, the same for all."""
 
-    each: Array | None
-    fixed: Array | None
+    each: Any
+    fixed: Any
 
 
 def repeat(
@@ -100,7 +100,7 @@ def repeat(
     def backward(residuals, gradient):  # type: ignore[no-untyped-def]
         count, bound, pullback = residuals
 
-        def at(k: Count, kept: _Kept) -> Array | None:
+        def at(k: Count, kept: _Kept) -> Any:
             if kept.each is None:
                 return kept.fixed
             return jax.lax.dynamic_index_in_dim(kept.each, k, 0, keepdims=False)
@@ -122,14 +122,14 @@ def repeat(
     return loop(count, count if largest is None else largest, z, smooth, other)
 
 
-def _invariants(step: ClosedJaxpr, consts: Sequence[Array]) -> list[Array | None]:
+def _invariants(step: ClosedJaxpr, consts: Sequence[Any]) -> list[Any]:
     """The outputs of a step but the first that depend on its arguments after k and z alone.
 
     Args:
       step: `step(k, z, *consts) -> (z, *others)`.
       consts: the arguments after k and z.
     """
-    found: list[Array | None] = []
+    found: list[Any] = []
     for i in range(1, len(step.jaxpr.outvars)):
         wanted = [i == j for j in range(len(step.jaxpr.outvars))]
         jaxpr, (by_k, by_z, *by_consts) = dce_jaxpr(step.jaxpr, wanted)

@@ -363,7 +363,7 @@ class Federation:
                     self.memory.put(item.client, number, row)
                     latest[item.client] = number
             sent += told
-            reports += [debug.report(told)] if told else []
+            reports.append(debug.report(told))
         server, counts = state.server, sum(one.counts for one in sent)
         if counts:
             message, owners = debug.merge(sent, plan.aggregator, server.variables)

@@ -87,6 +87,8 @@ class UnderWay(NamedTuple):
 
     def diverged(self) -> bool:
         """Whether clients trained honestly and the updates of all of them were rejected."""
+        if not self.reports:  # nobody sent anything
+            return False
         rejected = [np.asarray(jax.device_get(report.rejected)) for report in self.reports]
         honest = [
             bool(gone[slot])
