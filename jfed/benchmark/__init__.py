@@ -11,5 +11,5 @@ Each contender runs in a process of its own; their turns are interleaved. The mo
     workers.py        a contender's process
     timing.py, turns.py   interleaved repeats, and whether all computed the same
     sections.py       which contenders and sizes each section has
-    report.py, figures.py, racing.py    tables, figures, and the run itself
+    results.py, figures.py, racing.py   tables, figures, and the run itself
 """

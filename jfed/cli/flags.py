@@ -2,7 +2,8 @@
 
 A field becomes a flag called by its short name (`--learning-rate`, not `--client.learning-rate`),
 with its own type, default and description. What a field could hold that no command line can give,
-a function, its flag leaves out; a field that could hold nothing else has no flag.
+a function, its flag leaves out; a field that could hold nothing else has no flag, nor has one with
+the metadata `{"flag": False}`.
 """
 
 import collections.abc
@@ -112,7 +113,7 @@ def _struct(
     hints, texts, fields = typing.get_type_hints(info.type), _descriptions(info.type), []
     for field in dataclasses.fields(info.type):
         kind, value = _without_functions(hints[field.name]), getattr(info.default, field.name)
-        if kind is None:
+        if kind is None or not field.metadata.get("flag", True):
             continue
         title = field.name if type(value) in places else names(places[info.type] + field.name)
         kind = Annotated[kind, tyro.conf.arg(name=title, prefix_name=False)]
@@ -140,7 +141,7 @@ def _without_functions(kind: Any) -> Any:
     if typing.get_origin(kind) not in (Union, types.UnionType):
         return kind
     left = tuple(k for k in typing.get_args(kind) if _without_functions(k) is not None)
-    return Union[left] if set(left) - {type(None)} else None  # noqa: UP007  (made of a tuple)
+    return Union[left] if set(left) - {type(None)} else None  # noqa: UP007  (of a tuple)
 
 
 # Whose fields another dataclass has too, documented there.

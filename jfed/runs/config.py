@@ -4,6 +4,10 @@ A setting is written once, in the dataclass of its part: its name, type, default
 From there come its flag of `jfed run` (see `jfed.cli.flags`), its place in `config.json`
 (`client.learning_rate`), and its short name (`learning_rate`), by which `RunConfig.replace` takes
 it and reports tell runs apart.
+
+So a new setting is a new field of its part. If another part has a field of that name, it needs a
+line in `_SHORT_NAMES` too. A field for functions has no flag; one for anything else that no command
+line can give says so: `dataclasses.field(default=..., metadata={"flag": False})`.
 """
 
 import dataclasses

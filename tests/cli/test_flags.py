@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 
@@ -101,11 +101,15 @@ class Part:
       size: how large.
       optimizer: by name, or a function.
       weights: a function, or none.
+      table: of functions, by name.
     """
 
     size: int = 1
     optimizer: str | Callable[[float], object] = "sgd"
     weights: Callable[[int], float] | None = None
+    table: Mapping[str, Callable[[int], float]] | None = dataclasses.field(
+        default=None, metadata={"flag": False}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,14 +125,15 @@ class Whole:
 
 def test_functions_have_no_flags_and_stay_as_they_are(capsys):
     def parse(*args):
-        whole = Whole(Part(weights=float))
+        whole = Whole(Part(weights=float, table={"a": float}))
         return flags.parse(whole, list(args), names=lambda p: p[5:], prog="x", description="")
 
-    assert parse("--size", "3") == Whole(Part(3, "sgd", float))
-    assert parse("--optimizer", "adam") == Whole(Part(1, "adam", float))
-    with pytest.raises(SystemExit):
-        parse("--weights", "3")
-    assert "Unrecognized options: --weights" in capsys.readouterr().err
+    assert parse("--size", "3") == Whole(Part(3, "sgd", float, {"a": float}))
+    assert parse("--optimizer", "adam") == Whole(Part(1, "adam", float, {"a": float}))
+    for flag in ("--weights", "--table"):
+        with pytest.raises(SystemExit):
+            parse(flag, "3")
+        assert f"Unrecognized options: {flag}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""A run in its folder, gone on with by another JAX."""
+
+import json
+
+import jax
+import pytest
+
+import jfed
+from jfed.runs import running
+from jfed.runs.config import run_preset
+
+
+def test_a_run_tells_what_made_it_and_warns_when_another_goes_on(tmp_path):
+    config = run_preset("smoke").replace(rounds=4, iterations=(1,), widths=(4,), devices=1)
+    seen = []
+
+    class Stop:
+        def write(self, record):
+            seen.append(record.round)
+
+        def close(self):
+            pass
+
+    with pytest.raises(jfed.PreemptedError):
+        running.run(
+            config, tmp_path / "run", writers=lambda done: [Stop()], stop=lambda: bool(seen)
+        )
+    path = tmp_path / "run" / "config.json"
+    there = json.loads(path.read_text())
+    assert there["network"]["widths"] == [4]
+    made_with = there["made_with"]
+    assert set(made_with) == {"jfed", "commit", "jax", "platform", "devices"}
+    assert made_with["jax"] == jax.__version__
+    assert made_with["jfed"] == jfed.__version__
+    assert sum(made_with["devices"].values()) == len(jax.devices())
+    made_with["jax"] = "0.1.2"
+    path.write_text(json.dumps(there))
+    with pytest.warns(UserWarning, match=rf"jax is '0.1.2' there, '{jax.__version__}' here"):
+        result, _ = running.run(config, tmp_path / "run")
+    assert len(result.history) == 4
