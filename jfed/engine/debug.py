@@ -64,7 +64,7 @@ def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Se
     local, told = algorithm.client_init(client, remembered, begin), []
     for step, batch in enumerate(work.batches):
         data_key, loss_key = jax.random.split(jax.random.fold_in(key, step))
-        examples, mask = np.where(batch < 0, batch[0], batch), jnp.float32(batch >= 0)
+        examples, mask = jnp.asarray(np.where(batch < 0, batch[0], batch)), jnp.float32(batch >= 0)
         data = gather(inputs.images, examples, mask, config.augmentation, data_key)
         if inputs.present is not None:
             data = data._replace(present=inputs.present[work.client])

@@ -67,7 +67,9 @@ def check_training(tier: Tier, like: Params, config: ClientConfig, data: Dataset
                 f"{title} must return (loss, jfed.models.Metrics) of scalars, got "
                 f"{_shapes(metrics)}."
             )
-    with calling(f"optimizer {name_of(config.optimizer)} of tier {tier.name!r}", gradient=_shapes(gradient)):
+    with calling(
+        f"optimizer {name_of(config.optimizer)} of tier {tier.name!r}", gradient=_shapes(gradient)
+    ):
         trained = jax.eval_shape(_optimizer_step(make_optimizer(config)), params, gradient)
     _check_tree("a step of training", trained, params, tier)
     if config.codec is not None:

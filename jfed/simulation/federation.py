@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -237,6 +237,18 @@ class Federation:
         """What clients remember, on the host; None where the algorithm keeps nothing of theirs."""
         return self._first[1]
 
+    def recall(self, state: State) -> Callable[[int], Any] | None:
+        """What each client remembers in a state, by its number."""
+        memory, latest = self.memory, state.latest
+        if memory is None:
+            return None
+
+        def of(client: int) -> Any:
+            rows = memory.rows([client], latest, ([0], 1))
+            return jax.tree.map(lambda x: x[0], rows)
+
+        return of
+
     @property
     def start(self) -> State:
         """The state before the first round."""
@@ -347,16 +359,13 @@ class Federation:
     ) -> tuple[State, Array, list[Report], list[Load]]:
         """A round by the debug engine."""
         inputs, plan = self._inputs(state.server, number, rate), self._plan
-        sent, reports, latest = [], [], state.latest
+        sent, reports, latest, recall = [], [], state.latest, self.recall(state)
         if self.memory is not None:
             latest = latest.copy()
         for training, items in zip(plan.trainings, work, strict=True):
             told = []
             for item in items:
-                row = ()
-                if self.memory is not None:
-                    rows = self.memory.rows([item.client], state.latest, ([0], 1))
-                    row = jax.tree.map(lambda x: x[0], rows)
+                row = () if recall is None else recall(item.client)
                 one, row = debug.train(training, inputs, item, row)
                 told.append(one)
                 if self.memory is not None:

@@ -43,6 +43,8 @@ class Result:
       traffic: bytes of one client in one round, by tier name.
       compile_seconds: how long tracing and compiling all programs took.
       engine: devices, lanes and mapping that were used.
+      memory: what a client remembers after the last round, by its number; None where the algorithm
+        keeps nothing of the clients, and in a result that was loaded.
     """
 
     history: tuple[Record, ...]
@@ -52,6 +54,7 @@ class Result:
     traffic: dict[str, Traffic]
     compile_seconds: float
     engine: EngineConfig
+    memory: Callable[[int], Any] | None = None
 
     @property
     def accuracies(self) -> dict[str, float]:
@@ -109,6 +112,7 @@ def make_result(federation: Federation, state: State, history: Sequence[Record])
         traffic=federation.traffic,
         compile_seconds=federation.compile_seconds,
         engine=federation.engine,
+        memory=federation.recall(state),
     )
 
 
