@@ -70,7 +70,6 @@ def _state(folder):
     federation, _, _ = set_up(tyro.cli(type(digits), default=digits, args=ARGUMENTS))
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig())
     saved = checkpoints.latest(federation.state_shapes)
-    checkpoints.close()
     assert saved is not None
     return saved.state
 
