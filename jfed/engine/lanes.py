@@ -277,7 +277,7 @@ SCHEDULE = (SPREAD, EVERYWHERE, SPREAD)
 
 
 def _sum_over_devices(delivered: Delivered) -> Delivered:
-    """The only collective of a round; sums of flags are flags again, for a client has one device."""
+    """The only collective of a round; what was a flag is one again, a client having one device."""
     total = jax.lax.psum(delivered, AXIS)
     report = total.report
     flags = {"delivered": report.delivered > 0, "rejected": report.rejected > 0}

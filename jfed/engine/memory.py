@@ -43,8 +43,7 @@ class ClientMemory:
         self._folder = folder
         self._ram: dict[tuple[int, int], list[np.ndarray]] = {}
         self._rounds: dict[int, list[int]] = {}
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+        if folder is not None and folder.exists():
             for path in folder.glob("*.row"):
                 client, round_ = map(int, path.stem.split("-"))
                 self._rounds.setdefault(client, []).append(round_)
@@ -83,6 +82,7 @@ class ClientMemory:
         else:
             content = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in leaves)
             check = zlib.crc32(content).to_bytes(4, "little")
+            self._folder.mkdir(parents=True, exist_ok=True)
             path = self._path(client, round_)
             partial = path.with_suffix(".partial")
             partial.write_bytes(check + content)

@@ -198,11 +198,8 @@ def _rebuilt(
 
 def _latest(path: epath.Path) -> tuple[Any, tuple[Record, ...]]:
     """The variables as they are stored, and the records, of the latest checkpoint."""
-    saved = None
-    if (path / "checkpoints").exists():
-        checkpoints = Checkpoints(path / "checkpoints", CheckpointConfig(), writes=False)
-        with contextlib.closing(checkpoints):
-            saved = checkpoints.latest(None)
+    with contextlib.closing(Checkpoints(path / "checkpoints", CheckpointConfig())) as checkpoints:
+        saved = checkpoints.latest(None, repair=False)
     if saved is None:
         raise RunFolderError(f"the run in {str(path)!r} has not saved any round yet.")
     return saved.state["server"]["variables"], saved.history

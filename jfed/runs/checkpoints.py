@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
+import orbax.checkpoint as ocp
 from etils import epath
 
 from jfed.errors import RunFolderError, check_integer
-from jfed.files import absolute
+from jfed.files import absolute, is_local
 from jfed.simulation.federation import State
 from jfed.simulation.records import Record
+
+_UNFINISHED, _FINISHED = ".orbax-checkpoint-tmp", "commit_success.txt"  # Orbax's own names
 
 
 class Checkpoint(NamedTuple):
@@ -53,34 +55,37 @@ class CheckpointConfig:
 class Checkpoints:
     """The checkpoints in a folder. Each is complete or not there at all.
 
-    Of several hosts only the first one saves.
+    Only one process may save, of several hosts the first one; any number may read meanwhile.
+    (Orbax's managers of checkpoints make hosts wait for each other, in vain once one has failed.)
 
     Args:
       folder: local, or of any kind that etils knows (`gs://` too).
       config: when to save.
-      writes: whether to save, and to put away what is damaged or half written; a run may be at work
-        in the folder otherwise.
     """
 
-    def __init__(
-        self, folder: epath.PathLike, config: CheckpointConfig, *, writes: bool = True
-    ) -> None:
-        self._folder, self._writes = absolute(folder), writes
-        self.every, self.keep = config.every, config.keep
-        context = ocp.Context()
-        # Made in the background, a folder that cannot be made is noticed after 20 minutes.
-        context.asynchronous.create_directories_asynchronously = False
-        if jax.process_count() > 1:  # else Orbax waits for the other hosts, in vain if one failed
-            context.multiprocessing.active_processes = {jax.process_index()}
-            context.multiprocessing.primary_host = jax.process_index()
-        self._checkpointer = ocp.training.Checkpointer(
-            self._folder,
-            context=context,
-            preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            cleanup_tmp_directories=writes,
+    def __init__(self, folder: epath.PathLike, config: CheckpointConfig) -> None:
+        self._folder, self._config = absolute(folder), config
+        host = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=host, active_processes={host} if jax.process_count() > 1 else None
         )
-        self._saving: Any = None
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+            multiprocessing_options=alone,
+            # Made in the background, a folder that cannot be made is noticed after 20 minutes.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        )
+        self._saving = False
+
+    @property
+    def every(self) -> int:
+        """Rounds between checkpoints."""
+        return self._config.every
+
+    @property
+    def keep(self) -> int:
+        """How many of the latest ones stay."""
+        return self._config.keep
 
     def save(self, state: State, history: Sequence[Record]) -> None:
         """Copies the state and writes it in the background; waits for the save before.
@@ -89,23 +94,30 @@ class Checkpoints:
           RunFolderError: this save could not begin, or the one before failed.
         """
         text = json.dumps([dataclasses.asdict(record) for record in history]).encode()
-        # The records are an array too: Orbax would keep all metadata that it ever saw in memory.
+        # The records are an array too, which may be longer than Orbax expects of metadata.
         content = {"state": jax.tree.map(_as_numpy, state), "history": np.frombuffer(text, "u1")}
         about = {"digest": _digest(_named(content)), "keys": _keys(state)}
         self.wait()
         try:
-            self._saving = self._checkpointer.save_async(
-                len(history), content, custom_metadata=about
-            )
+            self._folder.mkdir(parents=True, exist_ok=True)
+            place, args = self._folder / str(len(history)), ocp.args.PyTreeSave(content)
+            self._orbax.save(place, args=args, custom_metadata=about)
+            self._saving = True
         except Exception as error:
             raise RunFolderError(self._cannot_save(error)) from error
 
     def wait(self) -> None:
-        """Waits until all saves are on disk; RunFolderError if one failed."""
-        saving, self._saving = self._saving, None
+        """Waits until all saves are on disk, the oldest gone; RunFolderError if one failed."""
+        if not self._saving:
+            return
+        self._saving = False
         try:
-            if saving is not None:
-                saving.result()  # which also frees the save's thread and files
+            self._orbax.wait_until_finished()
+            for old in self._rounds()[: -self._config.keep]:
+                (self._folder / str(old)).rmtree()
+            for path in self._folder.iterdir():
+                if _UNFINISHED in path.name:  # of a process that was killed
+                    path.rmtree()
         except Exception as error:
             raise RunFolderError(self._cannot_save(error)) from error
 
@@ -115,54 +127,62 @@ class Checkpoints:
             self.wait()
         finally:
             with contextlib.suppress(Exception):  # the failed save's again, which `wait` told
-                self._checkpointer.close()
+                self._orbax.close()
 
-    def latest(self, like: State | None) -> Checkpoint | None:
+    def latest(self, like: State | None, *, repair: bool = True) -> Checkpoint | None:
         """The latest checkpoint that is intact, or None if none was ever saved.
 
-        Damaged ones are named in a warning, renamed to `damaged-N` and passed over.
+        Damaged ones are named in a warning, and passed over.
 
         Args:
           like: shapes and dtypes of the state. None: the state is what is stored, dictionaries and
             lists whose keys are texts.
+          repair: whether damaged ones are renamed to `damaged-N`; only for the process that saves.
 
         Raises:
           RunFolderError: there are checkpoints, but none is intact.
         """
-        found = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
         damaged = []
-        for step in found:
+        for round_ in reversed(self._rounds()):
             try:
-                checkpoint = self.load(step, like)
+                checkpoint = self.load(round_, like)
             except (MemoryError, PermissionError, TimeoutError):
                 raise  # nothing is wrong with the checkpoint
             except Exception as error:  # whatever Orbax, Zarr or JSON find wrong
                 reason = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
-                damaged.append((step, f"that of round {step}: {reason}"))
+                damaged.append((round_, f"that of round {round_}: {reason}"))
                 continue
             for bad, why in damaged:
                 warnings.warn(f"{self._folder}: damaged checkpoint set aside, {why}", stacklevel=2)
-                if self._writes:
+                if repair:
                     (self._folder / str(bad)).rename(self._folder / f"damaged-{bad}")
-            if damaged and self._writes:
-                self._checkpointer.reload()
             return checkpoint
-        if found:
+        if damaged:
             raise RunFolderError(
                 f"no checkpoint in {str(self._folder)!r} is intact: "
                 f"{'; '.join(why for _, why in damaged)}. Remove the run folder to start anew."
             )
         return None
 
-    def load(self, step: int, like: State | None) -> Checkpoint:
+    def load(self, round_: int, like: State | None) -> Checkpoint:
         """The checkpoint of a round; `like` as of `latest`. Raises whatever is wrong with it."""
-        about = self._checkpointer.metadata(step).custom_metadata
-        content = self._checkpointer.load(step)
+        path = self._folder / str(round_)
+        about, content = self._orbax.metadata(path).custom_metadata, self._orbax.restore(path)
         if _digest(_named(content)) != about["digest"]:
             raise ValueError("its contents are not those that were saved (SHA-256 differs)")
         history = tuple(map(Record.from_dict, json.loads(content["history"].tobytes())))
         state = _with_keys(content["state"], about["keys"])
         return Checkpoint(state if like is None else in_tree_of(like, state), history)
+
+    def _rounds(self) -> list[int]:
+        """Those that have a checkpoint, in order."""
+        found = self._folder.iterdir() if self._folder.exists() else ()
+        # A remote folder cannot be renamed when it is complete; Orbax marks it instead.
+        return sorted(
+            int(path.name)
+            for path in found
+            if path.name.isdigit() and (is_local(path) or (path / _FINISHED).exists())
+        )
 
     def _cannot_save(self, error: Exception) -> str:
         return (

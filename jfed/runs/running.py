@@ -87,16 +87,11 @@ def run(
 
         return begun.run(explained)
 
-    saver = functools.partial(
-        Checkpoints,
-        path / "checkpoints",
-        checkpoints or CheckpointConfig(),
-        writes=hosts.is_first(),
-    )
-    with contextlib.ExitStack() as stack:
+    saves = Checkpoints(path / "checkpoints", checkpoints or CheckpointConfig())
+    with contextlib.closing(saves), contextlib.ExitStack() as stack:
         phase("claiming the run folder", lambda _: stack.enter_context(_alone(path)))
         found, has_saved = _inspect(path, settings)
-        saved = _restore(federation, saver, phase) if has_saved else None
+        saved = _restore(federation, saves, phase) if has_saved else None
         if found == "finished" and saved is None:
             raise RunFolderError(
                 f"the run in {str(path)!r} has finished, but its checkpoints are gone; choose "
@@ -110,7 +105,7 @@ def run(
         if found == "nothing":
             begin = functools.partial(_begin, path, settings, federation, data)
             phase("beginning", lambda _: begin(made_with(where)))
-        start = functools.partial(_rounds, federation, path, saved, saver, callbacks, writers, stop)
+        start = functools.partial(_rounds, federation, path, saved, saves, callbacks, writers, stop)
         result = phase("the rounds", lambda check: start(check))
         table = summarise(federation, result, data.image_shape, twin)
         if found != "finished":
@@ -165,15 +160,14 @@ def _finish(
 
 
 def _restore(
-    federation: Federation, saver: Callable[[], Checkpoints], phase: Callable[..., Any]
+    federation: Federation, checkpoints: Checkpoints, phase: Callable[..., Any]
 ) -> Checkpoint | None:
     """The run's latest intact checkpoint, if it ever had one: the first host's choice."""
 
     def choose() -> Checkpoint | None:
         if not hosts.is_first():
             return None
-        with contextlib.closing(saver()) as checkpoints:
-            return checkpoints.latest(federation.state_shapes)
+        return checkpoints.latest(federation.state_shapes)
 
     saved = phase("restoring", lambda _: choose())
     rounds = hosts.gather("restoring", lambda: len(saved.history) if saved else 0)[0]
@@ -183,14 +177,13 @@ def _restore(
     def place() -> Checkpoint:
         if saved is not None:
             return saved._replace(state=federation.place(saved.state))
-        with contextlib.closing(saver()) as checkpoints:
-            try:
-                found = checkpoints.load(rounds, federation.state_shapes)
-            except Exception as error:
-                raise RunFolderError(
-                    f"cannot read round {rounds}, which the first host restored: {error}. The run "
-                    "folder must be one that all hosts share."
-                ) from error
+        try:
+            found = checkpoints.load(rounds, federation.state_shapes)
+        except Exception as error:
+            raise RunFolderError(
+                f"cannot read round {rounds}, which the first host restored: {error}. The run "
+                "folder must be one that all hosts share."
+            ) from error
         return found._replace(state=federation.place(found.state))
 
     return phase("restoring", lambda _: place())
@@ -200,7 +193,7 @@ def _rounds(
     federation: Federation,
     path: epath.Path,
     saved: Checkpoint | None,
-    saver: Callable[[], Checkpoints],
+    checkpoints: Checkpoints,
     callbacks: Sequence[Callback],
     make_writers: Callable[[int], Sequence[Writer]],
     stop: Callable[[], bool],
@@ -217,12 +210,8 @@ def _rounds(
         check()
         return preempted or failure is not None or stop()
 
-    with (
-        contextlib.closing(saver() if hosts.is_first() else _NotSaved()) as checkpoints,
-        _writers(federation, path, history, make_writers) as writers,
-    ):
-        kept = reached
-        every = checkpoints.every
+    kept, every = reached, checkpoints.every
+    with _writers(federation, path, history, make_writers) as writers:
         rounds = simulation.iterate(
             federation, tuple(history), last, stopped, keep=lambda n: n % every == 0
         )
@@ -235,7 +224,7 @@ def _rounds(
                 failure = _failure(callbacks, record)
             if record.round % every == 0:
                 assert state is not None  # `keep` asked for it
-                checkpoints.save(state, history)
+                _save(checkpoints, state, history)
                 kept = record.round
                 _forget(federation, state, superseded, checkpoints)
                 for writer in writers:
@@ -244,7 +233,7 @@ def _rounds(
             preempted = preempted or multihost_utils.reached_preemption_sync_point(record.round)
         assert last is not None  # the last one always is
         if kept < reached:
-            checkpoints.save(last, history)
+            _save(checkpoints, last, history)
         checkpoints.wait()
     saved_now = f"round {len(history)} of {federation.rounds}, which is saved in {str(path)!r}"
     if failure is not None:
@@ -256,19 +245,9 @@ def _rounds(
     return simulation.make_result(federation, last, history)
 
 
-class _NotSaved:
-    """The `Checkpoints` of a host that is not the first one."""
-
-    every, keep = 1, 1
-
-    def save(self, state: Any, history: Sequence[Record]) -> None:
-        """Leaves it to the first host."""
-
-    def wait(self) -> None:
-        """There is nothing to wait for."""
-
-    def close(self) -> None:
-        """Likewise."""
+def _save(checkpoints: Checkpoints, state: State, history: Sequence[Record]) -> None:
+    if hosts.is_first():
+        checkpoints.save(state, history)
 
 
 def _forget(

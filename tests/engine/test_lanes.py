@@ -78,7 +78,9 @@ def _cut(variables, round_):
     return {"w": jax.lax.dynamic_slice(variables["w"], (4 * round_, 0), (6, 4))}
 
 
-NARROW = Model(_init, lambda params, images: images.reshape(images.shape[0], -1)[:, :6] @ params["w"])
+NARROW = Model(
+    _init, lambda params, images: images.reshape(images.shape[0], -1)[:, :6] @ params["w"]
+)
 # Two tiers of one program, told apart by their settings, and one of another.
 THREE = Tiers(
     _init,
@@ -128,9 +130,7 @@ def _remembering(client):
 
 def _largest(stack):
     """An aggregator of the user's own."""
-    return jax.tree.map(
-        lambda u, o: jnp.where(o, u, -jnp.inf).max(0), stack.updates, stack.owned
-    )
+    return jax.tree.map(lambda u, o: jnp.where(o, u, -jnp.inf).max(0), stack.updates, stack.owned)
 
 
 def _rounded(update, key):
@@ -456,9 +456,7 @@ def test_beginnings_and_ends_are_behind_predicates(engine):
 
     algorithm = dataclasses.replace(
         plain,
-        client_init=lambda c, m, k: plain.client_init(
-            c._replace(sent=jax.lax.acos(c.sent)), m, k
-        ),
+        client_init=lambda c, m, k: plain.client_init(c._replace(sent=jax.lax.acos(c.sent)), m, k),
         client_step=lambda c, local, batch, k: plain.client_step(
             c, local._replace(params=jax.lax.atan(local.params)), batch, k
         ),
@@ -523,9 +521,7 @@ def test_memory_does_not_grow_with_the_cohort():
 def test_a_device_holds_one_stack_however_many_lanes_it_has(mapping):
     model = Model(lambda key: jnp.zeros((64, 500)), WIDE.apply)
     stack = 64 * 64 * 500 * 4
-    one, eight = (
-        _working_bytes(64, lanes, mapping, stacked=True, model=model) for lanes in (1, 8)
-    )
+    one, eight = (_working_bytes(64, lanes, mapping, stacked=True, model=model) for lanes in (1, 8))
     assert one >= stack
     assert eight - one < 0.6 * stack  # the local states of 7 lanes more
 

@@ -93,7 +93,9 @@ def test_a_damaged_row_is_named(tmp_path, damage):
     content = bytearray(path.read_bytes())
     if damage == "flipped":
         content[11] ^= 1
-    path.write_bytes({"short": content[:-1], "long": content + b"\0", "empty": b""}.get(damage, content))
+    path.write_bytes(
+        {"short": content[:-1], "long": content + b"\0", "empty": b""}.get(damage, content)
+    )
     with pytest.raises(RunFolderError, match=r"29-4\.row' is damaged.*client 29 after round 5"):
         _counts(memory, [29], [4] * 30)
     path.unlink()

@@ -39,16 +39,13 @@ def _saved(folder, rounds, keep=3):
     checkpoints = Checkpoints(folder, CheckpointConfig(every=1, keep=keep))
     for number in rounds:
         checkpoints.save(_state(number), HISTORY[:number])
-    checkpoints.close()
+    checkpoints.wait()
 
 
 def _latest(folder):
     checkpoints = Checkpoints(folder, CheckpointConfig())
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _state(0))
-    try:
-        return checkpoints.latest(like)
-    finally:
-        checkpoints.close()
+    return checkpoints.latest(like)
 
 
 def _check(checkpoint, number):
@@ -70,8 +67,55 @@ def test_what_is_saved_is_a_copy(tmp_path):
     state = jax.tree.map(jnp.asarray, _state(1))
     checkpoints.save(state, HISTORY[:1])
     jax.tree.map(lambda x: x.delete(), state)
-    checkpoints.close()
+    checkpoints.wait()
     _check(_latest(tmp_path / "c"), 1)
+
+
+def test_typed_keys_come_back(tmp_path):
+    """Of any implementation, alone and in arrays; what they draw is the same."""
+    keys = {"one": jax.random.key(3), "more": jax.random.split(jax.random.key(4, impl="rbg"), 3)}
+    state = ServerState({"w": np.ones(2, np.float32)}, (keys, optax.EmptyState()))
+    checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig())
+    checkpoints.save(state, HISTORY[:1])
+    checkpoints.wait()
+    like = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, state))
+    for asked in (like, None):
+        found = checkpoints.latest(asked).state
+        found = found.optimizer if asked is not None else found["optimizer"]
+        for name, key in keys.items():
+            again = found[0][name]
+            assert jax.random.key_impl(again) == jax.random.key_impl(key)
+            np.testing.assert_array_equal(jax.random.key_data(again), jax.random.key_data(key))
+    checkpoints.close()
+
+
+def test_another_tree_is_named(tmp_path):
+    _saved(tmp_path / "c", (1,))
+    checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig())
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 1), x.dtype), _state(0))
+    message = r"float32\[40, 7\] at \['variables', 'blocks', '0', 'w'\].* float32\[40, 7, 1\]"
+    with pytest.raises(ValueError, match=message):
+        checkpoints.load(1, like._replace(optimizer=_state(0).optimizer))
+    checkpoints.close()
+
+
+def test_reading_leaves_the_folder_as_it_is(tmp_path):
+    """A run may be at work in it."""
+    _saved(tmp_path / "c", (1, 2, 3))
+    (tmp_path / "c" / "4.orbax-checkpoint-tmp-5").mkdir()
+    _flip(_files(tmp_path / "c" / "3" / "d")[0])
+    before = sorted(path.name for path in (tmp_path / "c").iterdir())
+    checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig(keep=1))
+    with pytest.warns(UserWarning, match="that of round 3"):
+        assert len(checkpoints.latest(None, repair=False).history) == 2
+    checkpoints.close()
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == before
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    (tmp_path / "c" / "4.orbax-checkpoint-tmp-5").mkdir(parents=True)
+    _saved(tmp_path / "c", (1,))
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
 
 
 def _files(folder):
@@ -80,7 +124,8 @@ def _files(folder):
 
 def _flip(path):
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x10
+    if content:  # Orbax's marks are empty
+        content[len(content) // 2] ^= 0x10
     path.write_bytes(content)
 
 
@@ -118,7 +163,7 @@ def test_a_damaged_checkpoint_is_never_used(tmp_path, damage):
 def test_without_any_intact_checkpoint_the_reasons_are_given(tmp_path):
     _saved(tmp_path / "c", (1, 2))
     for number in "12":
-        for path in _files(tmp_path / "c" / number / "state"):
+        for path in _files(tmp_path / "c" / number / "d"):
             _truncate(path)
     with pytest.raises(RunFolderError, match=r"no checkpoint in .* is intact: that of round 2"):
         _latest(tmp_path / "c")

@@ -1,24 +1,28 @@
-"""Several processes, as on several hosts, against one process with as many devices."""
+"""Several processes, as on several hosts: what they compute, and how they end together."""
 
 import csv
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
+from etils import epath
 
 from jfed.cli import main
+from jfed.runs.folder import claim
 
 SMALL = (
-    "--rounds 2 --epochs 1 --train-examples 160 --eval-examples 50 --clients 6 --iterations 1 "
+    "--epochs 1 --train-examples 160 --eval-examples 50 --clients 6 --iterations 1 "
     "--widths 4 --conv transposed --norm batch --seed 3 --no-cache"
 ).split()
 
 
-def _start(arguments, devices):
-    code = "import sys; from jfed.cli import main; sys.exit(main(sys.argv[1:]))"
+def _start(arguments, devices, before=""):
+    code = f"{before}\nimport sys; from jfed.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     return subprocess.Popen(
         [sys.executable, "-c", code, "run", *SMALL, *map(str, arguments)],
@@ -29,11 +33,36 @@ def _start(arguments, devices):
     )
 
 
+def _join():
+    """Flags of two processes that find each other."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    join = ["--distributed", "--coordinator-address", address, "--num-processes", 2]
+    return [[*join, "--process-id", i] for i in range(2)]
+
+
+def _start_both(flags, before=("", ""), own=((), ())):
+    return [_start([*join, *flags, *own[i]], 2, before[i]) for i, join in enumerate(_join())]
+
+
+def _outputs(processes, timeout=300):
+    return [process.communicate(timeout=timeout)[0] for process in processes]
+
+
 def _finish(processes):
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = _outputs(processes)
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
     return outputs
+
+
+def _end_alike(processes, message, status=2):
+    """All end with the same line of an error, and soon."""
+    for process, output in zip(processes, _outputs(processes, 100), strict=True):
+        assert process.returncode == status, output
+        lines = [line for line in output.splitlines() if line.startswith("jfed: error: ")]
+        assert any(message in line for line in lines), output
 
 
 def _metrics(folder):
@@ -42,13 +71,9 @@ def _metrics(folder):
 
 
 def test_two_processes_equal_one_with_as_many_devices(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    join = ["--distributed", "--coordinator-address", address, "--num-processes", 2]
-    both = ["--workdir", tmp_path / "two", "--checkpoint-every", 1]
-    processes = [_start([*join, "--process-id", i, *both], 2) for i in range(2)]
-    processes.append(_start(["--workdir", tmp_path / "one"], 4))
+    both = ["--rounds", 2, "--workdir", tmp_path / "two", "--checkpoint-every", 1]
+    processes = _start_both(both)
+    processes.append(_start(["--rounds", 2, "--workdir", tmp_path / "one"], 4))
     outputs = _finish(processes)
     assert "Run folder" in outputs[0]
     assert "Run folder" not in outputs[1]
@@ -60,7 +85,7 @@ def test_two_processes_equal_one_with_as_many_devices(tmp_path):
     assert float(two[1]["train_loss"]) < float(two[0]["train_loss"])
     (tmp_path / "two" / "summary.json").unlink()
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "2")
-    _finish([_start([*join, "--process-id", i, *both], 2) for i in range(2)])
+    _finish(_start_both(both))
     again = _metrics(tmp_path / "two")
     assert [row["train_loss"] for row in again] == [row["train_loss"] for row in two]
     assert (tmp_path / "two" / "summary.json").exists()
@@ -69,3 +94,115 @@ def test_two_processes_equal_one_with_as_many_devices(tmp_path):
 def test_a_process_number_without_distributed_is_refused(capsys):
     assert main(["run", "--process-id", "1"]) == 2
     assert "process_id 1 goes with --distributed" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_locked_ends_both(tmp_path):
+    with claim(epath.Path(tmp_path / "run")):
+        processes = _start_both(["--workdir", tmp_path / "run"])
+        _end_alike(processes, "host 0: another process is running in")
+
+
+NO_DATA = """
+from jfed.data import sources
+from jfed.errors import DataNotFoundError
+def lost(*_):
+    raise DataNotFoundError("digits are not here")
+sources._digits = lost
+"""
+
+
+def test_data_that_one_host_lacks_end_both(tmp_path):
+    processes = _start_both(["--workdir", tmp_path / "run"], before=("", NO_DATA))
+    _end_alike(processes, "host 1: digits are not here")
+    assert not (tmp_path / "run").exists()
+
+
+OTHER_VERSION = """
+import importlib.metadata
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: "0.0.7" if name == "jfed" else version(name)
+"""
+OTHER_DATA = """
+from jfed.data import sources
+digits = sources._digits
+def other(*args):
+    found = digits(*args)
+    found.train.images[0, 0, 0, 0] ^= 1
+    return found
+sources._digits = other
+"""
+
+
+@pytest.mark.parametrize(
+    ("own", "before", "message"),
+    [
+        (
+            ["--learning-rate", "0.2"],
+            "",
+            "learning_rate is 0.1 on host 0, 0.2 on host 1",
+        ),
+        ([], OTHER_VERSION, "on host 0, '0.0.7' on host 1"),
+        ([], OTHER_DATA, "hosts differ in what they train on: data.train.digest is"),
+        (["--no-such-flag"], "", "host 1: the command line ended the process with status 2"),
+    ],
+    ids=["settings", "version", "data", "flag"],
+)
+def test_hosts_that_differ_end_with_the_difference(tmp_path, own, before, message):
+    flags = ["--workdir", tmp_path / "run"]
+    processes = _start_both(flags, before=("", before), own=((), own))
+    _end_alike(processes, message)
+    assert not (tmp_path / "run").exists()
+
+
+LONG = ["--rounds", 3000, "--eval-every", 0, "--checkpoint-every", 5]
+
+
+def _begun(processes, folder):
+    """Waits until rounds are under way."""
+    while not (folder / "metrics.csv").exists() or len(_metrics(folder)) < 3:
+        for process in processes:
+            assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+SMALL_FILES = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+"""
+FAILS = """
+from jfed.simulation import loop
+check = loop.check_finite
+def fails(record, *args, **options):
+    if record.round == 7:
+        raise ValueError("a cosmic ray")
+    check(record, *args, **options)
+loop.check_finite = fails
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        ((SMALL_FILES, ""), "host 0: cannot "),
+        (("", FAILS), "host 1: the rounds failed with ValueError: a cosmic ray"),
+    ],
+    ids=["disk", "program"],
+)
+def test_an_error_in_mid_run_ends_both(tmp_path, before, message):
+    processes = _start_both([*LONG, "--workdir", tmp_path / "run"], before)
+    _end_alike(processes, message)
+    assert (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_host_that_is_killed_ends_the_other(tmp_path, victim):
+    processes = _start_both([*LONG, "--workdir", tmp_path / "run"])
+    _begun(processes, tmp_path / "run")
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    began = time.monotonic()
+    _outputs(processes, 100)
+    assert time.monotonic() - began < 60
+    assert processes[1 - victim].returncode != 0

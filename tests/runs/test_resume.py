@@ -67,7 +67,6 @@ def _state(folder):
     federation, _, _ = set_up(run_command.parse(ARGUMENTS).run)
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig())
     saved = checkpoints.latest(federation.state_shapes)
-    checkpoints.close()
     assert saved is not None
     return saved.state
 

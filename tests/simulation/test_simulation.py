@@ -123,7 +123,14 @@ def test_a_client_does_not_depend_on_who_else_trains():
 
     def train(clients):
         federation = Federation(
-            DATA, PARTS, MODEL, rounds=1, cohort=3, sampler=lambda *_: clients, client=config, seed=1
+            DATA,
+            PARTS,
+            MODEL,
+            rounds=1,
+            cohort=3,
+            sampler=lambda *_: clients,
+            client=config,
+            seed=1,
         )
         start = jax.device_get(federation.start.server.variables)
         after = federation.round(federation.start, 0)[0].server.variables
@@ -535,7 +542,10 @@ def test_a_model_of_the_wrong_shape_is_refused_before_it_is_compiled():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (jfed.models.Model(MODEL.init, lambda params: params), "model of tier 'full' cannot be used on images"),
+        (
+            jfed.models.Model(MODEL.init, lambda params: params),
+            "model of tier 'full' cannot be used on images",
+        ),
         (
             jfed.models.Model(lambda key: {"w": jnp.zeros(3, jnp.int32)}, MODEL.apply),
             r"that at \['w'\] of tier 'full' is int32",

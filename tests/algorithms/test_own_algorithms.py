@@ -1,0 +1,358 @@
+"""Algorithms as a user writes them, each against a loop in NumPy.
+
+Their lines are counted in the README.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jfed
+from jfed.algorithms import (
+    Algorithm,
+    ClientConfig,
+    Server,
+    fedavg,
+    local_training,
+    make_optimizer,
+    one_each,
+)
+from jfed.data import Dataset, Split
+from jfed.engine.packing import client_batches
+from jfed.seeds import generator
+
+# What a user writes ------------------------------------------------------------------------------
+
+
+def fedprox(config, mu):
+    """FedProx (Li et al. 2020, arXiv 1812.06127, equation 2)."""
+
+    def correct(gradient, client, local):
+        return jax.tree.map(lambda g, w, s: g + mu * (w - s), gradient, local.params, client.sent)
+
+    return fedavg(config, correct=correct)
+
+
+def scaffold(config):
+    """SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1, option II)."""
+
+    def correct(gradient, client, local):
+        control = client.sent["control"]
+        return jax.tree.map(lambda g, own, c: g - own + c, gradient, local.memory, control)
+
+    def client_final(client, local, key):
+        x, c = client.sent["variables"], client.sent["control"]
+        scale = client.steps.astype(jnp.float32) * client.learning_rate
+        step = lambda own, c, x, y: own - c + (x - y) / scale  # noqa: E731
+        own = jax.tree.map(step, local.memory, c, x, local.params)
+        pairs = {"update": (local.params, x), "control": (own, local.memory)}
+        return {name: jax.tree.map(jnp.subtract, *pair) for name, pair in pairs.items()}, own
+
+    def server_step(server, merged):
+        part = lambda c, u, n: c + n / merged.population * u  # noqa: E731
+        control = jax.tree.map(part, server.state, merged.message["control"], merged.owners)
+        return Server(jax.tree.map(jnp.add, server.variables, merged.message["update"]), control)
+
+    start = lambda client, memory: client.sent["variables"]  # noqa: E731
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    training = local_training(make_optimizer(config), correct=correct, start=start)
+    send = lambda server: {"variables": server.variables, "control": server.state}  # noqa: E731
+    weights = {"control": one_each}
+    return Algorithm(*training, client_final, server_step, zeros, zeros, send, weights)
+
+
+def ditto(config, strength):
+    """Ditto (Li et al. 2021, arXiv 2012.04221, algorithm 1): a personal model beside the other."""
+    shared = fedavg(config)
+
+    def client_init(client, memory, key):
+        return shared.client_init(client, (), key), memory
+
+    def client_step(client, local, batch, key):
+        common, metrics = shared.client_step(client, local[0], batch, key)
+        gradient, _ = jax.grad(client.loss, has_aux=True)(local[1], batch, key)
+        step = lambda v, g, w: v - client.learning_rate * (g + strength * (v - w))  # noqa: E731
+        return (common, jax.tree.map(step, local[1], gradient, client.sent)), metrics
+
+    def client_final(client, local, key):
+        return shared.client_final(client, local[0], key)[0], local[1]
+
+    mine = {"client_init": client_init, "client_step": client_step, "client_final": client_final}
+    return dataclasses.replace(shared, **mine, memory_init=lambda variables: variables)
+
+
+def personal_head(config, is_head):
+    """FedPer (Arivazhagan et al. 2019, arXiv 1912.00818): some leaves never leave their client."""
+
+    def pick(head, body):
+        return jax.tree_util.tree_map_with_path(lambda p, h, b: h if is_head(p) else b, head, body)
+
+    def client_final(client, local, key):
+        change = jax.tree.map(jnp.subtract, local.params, client.sent)
+        return {"update": pick(jax.tree.map(jnp.zeros_like, change), change)}, local.params
+
+    training = local_training(
+        make_optimizer(config), start=lambda client, memory: pick(memory, client.sent)
+    )
+    return dataclasses.replace(
+        fedavg(config), **training._asdict(), client_final=client_final, memory_init=lambda v: v
+    )
+
+
+# The same in NumPy -------------------------------------------------------------------------------
+
+RATE, SEED, ROUNDS, COHORT = 0.05, 5, 4, 3
+CONFIG = ClientConfig(epochs=2, batch_size=4, learning_rate=RATE)
+PARTS = tuple(np.sort(p) for p in np.split(np.random.default_rng(0).permutation(60), [5, 20, 38]))
+
+
+def _dataset():
+    rng = np.random.default_rng(0)
+    prototypes = rng.integers(40, 216, (3, 4, 4, 1))
+    labels = rng.integers(0, 3, 90).astype(np.int32)
+    images = (prototypes[labels] + rng.integers(-40, 41, (90, 4, 4, 1))).astype(np.uint8)
+    return Dataset(
+        "blobs", Split(images[:60], labels[:60]), Split(images[60:], labels[60:]), tuple("abc")
+    )
+
+
+DATA = _dataset()
+MODEL = jfed.models.Model(
+    lambda key: {"w": 0.1 * jax.random.normal(key, (16, 3)), "b": jnp.zeros(3)},
+    lambda params, images: images.reshape(images.shape[0], -1) @ params["w"] + params["b"][None],
+)
+IMAGES = DATA.train.images.astype(np.float64)
+X = ((IMAGES - IMAGES.mean()) / IMAGES.std()).reshape(60, -1)
+
+
+def _gradient(params, batch):
+    logits = X[batch] @ params["w"] + params["b"]
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    p[np.arange(len(batch)), DATA.train.labels[batch]] -= 1
+    return {"w": X[batch].T @ p / len(batch), "b": p.mean(0)}
+
+
+def _map(f, *trees):
+    return {k: f(*(tree[k] for tree in trees)) for k in trees[0]}
+
+
+def _batches(client, number):
+    rng = generator(SEED, "batches", number, client)
+    return [b[b >= 0] for b in client_batches(PARTS[client], CONFIG, rng)]
+
+
+def _rounds(train, params):
+    """FedAvg's rounds in which `train(params, client, number) -> params` is a client's training."""
+    for number in range(ROUNDS):
+        cohort = generator(SEED, "cohort", number).choice(4, COHORT, replace=False).tolist()
+        trained = {client: train(params, client, number) for client in cohort}
+        weights = np.array([len(PARTS[client]) for client in cohort])
+        stacks = {k: np.stack([trained[client][k] for client in cohort]) for k in params}
+        params = {k: np.average(stack, 0, weights) for k, stack in stacks.items()}
+        yield cohort, params
+
+
+def _start():
+    made = MODEL.init(jax.random.fold_in(jax.random.key(SEED), 0))
+    return {k: np.asarray(v, np.float64) for k, v in made.items()}
+
+
+def _run(algorithm, mapping="map", **options):
+    engine = jfed.EngineConfig(mapping=mapping, lanes=None if mapping == "debug" else 2)
+    quiet = jfed.EvaluationConfig(every=0, batch_size=30)
+    given = {"rounds": ROUNDS, "cohort": COHORT, "client": CONFIG, "seed": SEED}
+    given |= {"algorithm": algorithm, "engine": engine, "evaluation": quiet}
+    return jfed.simulate(DATA, PARTS, MODEL, **given | options)
+
+
+def _check(found, expected):
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-4, atol=2e-5)
+
+
+MAPPINGS = pytest.mark.parametrize("mapping", ["map", "vmap", "debug"])
+
+
+@MAPPINGS
+def test_fedprox(mapping):
+    def train(params, client, number):
+        own = dict(params)
+        for batch in _batches(client, number):
+            pull = _map(lambda w, s: 0.5 * (w - s), own, params)
+            own = _map(lambda w, g, p: w - RATE * (g + p), own, _gradient(own, batch), pull)
+        return own
+
+    *_, (_, expected) = _rounds(train, _start())
+    _check(_run(fedprox(CONFIG, 0.5), mapping).variables, expected)
+
+
+@MAPPINGS
+def test_scaffold(mapping):
+    zero = _map(np.zeros_like, _start())
+    state = {"c": zero, "own": dict.fromkeys(range(4), zero), "changes": []}
+
+    def train(params, client, number):
+        own, steps, y = state["own"][client], 0, dict(params)
+        for batch in _batches(client, number):
+            change = _map(lambda g, o, c: g - o + c, _gradient(y, batch), own, state["c"])
+            y, steps = _map(lambda w, g: w - RATE * g, y, change), steps + 1
+        new = _map(lambda o, c, x, w: o - c + (x - w) / (steps * RATE), own, state["c"], params, y)
+        state["changes"].append(_map(np.subtract, new, own))
+        state["own"] = state["own"] | {client: new}
+        return y
+
+    for _, params in _rounds(train, _start()):
+        expected = params
+        state["c"] = _map(lambda c, *u: c + sum(u) / 4, state["c"], *state["changes"])
+        state["changes"] = []
+    result = _run(scaffold(CONFIG), mapping)
+    _check(result.variables, expected)
+    for client in range(4):
+        _check(result.memory(client), state["own"][client])
+
+
+@MAPPINGS
+def test_ditto(mapping):
+    personal = dict.fromkeys(range(4), _start())
+
+    def train(params, client, number):
+        own, v = dict(params), personal[client]
+        for batch in _batches(client, number):
+            own = _map(lambda w, g: w - RATE * g, own, _gradient(own, batch))
+            pull = _map(lambda x, w: 2.0 * (x - w), v, params)
+            v = _map(lambda x, g, p: x - RATE * (g + p), v, _gradient(v, batch), pull)
+        personal[client] = v
+        return own
+
+    *_, (_, expected) = _rounds(train, _start())
+    result = _run(ditto(CONFIG, 2.0), mapping)
+    _check(result.variables, expected)
+    for client in range(4):
+        _check(result.memory(client), personal[client])
+
+
+@MAPPINGS
+def test_a_personal_head(mapping):
+    heads = dict.fromkeys(range(4), _start()["b"])
+
+    def train(params, client, number):
+        own = params | {"b": heads[client]}
+        for batch in _batches(client, number):
+            own = _map(lambda w, g: w - RATE * g, own, _gradient(own, batch))
+        heads[client] = own["b"]
+        return own | {"b": params["b"]}
+
+    *_, (_, expected) = _rounds(train, _start())
+    result = _run(personal_head(CONFIG, lambda path: path[0].key == "b"), mapping)
+    _check(result.variables, expected)
+    for client in range(4):
+        np.testing.assert_allclose(result.memory(client)["b"], heads[client], rtol=2e-4, atol=2e-5)
+
+
+def test_memory_is_the_same_after_a_kill(tmp_path):
+    """Stopped by a callback and gone on with: the same bits as in one go, memory included."""
+
+    def stop(record):
+        if record.round == 2:
+            raise RuntimeError("enough")
+
+    whole = _run(scaffold(CONFIG), workdir=tmp_path / "whole")
+    options = {"workdir": tmp_path / "parts", "checkpoints": jfed.CheckpointConfig(every=1, keep=1)}
+    with pytest.raises(jfed.CallbackError, match="enough"):
+        _run(scaffold(CONFIG), callbacks=[stop], **options)
+    parts = _run(scaffold(CONFIG), **options)
+    jax.tree.map(np.testing.assert_array_equal, whole.variables, parts.variables)
+    for client in range(4):
+        jax.tree.map(np.testing.assert_array_equal, whole.memory(client), parts.memory(client))
+
+
+def test_memory_survives_a_change_of_tier_and_belongs_to_its_entries():
+    """A client in the narrow tier leaves what it remembers of other entries as it was."""
+    narrow = jfed.models.Model(
+        lambda key: {"w": MODEL.init(key)["w"]},
+        lambda p, images: images.reshape(images.shape[0], -1) @ p["w"],
+    )
+    some = jfed.tiers.Tier("narrow", narrow, lambda variables, _: {"w": variables["w"]})
+    both = jfed.tiers.Tiers(MODEL.init, (some, jfed.tiers.Tier("full", MODEL)))
+    results = [
+        jfed.simulate(
+            DATA, PARTS, both, rounds=5, draw_tiers=1, client=CONFIG, algorithm=scaffold(CONFIG),
+            engine=jfed.EngineConfig(mapping=mapping), seed=3,
+        )
+        for mapping in ("map", "debug")
+    ]  # fmt: skip
+    for client in range(4):
+        _check(results[0].memory(client), results[1].memory(client))
+        assert np.abs(results[0].memory(client)["b"]).max() > 0
+    _check(results[0].variables, results[1].variables)
+
+
+def _broken(**changes):
+    return dataclasses.replace(scaffold(CONFIG), **changes)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        (_broken(client_init=lambda client, memory, key: memory), r"client_step .* cannot be used"),
+        (
+            _broken(client_step=lambda client, local, batch, key: (local.params, None)),
+            r"client_step .* must keep the local state",
+        ),
+        (_broken(client_step=lambda *_: 3), r"client_step .* must return a pair"),
+        (
+            _broken(client_final=lambda client, local, key: ({"control": local.memory}, ())),
+            r"client_final .* must keep the memory",
+        ),
+        (
+            _broken(client_final=lambda c, local, key: ({"w": local.memory["w"]}, local.memory)),
+            r"weights of parts \['control'\]",
+        ),
+        (
+            _broken(
+                client_final=lambda c, local, key: (
+                    {"update": {"w": jnp.zeros(3), "b": jnp.zeros(3)}, "control": local.memory},
+                    local.memory,
+                )
+            ),
+            "part 'update' .* does not match what tier 'full' owns",
+        ),
+        (_broken(server_step=lambda server, merged: server.variables), "server_step .* must keep"),
+        (_broken(memory_init=lambda variables: variables["nobody"]), "memory_init .*nobody"),
+        (_broken(weights={"control": lambda client: jnp.ones(2)}), "must give a scalar"),
+    ],
+)
+def test_functions_that_do_not_fit_are_named_before_anything_compiles(algorithm, message):
+    with pytest.raises(jfed.ConfigError, match=message):
+        _run(algorithm)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": lambda number, rng: [1, 1]}, "returned client 1 twice"),
+        ({"sampler": lambda number, rng: [4]}, "returned client 4, of clients 0 to 3"),
+        ({"sampler": lambda number, rng: [0, 1, 2, 3]}, "returned 4 clients, of a cohort of 3"),
+        ({"sampler": lambda number: [0]}, "sampler .* cannot be used on round 0"),
+        ({"server": jfed.ServerConfig(weights=lambda c, n: -1.0)}, "of client 0 must be .* got -1"),
+        ({"server": jfed.ServerConfig(weights=lambda c, n: 0.0)}, "are 0 for all 4 clients"),
+    ],
+)
+def test_samplers_and_weights_that_cannot_work_are_named(options, message):
+    with pytest.raises(jfed.ConfigError, match=message):
+        _run(None, **options)
+
+
+def test_another_seed_compiles_nothing_anew():
+    def compiled(seed):
+        result = jfed.simulate(DATA, PARTS, MODEL, rounds=1, client=CONFIG, seed=seed)
+        return result.compile_seconds
+
+    first = compiled(0)
+    with jax.log_compiles(False):
+        assert max(compiled(seed) for seed in (1, 2)) < 0.2 * first

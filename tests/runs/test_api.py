@@ -1,0 +1,262 @@
+"""A user's own model, data and tiers in a run folder, and runs read back."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jfed
+from jfed.cli import main
+from jfed.reports import finished
+
+ROUNDS = 6
+LABELS = np.arange(24, dtype=np.int32) % 3
+IMAGES = np.random.default_rng(0).integers(0, 256, (24, 4, 4, 1)).astype(np.uint8)
+PARTS = tuple(np.split(np.arange(24), 6))
+
+
+def _data(images=IMAGES):
+    split = jfed.data.Split(images, LABELS)
+    return jfed.data.Dataset("mine", split, split, ("a", "b", "c"))
+
+
+def _init(key, classes=3):
+    return {"layers": {0: jnp.zeros((16, 8)), 1: jax.random.normal(key, (8, classes))}}
+
+
+def _apply(params, images):
+    flat = images.reshape(images.shape[0], -1)
+    return jnp.tanh(flat @ params["layers"][0]) @ params["layers"][1]
+
+
+MODEL = jfed.models.Model(_init, _apply)
+
+
+def noisy(learning_rate):
+    """A server optimizer that keeps a typed key."""
+    noise = optax.add_noise(0.01, 0.5, jax.random.key(3))
+    return optax.chain(noise, optax.adam(learning_rate))
+
+
+SERVER = jfed.ServerConfig(optimizer=noisy, learning_rate=0.05)
+
+
+def _simulate(workdir=None, data=None, partition=PARTS, model=MODEL, **options):
+    given = {"rounds": ROUNDS, "cohort": 3, "server": SERVER, "seed": 2} | options
+    return jfed.simulate(data or _data(), partition, model, workdir=workdir, **given)
+
+
+@pytest.fixture(scope="module")
+def in_memory():
+    return _simulate()
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("api") / "run"
+    _simulate(folder)
+    return folder
+
+
+def _without_seconds(history):
+    return [dataclasses.replace(record, seconds=0.0) for record in history]
+
+
+def _check_same(result, other):
+    assert _without_seconds(result.history) == _without_seconds(other.history)
+    jax.tree.map(np.testing.assert_array_equal, result.variables, other.variables)
+
+
+def test_a_run_in_a_folder_is_that_in_memory(in_memory, run_folder):
+    names = {path.name for path in run_folder.iterdir()}
+    figures = {"clients.png", "accuracy.png", "accuracy_by_bytes.png", "accuracy_by_flops.png"}
+    assert {"config.json", "metrics.csv", "summary.json", "checkpoints"} | figures <= names
+    with (run_folder / "metrics.csv").open() as file:
+        losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
+    assert losses == [record.train_loss for record in in_memory.history]
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert summary["tiers"][0]["twin"] is None
+    assert summary["tiers"][0]["bytes_up"] == 4 * (16 * 8 + 8 * 3)
+    run = finished.read(run_folder)
+    assert (run.seed, run.average) == (2, in_memory.accuracies["full"])
+    assert main(["report", str(run_folder)]) == 0
+
+
+def test_settings_are_written_nested(run_folder):
+    config = json.loads((run_folder / "config.json").read_text())
+    assert config["client"]["learning_rate"] == jfed.ClientConfig().learning_rate
+    assert config["server"]["optimizer"] == f"{__name__}.noisy"
+    assert config["inputs"]["data"]["name"] == "mine"
+    assert config["inputs"]["tiers"]["members"]["full"]["parameters"].startswith("152 in 2 arrays")
+
+
+def test_a_finished_run_is_only_read(in_memory, run_folder):
+    heard = []
+    before = {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()}
+    _check_same(_simulate(run_folder, callbacks=[heard.append]), in_memory)
+    assert heard == []
+    assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
+
+
+OTHER = IMAGES.copy()
+OTHER[0, 0, 0, 0] ^= 1
+LARGER = jfed.models.Model(lambda key: {**_init(key), "more": jnp.zeros(3)}, _apply)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": 7}, "rounds is 6 there, 7 here"),
+        ({"client": jfed.ClientConfig(epochs=2)}, "client.epochs is 1 there, 2 here"),
+        ({"server": jfed.ServerConfig()}, r"server.optimizer is '.*noisy' there, 'sgd' here"),
+        ({"data": _data(OTHER)}, r"inputs.data.train.digest is '\w+' there, '\w+' here"),
+        ({"partition": PARTS[::-1]}, r"inputs.partition.digest is '\w+' there"),
+        ({"partition": PARTS[:5]}, "inputs.partition.clients is 6 there, 5 here"),
+        ({"model": LARGER}, "inputs.tiers.variables is '152 in 2 arrays.* '155 in 3 arrays"),
+    ],
+    ids=str,
+)
+def test_another_run_is_refused_with_the_difference(run_folder, changes, message):
+    with pytest.raises(jfed.RunFolderError, match=message):
+        _simulate(run_folder, **changes)
+
+
+def test_a_callback_that_raises_loses_nothing(tmp_path, in_memory):
+    heard, folder = [], tmp_path / "run"
+
+    def fragile(record):
+        if record.round == 3 and len(heard) == 3:
+            raise OSError("no answer")
+
+    with pytest.raises(jfed.CallbackError) as raised:
+        _simulate(folder, callbacks=[heard.append, fragile])
+    assert "fragile raised OSError('no answer') after round 3" in str(raised.value)
+    assert isinstance(raised.value.__cause__, OSError)
+    kept = jfed.load(folder, MODEL)
+    assert f"Stopped after round {len(kept.history)} of 6, which is saved in" in str(raised.value)
+    assert _without_seconds(kept.history) == _without_seconds(
+        in_memory.history[: len(kept.history)]
+    )
+    told = len(kept.history)
+    _check_same(_simulate(folder, callbacks=[heard.append]), in_memory)
+    assert [record.round for record in heard] == [1, 2, 3, *range(told + 1, ROUNDS + 1)]
+
+
+def test_callbacks_without_a_folder_hear_every_round_in_order():
+    heard = []
+
+    def fragile(record):
+        if record.round == 4:
+            raise KeyError("x")
+
+    with pytest.raises(jfed.CallbackError, match="fragile raised KeyError"):
+        _simulate(callbacks=[heard.append, fragile])
+    assert [record.round for record in heard] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"callbacks": print}, "callbacks must be a sequence, got <built-in function print>"),
+        ({"callbacks": [3]}, "callbacks must be functions of a Record, got 3"),
+        ({"checkpoints": jfed.CheckpointConfig()}, "checkpoints need a workdir"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_quoted(options, message):
+    with pytest.raises(jfed.ConfigError, match=message):
+        _simulate(**options)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from test_api import _simulate, jfed
+def kill(record):
+    if record.round == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+_simulate(sys.argv[2], callbacks=[kill], checkpoints=jfed.CheckpointConfig(every=2))
+"""
+
+
+def test_a_killed_call_goes_on_to_the_same_bits(tmp_path, in_memory):
+    folder, here = tmp_path / "run", os.path.dirname(__file__)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    done = subprocess.run([sys.executable, "-c", KILLED, here, str(folder)], env=environment)
+    assert done.returncode == -signal.SIGKILL
+    (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace("test_api.noisy", f"{__name__}.noisy")
+    )
+    assert 2 <= len(jfed.load(folder).history) < ROUNDS
+    _check_same(_simulate(folder), in_memory)
+
+
+def test_a_run_of_functions_is_loaded_with_its_tiers_or_as_it_is_stored(run_folder, in_memory):
+    result = jfed.load(run_folder, MODEL)
+    _check_same(result, in_memory)
+    assert result.accuracies == in_memory.accuracies
+    assert (result.traffic, result.engine) == (in_memory.traffic, in_memory.engine)
+    assert [tier.name for tier in result.evaluated] == ["full"]
+    stored = jfed.load(run_folder)
+    assert (stored.tiers, stored.evaluated, stored.traffic) == (None, (), {})
+    assert stored.accuracies == in_memory.accuracies
+    np.testing.assert_array_equal(stored.variables["layers"]["1"], in_memory.variables["layers"][1])
+    stored.plot()
+
+
+def test_a_run_of_the_command_is_loaded_without_more(tmp_path):
+    folder = tmp_path / "run"
+    assert main(["run", "--preset", "smoke", "--workdir", str(folder), "--no-cache"]) == 0
+    result = jfed.load(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [tier.name for tier in result.evaluated] == [tier["tier"] for tier in summary["tiers"]]
+    assert {name: t.up for name, t in result.traffic.items()} == {
+        tier["tier"]: tier["bytes_up"] for tier in summary["tiers"] if tier["trained"]
+    }
+    assert result.accuracies == {tier["tier"]: tier["accuracy"] for tier in summary["tiers"]}
+    shapes = jax.eval_shape(result.tiers.init, jax.random.key(0))
+    assert jax.tree.map(np.shape, result.variables) == jax.tree.map(lambda x: x.shape, shapes)
+    assert result.compile_seconds == summary["compile_seconds"]
+    with pytest.raises(jfed.ConfigError, match=r"made with other tiers: .*variables is"):
+        jfed.load(folder, MODEL)
+
+
+def test_what_cannot_be_loaded_is_told(tmp_path, run_folder):
+    with pytest.raises(jfed.RunFolderError, match=r"holds no run: it has no config.json"):
+        jfed.load(tmp_path / "nothing")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = (run_folder / "config.json").read_text()
+    (folder / "config.json").write_text(config)
+    with pytest.raises(jfed.RunFolderError, match="has not saved any round yet"):
+        jfed.load(folder)
+    (folder / "config.json").write_text(config[:40])
+    with pytest.raises(jfed.RunFolderError, match=r"config.json' is damaged"):
+        jfed.load(folder)
+    (folder / "config.json").write_text('{"rounds": 3}')
+    with pytest.raises(jfed.RunFolderError, match="damaged, or of another version of jfed"):
+        jfed.load(folder)
+
+
+def test_compiled_programs_are_kept_where_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    try:
+        jax.config.update(names[0], None)
+        jfed.keep_compiled()
+        assert jax.config.values[names[0]] == str(tmp_path / "home" / "jfed")
+        jfed.keep_compiled(tmp_path / "mine")
+        assert jax.config.values[names[0]] == str(tmp_path / "mine")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
