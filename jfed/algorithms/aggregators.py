@@ -191,7 +191,7 @@ def _clipped(stack: Stack) -> Stack:
     def square(update: Array, owned: Array) -> tuple[Array, Array]:
         axes = tuple(range(1, update.ndim))
         owned = jnp.broadcast_to(owned, update.shape)
-        return jnp.square(update).sum(axes), owned.sum(axes)
+        return jnp.square(update).sum(axes), owned.sum(axes, dtype=jnp.float32)
 
     squares, sizes = _totals(square, stack.updates, stack.owned)
     size = jnp.sqrt(squares / jnp.maximum(sizes, 1))

@@ -124,7 +124,7 @@ def _mean(total: Array, weight: Array) -> Array:
 def _owned(
     variables: Params,
     groups: Sequence[Group],
-    weights: Sequence[Float[Array, " slots"]],
+    weights: Sequence[Float[Array, " _"]],
     round_: Round,
 ) -> Params:
     """For each entry the sum of the weights of the clients that own it."""

@@ -138,7 +138,7 @@ def check_algorithm(
         if weight.shape != ():
             raise ConfigError(f"{title} must give a scalar, got {_shapes(weight)}.")
 
-    def step(server: Server, *parts: Any) -> Server:
+    def step(server: Server, *parts: Any) -> Any:
         return algorithm.server_step(server, Merged(parts[0], parts[1], parts[2], 1, *parts[3:]))
 
     with calling(_title(algorithm, "server_step"), parts=sorted(merged)):

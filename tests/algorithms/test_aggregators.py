@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jfed.algorithms.aggregators import AGGREGATORS, Aggregation, aggregate
-from jfed.algorithms.servers import (
-    ServerConfig,
-    ServerState,
-    make_server_optimizer,
-    make_server_step,
-)
-from jfed.engine.merging import StackedUpdates, TierUpdate, clip_update, merge
+from jfed.algorithms import Server, ServerConfig, fedavg
+from jfed.algorithms.aggregators import AGGREGATORS, Aggregation, Stack, make_aggregator
+from jfed.data.preprocessing import Augmentation
+from jfed.engine.devices import make_mesh
+from jfed.engine.lanes import Training
+from jfed.engine.merging import Delivered, Group, Report, clip, merge
 from jfed.errors import ConfigError
 from jfed.models import Model
+from jfed.models.losses import Metrics
+from jfed.simulation.programs import Plan, make_server
 from jfed.tiers import Tier
 
 LIKE = {"a": jnp.zeros((4, 3)), "b": jnp.zeros(5)}
@@ -62,8 +62,15 @@ def _flat(tree):
     return np.concatenate([np.ravel(tree["a"]), np.ravel(tree["b"])])
 
 
+def _delivered(parts, weights):
+    weights = jnp.asarray(weights, jnp.float32)
+    zeros, there = jnp.zeros_like(weights), weights > 0
+    report = Report(Metrics(zeros, zeros, zeros), there, jnp.zeros_like(there))
+    return Delivered({"update": parts}, {"update": weights}, report)
+
+
 def _stacks(clients, shuffle=0):
-    """Clients in random slots of their tiers, the others empty."""
+    """What each tier delivers, its clients in random slots, the others empty."""
     rng = np.random.default_rng(shuffle)
     stacks = []
     for index, (tier, slots) in enumerate(zip(TIERS, SLOTS, strict=True)):
@@ -71,19 +78,31 @@ def _stacks(clients, shuffle=0):
         mine += [(0.0, np.zeros(17))] * (slots - len(mine))
         mine = [mine[i] for i in rng.permutation(slots)]
         trees = [tier.extract(_tree(u), 0) for _, u in mine]
-        weights = jnp.asarray([w for w, _ in mine], jnp.float32)
-        stacks.append(StackedUpdates(jax.tree.map(lambda *x: jnp.stack(x), *trees), weights))
+        stacks.append(_delivered(jax.tree.map(lambda *x: jnp.stack(x), *trees), [w for w, _ in mine]))
     return stacks
+
+
+def _slots(delivered):
+    return [jnp.zeros(len(told.weights["update"]), jnp.int32) for told in delivered]
+
+
+def _merge(delivered, aggregator):
+    groups = [
+        Group((tier,), told, slots)
+        for tier, told, slots in zip(TIERS, delivered, _slots(delivered), strict=True)
+    ]
+    message, owners = merge(LIKE, groups, aggregator)
+    return message["update"], owners
 
 
 @functools.cache
 def _jitted(config):
-    return jax.jit(lambda stacks: aggregate(config, LIKE, TIERS, stacks))
+    return jax.jit(lambda stacks: _merge(stacks, make_aggregator(config)))
 
 
 def _found(config, clients, shuffle=0):
-    update, weight = _jitted(config)(_stacks(clients, shuffle))
-    return _flat(update), _flat(weight)
+    update, owners = _jitted(config)(_stacks(clients, shuffle))
+    return _flat(update), _flat(owners)
 
 
 def _mean(clients, weights):
@@ -153,20 +172,46 @@ def test_aggregators_equal_numpy(config, counts):
         clients = _clients(counts, seed)
         expected = EXPECTED[config](clients)
         for shuffle in range(2):
-            update, weight = _found(config, clients, shuffle)
+            update, owners = _found(config, clients, shuffle)
             np.testing.assert_allclose(update, expected, rtol=1e-5, atol=1e-6)
-        nobody = ~OWNED[[t for t, _, _ in clients]].any(0)
-        assert not weight[nobody].any()
-        if config.aggregator not in ("krum", "multi-krum"):
-            assert (weight[~nobody] > 0).all()
+            np.testing.assert_array_equal(owners, OWNED[[t for t, _, _ in clients]].sum(0))
 
 
 def test_krum_moves_only_what_the_chosen_client_owns():
     clients = _clients((4, 7, 3))
-    clients[0] = (0, 1.0, np.zeros(17))
-    clients[1:] = [(t, w, 0.1 * u if t == 0 else u) for t, w, u in clients[1:]]
-    _, weight = _found(KRUM, clients)
-    np.testing.assert_array_equal(weight > 0, OWNED[0])
+    clients = [(t, w, 0.1 * u if t == 0 else u) for t, w, u in clients]
+    update, _ = _found(KRUM, clients)
+    np.testing.assert_array_equal(update != 0, OWNED[0])
+
+
+def test_an_aggregator_of_the_users_own_gets_every_update_by_itself():
+    """Of tiers that own parts of the variables, zeros elsewhere; the largest value of each entry."""
+    clients, seen = _clients((2, 3, 1)), []
+
+    def largest(stack):
+        seen.append(stack)
+        return jax.tree.map(
+            lambda u, o: jnp.where(o, u, -jnp.inf).max(0), stack.updates, stack.owned
+        )
+
+    update, owners = _merge(_stacks(clients), make_aggregator(Aggregation(largest)))
+    owned = np.array([OWNED[t] for t, _, _ in clients])
+    values = np.where(owned, [u for _, _, u in clients], -np.inf)
+    np.testing.assert_allclose(_flat(update), values.max(0), rtol=1e-6)
+    np.testing.assert_array_equal(_flat(owners), owned.sum(0))
+    (stack,) = seen
+    assert isinstance(stack, Stack)
+    assert sorted(np.asarray(stack.weight)[np.asarray(stack.weight) > 0]) == pytest.approx(
+        sorted(w for _, w, _ in clients)
+    )
+    rows = np.concatenate([np.reshape(u, (sum(SLOTS), -1)) for u in stack.updates.values()], 1)
+    sums = rows.sum(1)[np.asarray(stack.weight) > 0]
+    np.testing.assert_allclose(sorted(sums), sorted(u.sum() for _, _, u in clients), rtol=1e-4)
+    assert not rows[np.asarray(stack.weight) == 0].any()
+    # What nobody owns is left alone, whatever the aggregator makes of it.
+    update, _ = _merge(_stacks(_clients((2, 0, 0))), make_aggregator(Aggregation(largest)))
+    assert np.isfinite(_flat(update)).all()
+    assert not _flat(update)[~OWNED[0]].any()
 
 
 @pytest.mark.parametrize("config", ALL, ids=lambda c: f"{c.aggregator}-{c.krum_selected}")
@@ -191,25 +236,58 @@ def test_a_client_counts_once_whatever_its_weight(config):
 @pytest.mark.parametrize("norm", [0.5, 2.0, 100.0])
 def test_an_update_is_clipped_to_its_l2_norm(norm):
     update = np.random.default_rng(0).normal(size=17)
-    found = _flat(clip_update(_tree(update), norm))
+    found = _flat(clip(_tree(update), norm))
     expected = update * min(1, norm / np.linalg.norm(update))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    np.testing.assert_array_equal(_flat(clip_update(_tree(0 * update), norm)), 0 * update)
+    np.testing.assert_array_equal(_flat(clip(_tree(0 * update), norm)), 0 * update)
+
+
+@pytest.mark.parametrize("norm", [1e-3, 1e3])
+def test_clipping_does_not_overflow(norm):
+    update = np.zeros(17)
+    update[[2, 14]] = 3e30, -4e30
+    expected = np.zeros(17)
+    expected[[2, 14]] = 0.6 * norm, -0.8 * norm
+    np.testing.assert_allclose(_flat(clip(_tree(update), norm)), expected, rtol=1e-5)
+    assert not np.isfinite(_flat(clip(_tree(np.full(17, np.inf)), norm))).any()
 
 
 def test_sums_are_merged_by_their_weighted_mean():
-    clients = _clients((2, 3, 1))
-    sums = []
+    clients, sums = _clients((2, 3, 1)), []
     for index, tier in enumerate(TIERS):
         mine = [(w, u) for t, w, u in clients if t == index]
         total = sum(w * u for w, u in mine)
-        sums.append(TierUpdate(tier.extract(_tree(total), 0), jnp.float32(sum(w for w, _ in mine))))
+        sums.append(_delivered(tier.extract(_tree(total), 0), [w for w, _ in mine]))
     for config in (Aggregation(), Aggregation("norm-clipping", clip_updates=1.0)):
         assert not config.stacked
-        update, weight = aggregate(config, LIKE, TIERS, sums)
-        expected = _mean(clients, [w for _, w, _ in clients])
-        np.testing.assert_allclose(_flat(update), expected, rtol=1e-5, atol=1e-6)
-        jax.tree.map(np.testing.assert_array_equal, (update, weight), merge(LIKE, TIERS, sums))
+        assert make_aggregator(config) is None
+    update, owners = _merge(sums, None)
+    expected = _mean(clients, [w for _, w, _ in clients])
+    np.testing.assert_allclose(_flat(update), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(_flat(owners), OWNED[[0, 0, 1, 1, 1, 2]].sum(0))
+
+
+def test_parts_unlike_the_variables_are_merged_over_all_clients():
+    """Tiers whose settings tell what they own, and a part with weights of its own."""
+    model = Model(lambda key: jnp.zeros(4), lambda params, x: x)
+
+    def first(like, setting):
+        return (jnp.arange(4) < setting[0]).astype(jnp.float32)
+
+    tiers = [Tier(str(n), model, setting=(n,), mask=first) for n in (1, 3)]
+    weights = {"update": jnp.float32([2.0, 1.0, 5.0]), "told": jnp.float32([1.0, 1.0, 1.0])}
+    there = jnp.array([True, True, True])
+    report = Report(Metrics(*jnp.zeros((3, 3))), there, ~there)
+    each = np.array([[3.0, 0, 0, 0], [1.0, 2.0, 3.0, 0], [2.0, 4.0, 6.0, 0]])
+    parts = {
+        "update": jnp.float32(np.array([2.0, 1.0, 5.0]) @ each),
+        "told": {"x": jnp.float32(12.0)},
+    }
+    group = Group(tiers, Delivered(parts, weights, report), jnp.array([0, 1, 1]))
+    message, owners = merge(jnp.zeros(4), [group])
+    np.testing.assert_allclose(message["update"], [17 / 8, 22 / 6, 33 / 6, 0], rtol=1e-6)
+    np.testing.assert_array_equal(owners, [3, 2, 2, 0])
+    assert message["told"]["x"] == 4
 
 
 @pytest.mark.parametrize("aggregator", [name for name in AGGREGATORS if name != "mean"])
@@ -217,19 +295,34 @@ def test_a_round_that_nobody_delivers_in_leaves_variables_and_momentum(aggregato
     needs = {"trimmed-mean": {"trim": 0.1}, "krum": {"krum_byzantine": 1}}
     needs["multi-krum"] = needs["krum"]
     config = ServerConfig(aggregator=aggregator, momentum=0.9, **needs.get(aggregator, {}))
-    optimizer = make_server_optimizer(config)
-    step = make_server_step(TIERS, optimizer, config.aggregation)
-    state, _ = step(ServerState(LIKE, optimizer.init(LIKE)), _stacks(_clients((2, 4, 1))))
-    assert np.abs(_flat(state.variables)).max() > 0.01
-    after, finite = step(state, _stacks([]))
-    assert finite
-    jax.tree.map(np.testing.assert_array_equal, after, state)
+    algorithm = fedavg(None, config)
+    trainings = tuple(
+        Training((tier,), algorithm, Augmentation(), make_mesh(1), "map", slots, stacked=True)
+        for tier, slots in zip(TIERS, SLOTS, strict=True)
+    )
+    step = make_server(Plan(trainings, (), make_aggregator(config), 14, None))
+
+    def after(*rounds):
+        variables = jax.tree.map(jnp.copy, LIKE)
+        server, finite = Server(variables, algorithm.server_init(variables)), True
+        for number, clients in enumerate(rounds):
+            told = _stacks(clients)
+            server, finite = step(
+                server, told, _slots(told), jnp.int32(number), jax.random.key(0)
+            )
+        assert finite
+        return server
+
+    once, twice = after(_clients((2, 4, 1))), after(_clients((2, 4, 1)), [])
+    assert np.abs(_flat(once.variables)).max() > 0.01
+    jax.tree.map(np.testing.assert_array_equal, twice, once)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"aggregator": "avg"}, "unknown aggregator 'avg'"),
+        ({"aggregator": np.median, "trim": 0.1}, r"numpy\.median has no trim, got 0\.1"),
         ({"aggregator": "mean", "trim": 0.1}, r"'mean' has no trim, got 0\.1"),
         ({"aggregator": "median", "clip_updates": 1.0}, r"'median' has no clip_updates, got 1\.0"),
         ({"aggregator": "krum", "krum_byzantine": 1, "krum_selected": 2}, "no krum_selected"),

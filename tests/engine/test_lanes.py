@@ -366,9 +366,11 @@ def test_every_client_of_every_round_has_noise_of_its_own(optimizer):
     """The gradient of this loss is 0, so that the updates are noise alone."""
 
     def typed(rate):
+        del rate
+
         def update(gradient, key, params=None):
             key, own = jax.random.split(key)
-            return rate * jax.random.normal(own, gradient.shape), key
+            return optax.tree.random_like(own, gradient), key
 
         return optax.GradientTransformation(lambda params: jax.random.key(0), update)
 
@@ -513,7 +515,7 @@ def _working_bytes(clients, lanes, mapping, *, stacked=False, model):
 def test_memory_does_not_grow_with_the_cohort():
     model = cnn(channels=1, size=8, form="transposed")
     few, many = (_working_bytes(clients, 2, "map", model=model) for clients in (10, 1000))
-    assert few > 4 * tree_bytes(jax.eval_shape(model.init, jax.random.key(0)))
+    assert few > 3 * tree_bytes(jax.eval_shape(model.init, jax.random.key(0)))
     assert many <= 1.1 * few
 
 
@@ -560,9 +562,9 @@ def test_a_codec_sees_a_clients_whole_update_and_has_a_key_of_its_own():
 
 def test_what_a_client_does_not_own_is_no_part_of_its_updates_norm():
     """Weight decay moves weights that the model of a tier does not use; they are not sent."""
-    update = Federation(
+    federation = Federation(
         DATA,
-        PARTS[:1],
+        [np.arange(48)],
         dataclasses.replace(THREE, members=THREE.members[1:2]),
         rounds=2,
         client=ClientConfig(batch_size=4, weight_decay=2.0),
@@ -570,8 +572,8 @@ def test_what_a_client_does_not_own_is_no_part_of_its_updates_norm():
         evaluation=jfed.EvaluationConfig(every=0, batch_size=8),
         engine=EngineConfig(1, 1, "map"),
     )
-    start = jax.device_get(update.start.server.variables)
-    after = jax.device_get(update.round(update.start, 0)[0].server.variables)
+    start = jax.device_get(federation.start.server.variables)
+    after = jax.device_get(federation.round(federation.start, 0)[0].server.variables)
     moved = jax.tree.map(lambda a, b: a - b, after, start)
     assert not moved["w"][9:].any()
     norm = np.sqrt(sum(np.square(leaf).sum() for leaf in moved.values()))

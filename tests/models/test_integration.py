@@ -1,5 +1,8 @@
 """The ODE block against closed forms, hand-written recurrences and finite differences."""
 
+import itertools
+
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,19 +156,20 @@ def test_moments_are_those_of_each_evaluation_and_can_be_used_again(solver, unro
         return jnp.sin(z) + 0.1 * used[None, None, None], used
 
     z = jax.random.normal(jax.random.key(0), (2, 3, 3, 2))
-    end, moments = _solve(field, z, steps=3, solver=solver, unroll=unroll)
+    end, moments = _solve(field, z, steps=3, solver=solver, unroll=unroll, record=True)
     assert moments.shape[0] == 3
-    again, same = _solve(field, z, steps=3, solver=solver, unroll=unroll, moments=moments)
+    options = {"steps": 3, "solver": solver, "unroll": unroll, "record": True}
+    again, same = _solve(field, z, moments=moments, **options)
     np.testing.assert_allclose(again, end, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(same, moments, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(moments[0, 0], z.mean((0, 1, 2)), rtol=1e-5)
-    other, _ = _solve(field, z, steps=3, solver=solver, unroll=unroll, moments=moments + 1.0)
+    other, _ = _solve(field, z, moments=moments + 1.0, **options)
     assert np.abs(other - end).max() > 0.05
 
 
 def test_euler_moments_are_the_means_along_the_trajectory():
     z = jnp.full((1, 1, 1, 1), 2.0)
-    _, moments = _solve(lambda t, z, m: (-z, z.mean((0, 1, 2))), z, steps=4)
+    _, moments = _solve(lambda t, z, m: (-z, z.mean((0, 1, 2))), z, steps=4, record=True)
     np.testing.assert_allclose(moments.ravel(), 2.0 * 0.75 ** np.arange(4), rtol=1e-6)
 
 
@@ -176,3 +180,123 @@ def test_unknown_and_unsuitable_solvers_are_refused():
         check_solver("Kvaerno3")
     with pytest.raises(ConfigError, match="unknown horizon 'fix'"):
         step_size("fix", 2)
+
+
+def _field(t, z, given):
+    used = z.mean((0, 1, 2)) if given is None else given
+    return jnp.sin(z) * (1 + jnp.asarray(t, z.dtype)) + 0.1 * used[None, None, None], used
+
+
+STATE = jax.random.normal(jax.random.key(3), (2, 3, 3, 2))
+MOST = 4
+COUNTED = {"most": MOST, "unroll": False}
+
+
+@pytest.mark.parametrize("horizon", ["fixed", "proportional"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_steps_are_those_of_diffrax(solver, horizon):
+    """Static counts and counts that are data, which one program serves."""
+    theirs = getattr(diffrax, solver)()
+    term = diffrax.ODETerm(lambda t, z, _: _field(t, z, None)[0])
+
+    @jax.jit
+    def step(start, end, z):
+        state = theirs.init(term, start, end, z, None)
+        return theirs.step(term, start, end, z, None, state, False)[0]
+
+    @jax.jit
+    def counted(z, steps):
+        return integrate(_field, z, steps=steps, horizon=horizon, solver=solver, **COUNTED)[0]
+
+    for steps in (0, 1, 3, MOST):
+        ends = np.linspace(0, 1 if horizon == "fixed" else steps, steps + 1, dtype=np.float32)
+        expected = STATE
+        for start, end in itertools.pairwise(ends):
+            expected = step(start, end, expected)
+        static, _ = _solve(_field, STATE, steps=steps, horizon=horizon, solver=solver)
+        np.testing.assert_allclose(static, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(counted(STATE, jnp.int32(steps)), expected, rtol=1e-4, atol=1e-4)
+    assert counted._cache_size() == 1
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_moments_of_counted_steps_are_those_of_static_ones(solver):
+    options = {"horizon": "fixed", "solver": solver, "record": True}
+
+    @jax.jit
+    def counted(z, steps, moments):
+        return integrate(_field, z, steps=steps, moments=moments, **COUNTED, **options)
+
+    for steps in (1, 3):
+        end, moments = _solve(_field, STATE, steps=steps, **options)
+        found_end, found = counted(STATE, jnp.int32(steps), None)
+        np.testing.assert_allclose(found_end, end, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found[:steps], moments, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(found[steps:], np.zeros_like(found[steps:]))
+        again, _ = counted(STATE, jnp.int32(steps), found + 1.0)
+        expected, _ = _solve(_field, STATE, steps=steps, moments=moments + 1.0, **options)
+        np.testing.assert_allclose(again, expected, rtol=1e-5, atol=1e-5)
+
+
+def _gradient(weights, z, sizes, steps, largest=None, **options):
+    """Of a sum over the end, with respect to what the field closes over, the state, the sizes."""
+
+    def loss(weights, z, sizes):
+        def field(t, z, given):
+            return jnp.tanh(z @ weights) * (1 + jnp.asarray(t, z.dtype)), None
+
+        options_ = {"horizon": "fixed", "solver": "Heun", "sizes": sizes} | options
+        return jnp.square(integrate(field, z, steps=steps, largest=largest, **options_)[0]).sum()
+
+    return jax.value_and_grad(loss, (0, 1, 2))(weights, z, sizes)
+
+
+WEIGHTS = jax.random.normal(jax.random.key(4), (2, 2))
+SIZES = jnp.asarray([0.5, 0.2, 0.4, 0.3])
+
+
+def _assert_close(found, expected):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+    )
+
+
+def test_counted_steps_have_the_gradient_of_static_ones():
+    counted = jax.jit(lambda steps: _gradient(WEIGHTS, STATE, SIZES, steps, **COUNTED))
+    for steps in (0, 1, 3, MOST):
+        static = jax.jit(lambda n=steps: _gradient(WEIGHTS, STATE, SIZES, n, unroll=True))()
+        _assert_close(counted(jnp.int32(steps)), static)
+    assert counted._cache_size() == 1
+
+
+def test_lanes_of_different_counts_are_each_as_alone():
+    counts = jnp.asarray([3, 0, 1, 2, 3])  # none as large as the program could serve
+    states = jax.random.normal(jax.random.key(5), (5, *STATE.shape))
+    run = jax.jit(
+        jax.vmap(
+            lambda z, steps, largest: _gradient(WEIGHTS, z, SIZES, steps, largest, **COUNTED),
+            (0, 0, None),
+        )
+    )
+    alone = jax.jit(lambda z, steps: _gradient(WEIGHTS, z, SIZES, steps, **COUNTED))
+    expected = [alone(z, steps) for z, steps in zip(states, counts, strict=True)]
+    for largest in (3, MOST):
+        found = run(states, counts, jnp.int32(largest))
+        _assert_close(found, jax.tree.map(lambda *x: jnp.stack(x), *expected))
+
+
+def test_infinite_values_beyond_a_count_do_not_leak():
+    """A lane whose own steps are over runs on into a field that is infinite there."""
+    sizes = jnp.asarray([0.5, 0.2, jnp.inf, jnp.inf])
+    counts = jnp.asarray([2, 1, 0])
+    run = jax.jit(
+        jax.vmap(
+            lambda steps, largest: _gradient(WEIGHTS, STATE, sizes, steps, largest, **COUNTED),
+            (0, None),
+        )
+    )
+    found = run(counts, jnp.int32(MOST))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    for lane, steps in enumerate((2, 1, 0)):
+        expected = jax.jit(lambda n=steps: _gradient(WEIGHTS, STATE, SIZES, n, unroll=True))()
+        _assert_close(jax.tree.map(lambda x, i=lane: x[i], found), expected)

@@ -1,4 +1,4 @@
-"""ODENets whose iterations are scanned: the same gradients, and what they keep for them."""
+"""ODENets whose iterations are scanned, or data: the same gradients, and what they keep."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jfed.models.ode_nets import ODENetConfig, odenet
+from jfed.models.ode_nets import Depth, ODENetConfig, odenet
 
 SCANNED = ODENetConfig(widths=(3,), iterations=2, channels=1, classes=3, unroll=False)
 IMAGES = jax.random.normal(jax.random.key(1), (5, 6, 6, 1))
@@ -63,3 +63,85 @@ def test_a_scans_gradient_keeps_the_state_the_convolutions_and_the_moments(optio
     assert sum(map(np.prod, stacked)) < (kept + 0.5) * size
     assert "square" in str(forward)  # of the variances
     assert "square" not in str(backward)
+
+
+def _temporary_bytes(config, steps):
+    """What the gradient needs beside its arguments and results, where steps are data."""
+    params = odenet(config).init(jax.random.key(0))
+
+    def loss(params, steps):
+        model = odenet(config, Depth((steps,)))
+        return jnp.square(model.apply(params, jnp.zeros((1, 2, 2, 1)), jnp.ones(1))).mean()
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, jnp.int32(steps)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("learn_steps", [False, True])
+def test_the_gradient_of_counted_steps_keeps_no_kernel_for_each(learn_steps):
+    width = 64  # so that a kernel, 9 * 65 * 64 numbers, is much more than the state, 2 * 2 * 64
+    config = dataclasses.replace(
+        SCANNED, widths=(width,), iterations=2, conv="transposed", learn_steps=learn_steps
+    )
+    few, many = (
+        _temporary_bytes(dataclasses.replace(config, iterations=most), 2) for most in (2, 10)
+    )
+    kernel = 4 * 9 * (width + 1) * width
+    assert (many - few) / 8 < kernel / 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"horizon": "proportional", "solver": "Midpoint", "norm": "group"},
+        {"learn_steps": True, "function": "postactivation"},
+        {"separable": True, "solver": "Bosh3"},
+    ],
+    ids=str,
+)
+def test_one_program_of_all_counts_is_each_static_network(options):
+    config = dataclasses.replace(
+        SCANNED, widths=(3, 4), iterations=(4, 3), conv="transposed", **options
+    )
+    whole = odenet(config)
+    params = whole.init(jax.random.key(0))
+    arguments = (IMAGES, MASK) if config.norm == "batch" else (IMAGES,)
+
+    def run(params, depth, config=config):
+        model = odenet(config, depth)
+        square = lambda p: jnp.square(model.apply(p, *arguments)).mean()  # noqa: E731
+        logits = model.apply(params, *arguments)
+        moments = None if model.measure is None else model.measure(params, IMAGES, MASK)
+        given = None if moments is None else model.apply(params, IMAGES, None, moments)
+        return logits, jax.grad(square)(params), moments, given
+
+    counted = jax.jit(lambda params, steps: run(params, Depth(steps)))
+    for steps in ((0, 0), (4, 3), (1, 2), (3, 0)):
+        found = counted(params, tuple(map(jnp.int32, steps)))
+        depth = Depth(steps)
+        logits, gradient, moments, given = jax.jit(lambda p, d=depth: run(p, d))(params)
+        expected = (logits, gradient, _padded(moments, found[2]), given)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected
+        )
+    assert counted._cache_size() == 1
+
+
+def _padded(moments, like):
+    """Moments of static steps, with zeros for those of the longest, as those of counted steps."""
+    if moments is None:
+        return None
+    padded = {}
+    for name, mine in moments.items():
+        if mine is None:  # of no steps
+            padded[name] = jax.tree.map(jnp.zeros_like, like[name])
+        else:
+            padded[name] = jax.tree.map(_to_length, mine, like[name])
+    return padded
+
+
+def _to_length(x, like):
+    if x.ndim < 3:
+        return x
+    return jnp.pad(x, ((0, len(like) - len(x)), *((0, 0),) * (x.ndim - 1)))

@@ -8,16 +8,18 @@ import pytest
 import scipy.special
 
 from jfed import tiers as tiers_lib
-from jfed.algorithms.clients import make_step
+from jfed.algorithms.algorithm import Client
+from jfed.algorithms.training import local_training
 from jfed.errors import ConfigError
 from jfed.models import ResNetConfig, preset
 from jfed.models.exits import exit_resnet
-from jfed.models.losses import Batch
+from jfed.models.losses import Batch, training_loss
 from jfed.models.model import initialise
 from jfed.tiers.communication import tree_size
 from jfed.tiers.depth import blocks_for, check_blocks, mutual_divergence
 
 CONFIG = ResNetConfig(widths=(4, 6), blocks=(3, 2), channels=1, classes=5, conv="xla")
+KEY = jax.random.key(0)  # which no loss here draws from
 # Kept blocks of every stage of ResNet-56 and 110, and the share of the parameters that the authors
 # give for them (https://github.com/honggkang/nested-federated-learning, NeFL-D). Of the third of
 # ResNet-110 their list names 17 blocks of the first stage.
@@ -110,7 +112,7 @@ def test_a_depthfl_tier_owns_its_stages_and_their_exits():
 def test_the_loss_of_exits_is_cross_entropy_and_mutual_divergence(exits):
     tiers, variables, batch, logits = exits
     deep = tiers.members[1]
-    loss, metrics = deep.model.loss(deep.extract(variables, 0), batch)
+    loss, metrics = deep.model.loss(deep.extract(variables, 0), batch, KEY)
     labels = np.asarray(batch.labels)
     log_p = scipy.special.log_softmax(logits, -1)
     expected = -log_p[:, np.arange(6), labels].mean(1).sum()
@@ -139,20 +141,24 @@ def test_padding_does_not_change_the_loss_of_exits(exits):
     filled = [jnp.concatenate([x, x[:2]]) for x in (batch.images, batch.labels)]
     padded = Batch(*filled, jnp.asarray([1.0] * 6 + [0.0] * 2))
     np.testing.assert_allclose(
-        model.loss(params, padded)[0], model.loss(params, batch)[0], rtol=1e-5
+        model.loss(params, padded, KEY)[0], model.loss(params, batch, KEY)[0], rtol=1e-5
     )
 
 
 def test_local_training_uses_the_loss_of_the_model(exits):
     tiers, variables, batch, _ = exits
     deep = tiers.members[1]
-    params, optimizer = deep.extract(variables, 0), optax.sgd(0.1)
-    step = jax.jit(lambda p, s: make_step(deep.model)(optimizer, p, s, batch))
-    moved, _, _ = step(params, optimizer.init(params))
-    gradient = jax.jit(jax.grad(lambda p: deep.model.loss(p, batch)[0]))(params)
+    params, training = deep.extract(variables, 0), local_training(optax.sgd)
+    one = jnp.int32(1)
+    client = Client(
+        params, training_loss(deep.model), one, one, one, jnp.ones(()), one, jnp.float32(0.1)
+    )
+    local = training.client_init(client, (), KEY)
+    moved, _ = jax.jit(lambda local: training.client_step(client, local, batch, KEY))(local)
+    gradient = jax.jit(jax.grad(lambda p: deep.model.loss(p, batch, KEY)[0]))(params)
     jax.tree.map(
         lambda m, p, g: np.testing.assert_allclose(m, p - 0.1 * g, rtol=1e-4, atol=1e-4),
-        moved,
+        moved.params,
         params,
         gradient,
     )

@@ -5,16 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import scipy.special
 
 import jfed
 from jfed import tiers as tiers_lib
-from jfed.algorithms.clients import make_step
 from jfed.data import Dataset, Split
 from jfed.models import ODENetConfig
-from jfed.models.losses import Batch
+from jfed.models.losses import Batch, training_loss
 from jfed.models.model import initialise
 from jfed.tiers import MethodConfig, make_tiers
 
@@ -24,6 +22,7 @@ CONFIG = ODENetConfig(
 COUNTS = (2, 1, 4)
 PRESENT = np.array([True, False, True, True, False])
 REAL = 6
+KEY = jax.random.key(0)  # which no loss here draws from
 WEIGHT = 20.0  # so that what is learned from the deepest stands out from rounding
 TOLERANCE = 2e-4
 
@@ -100,8 +99,8 @@ def test_the_loss_is_cross_entropy_and_the_divergence_of_shallower_counts(
             logits if present is None else np.where(present, logits, 0), -1
         )
     for count in (2, 4):
-        model = tiers.members[COUNTS.index(count)].model
-        loss, metrics = jax.jit(model.loss)(params, batch)
+        model = tiers.members[COUNTS.index(count)].bound()
+        loss, metrics = jax.jit(model.loss)(params, batch, KEY)
         expected = -log_p[count][np.arange(REAL), labels].mean()
         divergences = [
             (np.exp(log_p[count]) * (log_p[count] - log_p[other])).sum(-1).mean()
@@ -120,7 +119,7 @@ def test_the_shallower_counts_learn_from_the_deepest_and_not_the_other_way(tiers
     batch, plain = _batch(), tiers_lib.ode(CONFIG, COUNTS)
 
     def log_p(params, count):
-        logits = plain.at(count).model.apply(params, batch.images, batch.mask)
+        logits = plain.at([count])[0].bound().apply(params, batch.images, batch.mask)
         return jax.nn.log_softmax(logits)
 
     given = np.asarray(jnp.exp(jax.jit(log_p, static_argnums=1)(params, 4)))
@@ -130,7 +129,7 @@ def test_the_shallower_counts_learn_from_the_deepest_and_not_the_other_way(tiers
         soft = [-(given * log_p(params, count)).sum(-1).mean() for count in (2, 1)]
         return own + WEIGHT * (soft[0] + soft[1]) / 2
 
-    found = jax.jit(jax.grad(lambda p: tiers.members[2].model.loss(p, batch)[0]))(params)
+    found = jax.jit(jax.grad(lambda p: tiers.members[2].bound().loss(p, batch, KEY)[0]))(params)
     jax.tree.map(
         lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-3, atol=1e-4),
         found,
@@ -140,21 +139,46 @@ def test_the_shallower_counts_learn_from_the_deepest_and_not_the_other_way(tiers
 
 def test_a_batch_of_padding_alone_teaches_nothing(tiers, params):
     batch = _batch()._replace(mask=jnp.zeros(REAL))
-    gradient = jax.jit(jax.grad(lambda p: tiers.members[2].model.loss(p, batch)[0]))(params)
+    gradient = jax.jit(jax.grad(lambda p: tiers.members[2].bound().loss(p, batch, KEY)[0]))(params)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
 def test_only_counts_with_shallower_ones_distil():
     config = dataclasses.replace(CONFIG, widths=(4, 4))
     tiers = tiers_lib.ode(config, ((1, 3), (2, 2), 1, 3), distillation=1.0)
-    assert [tier.model.loss is None for tier in tiers.members] == [False, False, True, False]
-    # Of equal totals neither learns from the other: the only student of (1, 3) is 1.
-    pair = tiers_lib.ode(config, ((1, 3), 1), distillation=1.0)
     params = initialise(tiers.init, jax.random.key(0))
-    with_all, with_one = (
-        jax.jit(t.members[0].model.loss)(params, _batch())[0] for t in (tiers, pair)
-    )
-    assert with_all == with_one
+    plain = tiers_lib.ode(config, ((1, 3), (2, 2), 1, 3))
+
+    def losses(tiers):
+        return [float(_loss(tier)(params, _batch(), KEY)[0]) for tier in tiers.members]
+
+    teaching, none = losses(tiers), losses(plain)
+    assert [a > b for a, b in zip(teaching, none, strict=True)] == [True, True, False, True]
+    assert teaching[2] == none[2]
+    # Of equal totals neither learns from the other: the only student of (1, 3) is 1.
+    assert losses(tiers_lib.ode(config, ((1, 3), 1), distillation=1.0))[0] == teaching[0]
+
+
+def _loss(tier):
+    return jax.jit(training_loss(tier.bound()))
+
+
+def test_one_program_teaches_from_every_count(tiers, params):
+    """Which counts learn is data: each loss and gradient are those of the count by itself."""
+
+    @jax.jit
+    def at(setting):
+        loss = tiers.members[0].bound(setting).loss
+        return jax.value_and_grad(lambda p: loss(p, _batch(), KEY)[0])(params)
+
+    for tier in tiers.members:
+        alone = jax.jit(jax.value_and_grad(lambda p, t=tier: t.bound().loss(p, _batch(), KEY)[0]))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+            at(jax.tree.map(jnp.int32, tier.setting)),
+            alone(params),
+        )
+    assert at._cache_size() == 1
 
 
 def _data():
@@ -185,12 +209,9 @@ def _ode(weight):
 
 
 def test_a_weight_of_zero_is_no_distillation_bit_for_bit(params):
-    optimizer, batch = optax.sgd(0.1), _batch()
     for plain, none in zip(_ode(None).members, _ode(0.0).members, strict=True):
         one, other = (
-            jax.jit(lambda p, s, t=t: make_step(t.model)(optimizer, p, s, batch))(
-                params, optimizer.init(params)
-            )
+            jax.jit(jax.grad(training_loss(t.bound()), has_aux=True))(params, _batch(), KEY)
             for t in (plain, none)
         )
         jax.tree.map(np.testing.assert_array_equal, one, other)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import jfed
 from jfed import tiers as tiers_lib
-from jfed.engine.merging import TierUpdate, merge
+from jfed.engine.merging import Delivered, Group, Report, merge
 from jfed.errors import ConfigError
 from jfed.models import ODENetConfig, ResNetConfig
 from jfed.tiers import METHODS, MethodConfig, make_tiers
@@ -52,13 +52,47 @@ def _case(case):
     count = sum(leaf.size for leaf in jax.tree.leaves(like))
     numbered = _tree(np.arange(count), like)
     extract = [jax.jit(tier.extract) for tier in tiers.members]
-    owned = functools.cache(lambda i, r: _flat(extract[i](numbered, np.int32(r))).astype(int))
+
+    @functools.cache
+    def owned(i, r):
+        """The numbers of the entries that a tier owns, and which of its variables they are."""
+        found = _flat(extract[i](numbered, np.int32(r))).astype(int)
+        mine = np.flatnonzero(_flat(_mine(case, i, like))) if tiers.members[i].mask else found
+        return mine, np.flatnonzero(np.isin(found, mine))
+
     embed = [
         jax.jit(lambda local, r, t=tier: (t.embed(local, like, r), t.owned(like, r)))
         for tier in tiers.members
     ]
-    merged = jax.jit(lambda updates, r: merge(like, tiers.members, updates, r))
+
+    @jax.jit
+    def merged(delivered, tier, r):
+        """Tiers that share a program are a group; `tier` has its members' places by slot."""
+        groups = [
+            Group([tiers.members[i] for i in places], d, t)
+            for places, d, t in zip(_groups(tiers), delivered, tier, strict=True)
+        ]
+        found, owners = merge(like, groups, None, r)
+        return found["update"], owners
+
     return tiers, like, count, owned, extract, embed, merged
+
+
+def _groups(tiers):
+    """The places of the tiers that share a program, for each program."""
+    groups = {}
+    for place, tier in enumerate(tiers.members):
+        groups.setdefault(tier.program, []).append(place)
+    return list(groups.values())
+
+
+def _mine(case, place, like):
+    """1 for what a tier of iterations owns where something is kept per depth, written out."""
+    steps = np.broadcast_to(CASES[case][1].iterations[place], 2)
+    own = {name: np.zeros(x.shape) for name, x in like["own"].items()}
+    for name, rows in own.items():
+        rows[place, : steps[int(name[-1])] if name.startswith("steps/") else None] = 1
+    return {"shared": {n: np.ones(x.shape) for n, x in like["shared"].items()}, "own": own}
 
 
 def _flat(tree):
@@ -82,12 +116,15 @@ def test_every_method_is_checked():
 def test_extract_and_embed_are_inverse_where_owned(case, round_):
     tiers, like, count, owned, extract, embed, _ = _case(case)
     for position, tier in enumerate(tiers.members):
-        mine = owned(position, round_)
+        mine, at = owned(position, round_)
         assert len(set(mine)) == len(mine) > 0
-        local = np.random.default_rng(round_).normal(size=len(mine)).astype(np.float32)
+        local = np.zeros(
+            len(_flat(extract[position](_tree(np.zeros(count), like), round_))), np.float32
+        )
+        local[at] = np.random.default_rng(round_).normal(size=len(mine))
         placed, ones = embed[position](_tree(local, tier.shapes(like)), np.int32(round_))
         expected, mask = np.zeros(count, np.float32), np.zeros(count)
-        expected[mine], mask[mine] = local, 1
+        expected[mine], mask[mine] = local[at], 1
         np.testing.assert_array_equal(_flat(placed), expected)
         np.testing.assert_array_equal(_flat(ones), mask)
         np.testing.assert_array_equal(_flat(extract[position](placed, np.int32(round_))), local)
@@ -104,25 +141,31 @@ def test_merge_is_the_mean_over_owners_in_any_order(case, round_, clients, seed)
     tiers, like, count, owned, _, _, merged = _case(case)
     clients = [(t % len(tiers.members), w) for t, w in clients]
     rng = np.random.default_rng(seed)
-    updates = [rng.normal(size=len(owned(t, round_))) for t, _ in clients]
-    total, weight = np.zeros(count), np.zeros(count)
+    updates = [rng.normal(size=len(owned(t, round_)[0])) for t, _ in clients]
+    total, weight, number = np.zeros(count), np.zeros(count), np.zeros(count)
     for (t, w), update in zip(clients, updates, strict=True):
-        total[owned(t, round_)] += w * update
-        weight[owned(t, round_)] += w
+        mine = owned(t, round_)[0]
+        total[mine] += w * update
+        weight[mine] += w
+        number[mine] += 1
     expected = np.divide(total, weight, out=np.zeros(count), where=weight > 0)
     for order in (range(len(clients)), reversed(range(len(clients)))):
-        sums = [np.zeros(len(owned(t, round_))) for t in range(len(tiers.members))]
-        weights = [0.0] * len(sums)
-        for k in order:
-            t, w = clients[k]
-            sums[t] += w * updates[k]
-            weights[t] += w
-        delivered = [
-            TierUpdate(_tree(s, tier.shapes(like)), jnp.float32(w))
-            for s, w, tier in zip(sums, weights, tiers.members, strict=True)
-        ]
-        mean, stands_behind = merged(delivered, np.int32(round_))
-        np.testing.assert_array_equal(_flat(stands_behind), weight)
+        order, delivered, tier = list(order), [], []
+        for places in _groups(tiers):
+            shapes = tiers.members[places[0]].shapes(like)
+            part = np.zeros(sum(x.size for x in jax.tree.leaves(shapes)))
+            weights, at = np.zeros(6, np.float32), np.zeros(6, np.int32)
+            for slot, k in enumerate(k for k in order if clients[k][0] in places):
+                t, w = clients[k]
+                part[owned(t, round_)[1]] += w * updates[k]
+                weights[slot], at[slot] = w, places.index(t)
+            report = Report((), jnp.asarray(weights > 0), jnp.zeros(6, bool))
+            delivered.append(
+                Delivered({"update": _tree(part, shapes)}, {"update": jnp.asarray(weights)}, report)
+            )
+            tier.append(jnp.asarray(at))
+        mean, owners = merged(delivered, tier, np.int32(round_))
+        np.testing.assert_array_equal(_flat(owners), number)
         np.testing.assert_array_equal(_flat(mean)[weight == 0], 0)  # nobody's: stays as it is
         np.testing.assert_allclose(_flat(mean), expected, rtol=1e-4, atol=1e-5)
 
@@ -143,9 +186,12 @@ def test_one_full_tier_is_fedavg(config):
     like = jax.eval_shape(tiers.init, jax.random.key(0))
     (tier,) = tiers.members
     update = jax.tree.map(lambda x: jnp.full(x.shape, 6.0), tier.shapes(like))
-    mean, weight = merge(like, [tier], [TierUpdate(update, jnp.float32(4))], 5)
-    assert all(np.all(leaf == 1.5) for leaf in jax.tree.leaves(mean))
-    assert all(np.all(leaf == 4) for leaf in jax.tree.leaves(weight))
+    weights = jnp.asarray([3.0, 0.0, 1.0])
+    report = Report((), weights > 0, jnp.zeros(3, bool))
+    delivered = Delivered({"update": update}, {"update": weights}, report)
+    mean, owners = merge(like, [Group([tier], delivered, jnp.zeros(3, int))], round_=5)
+    assert all(np.all(leaf == 1.5) for leaf in jax.tree.leaves(mean["update"]))
+    assert all(np.all(leaf == 2) for leaf in jax.tree.leaves(owners))
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jfed import tiers as tiers_lib
-from jfed.engine.merging import TierUpdate, merge
+from jfed.engine.merging import Delivered, Group, Report, merge
 from jfed.errors import ConfigError
 from jfed.models import Model, ODENetConfig
 from jfed.models.model import initialise
 from jfed.tiers import Tier, Tiers, assign
 from jfed.tiers.communication import traffic
+from jfed.tiers.tier import check_extract
 
 CONFIG = ODENetConfig(widths=(4, 8), channels=1)
+SCANNED = dataclasses.replace(CONFIG, unroll=False, conv="transposed")
 MODEL = Model(lambda key: {"a": jnp.zeros((4, 3)), "b": jnp.zeros(5)}, lambda params, x: x)
 
 # A slice of channels, everything, and a subset of leaves.
@@ -66,6 +68,27 @@ def _numpy_merge(clients, like):
     return merged
 
 
+def _numpy_owners(clients, like):
+    """For each entry how many clients own it."""
+    ones = jax.tree.map(np.ones_like, like)
+    found = jax.tree.map(np.zeros_like, like)
+    for name, _, _ in clients:
+        mean = _numpy_merge([(name, 1.0, ones)], like)
+        found = jax.tree.map(np.add, found, mean)
+    return found
+
+
+def _group(tier, clients, like):
+    """What clients of one tier, as pairs of weight and update, delivered; one slot is empty."""
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tier.shapes(like))
+    for w, update in clients:
+        total = jax.tree.map(lambda x, u, w=w: x + np.float32(w) * u, total, update)
+    weights = jnp.asarray([w for w, _ in clients] + [0.0], jnp.float32)
+    report = Report((), weights > 0, jnp.zeros(len(weights), bool))
+    delivered = Delivered({"update": total}, {"update": weights}, report)
+    return Group((tier,), delivered, jnp.zeros(len(weights), jnp.int32))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(
@@ -77,30 +100,30 @@ def test_merge_equals_numpy_whatever_the_order_of_clients(clients, shuffler):
     like = _variables(0)
     named = [(TIERS[t].name, w, jax.tree.map(np.asarray, _variables(s))) for t, w, s in clients]
     expected = _numpy_merge(named, like)
+    counted = _numpy_owners(named, like)
     for _ in range(2):
         shuffler.shuffle(clients)
-        updates = []
+        groups = []
         for index, tier in enumerate(TIERS):
-            total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tier.shapes(like))
-            mine = [(w, s) for t, w, s in clients if t == index]
-            for w, s in mine:
-                local = tier.extract(_variables(s), 0)
-                total = jax.tree.map(lambda x, u, w=w: x + np.float32(w) * u, total, local)
-            updates.append(TierUpdate(total, jnp.float32(sum(w for w, _ in mine))))
-        merged, _ = merge(like, TIERS, updates)
+            mine = [(w, tier.extract(_variables(s), 0)) for t, w, s in clients if t == index]
+            groups.append(_group(tier, mine, like))
+        merged, owners = merge(like, groups)
         jax.tree.map(
-            lambda m, e: np.testing.assert_allclose(m, e, rtol=1e-4, atol=1e-5), merged, expected
+            lambda m, e: np.testing.assert_allclose(m, e, rtol=1e-4, atol=1e-5),
+            merged["update"],
+            expected,
         )
+        jax.tree.map(np.testing.assert_array_equal, owners, counted)
 
 
 def test_an_entry_that_nobody_owns_does_not_move():
     like = _variables(0)
-    update = TierUpdate(TIERS[2].extract(_variables(1), 0), jnp.float32(1.0))
-    merged, weight = merge(like, TIERS[2:], [update])
-    assert not np.any(weight["a"])
-    np.testing.assert_array_equal(merged["a"], np.zeros((4, 3)))
-    np.testing.assert_array_equal(merged["b"][0], 0.0)
-    np.testing.assert_array_equal(merged["b"][1:], update.total["b"])
+    update = TIERS[2].extract(_variables(1), 0)
+    merged, owners = merge(like, [_group(TIERS[2], [(1.0, update)], like)])
+    assert not np.any(owners["a"])
+    np.testing.assert_array_equal(merged["update"]["a"], np.zeros((4, 3)))
+    np.testing.assert_array_equal(merged["update"]["b"][0], 0.0)
+    np.testing.assert_array_equal(merged["update"]["b"][1:], update["b"])
 
 
 def test_ode_tiers_share_every_weight():
@@ -118,71 +141,127 @@ def test_norms_per_depth_belong_to_their_tier():
     variables = initialise(tiers.init, jax.random.key(0))
     alone = initialise(shared.init, jax.random.key(0))
     assert not any("norm" in name for name in variables["shared"])
+    names = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in _leaves(alone)}
     for position, tier in enumerate(tiers.members):
-        local = tier.extract(variables, 0)
-        jax.tree.map(np.testing.assert_array_equal, local, alone)
+        for path, leaf in names.items():
+            mine = variables["own"][path][position] if "norm" in path else variables["shared"][path]
+            np.testing.assert_array_equal(mine, leaf)
         owned = tier.owned(variables)
         assert all(np.all(o == 1) for o in owned["shared"].values())
-        for name, norms in owned["own"].items():
-            assert all("norm" in path for path in norms)
-            assert all(np.all(np.asarray(o) == (name == tier.name)) for o in norms.values())
+        assert sorted(owned["own"]) == sorted(path for path in names if "norm" in path)
+        for norm in owned["own"].values():
+            rows = np.asarray(norm)
+            assert np.all(rows == (np.arange(3) == position).reshape(3, *(1,) * (rows.ndim - 1)))
         assert traffic(tier, variables) == traffic(shared.members[position], alone)
 
 
 def test_an_untrained_depth_takes_the_norms_of_the_nearest():
-    tiers = tiers_lib.ode(CONFIG, (4, 1), sharing="norms-per-depth")
+    tiers = tiers_lib.ode(SCANNED, (4, 1), sharing="norms-per-depth")
     variables = initialise(tiers.init, jax.random.key(0))
-    norms = variables["own"]["4"]
-    variables["own"]["4"] = {path: jnp.full_like(x, 7.0) for path, x in norms.items()}
-    scale = {
-        count: float(tiers.at(count).extract(variables, 0)["stem"]["norm"]["scale"][0])
-        for count in (0, 1, 2, (2, 3), 3, 4, 9)
+    own = {path: x.at[0].set(jnp.nan) for path, x in variables["own"].items()}  # of 4
+    counts = (0, 1, 2, (2, 3), 3, 4, 9)
+    found = _logits(tiers.at(counts), variables | {"own": own})
+    from_four = [bool(np.isnan(logits).all()) for logits in found]
+    assert dict(zip(counts, from_four, strict=True)) == {
+        0: False,
+        1: False,
+        2: False,
+        (2, 3): False,
+        3: True,
+        4: True,
+        9: True,
     }
-    assert scale == {0: 1.0, 1: 1.0, 2: 1.0, (2, 3): 1.0, 3: 7.0, 4: 7.0, 9: 7.0}
+
+
+def _leaves(tree):
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _logits(tiers, variables):
+    """The logits of tiers that share a program, all by one compilation."""
+    images = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
+    apply = jax.jit(lambda v, setting: tiers[0].bound(setting).apply(v, images))
+    found = [apply(variables, jax.tree.map(jnp.int32, tier.setting)) for tier in tiers]
+    assert apply._cache_size() == 1
+    return found
 
 
 def test_each_depth_keeps_its_own_learned_step_sizes():
-    config = dataclasses.replace(CONFIG, learn_steps=True)
+    config = dataclasses.replace(SCANNED, learn_steps=True)
     tiers = tiers_lib.ode(config, (1, (2, 4)), sharing="norms-and-steps-per-depth")
     variables = initialise(tiers.init, jax.random.key(0))
-    deep = tiers.members[1].extract(variables, 0)
-    np.testing.assert_allclose(deep["steps"][0], [0.5, 0.5])
-    np.testing.assert_allclose(deep["steps"][1], [0.25] * 4)
-    assert tiers.members[0].extract(variables, 0)["steps"][0].shape == (1,)
-    # The same counts find their steps under any name; others take the solver's.
-    np.testing.assert_allclose(tiers.at((2, 4)).extract(variables, 0)["steps"][1], [0.25] * 4)
-    assert "steps" in tiers.at((1, 1)).extract(variables, 0)
-    assert "steps" not in tiers.at(3).extract(variables, 0)
-    # Another solver takes the steps that were learned, too.
-    np.testing.assert_allclose(
-        tiers.at((2, 4), "Heun").extract(variables, 0)["steps"][0], [0.5] * 2
-    )
-    assert "steps" not in tiers.at(3, "Heun").extract(variables, 0)
+    shallow, deep = (tier.owned(variables)["own"] for tier in tiers.members)
+    np.testing.assert_allclose(variables["own"]["steps/0"], [[1, 1], [0.5, 0.5]])
+    np.testing.assert_allclose(variables["own"]["steps/1"], [[1] * 4, [0.25] * 4])
+    np.testing.assert_array_equal(shallow["steps/0"], [[1, 0], [0, 0]])
+    np.testing.assert_array_equal(shallow["steps/1"], [[1, 0, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(deep["steps/0"], [[0, 0], [1, 1]])
+    np.testing.assert_array_equal(deep["steps/1"], [[0, 0, 0, 0], [1, 1, 1, 1]])
+    # The same counts find their steps under any name, and with any solver; others take the
+    # solver's, whatever was learned.
+    nan = {name: x * (np.nan if "steps" in name else 1) for name, x in variables["own"].items()}
+    for solver in ("Euler", "Heun"):
+        found = _logits(tiers.at(((2, 4), (1, 1), 3, (2, 2)), solver), variables | {"own": nan})
+        assert [bool(np.isnan(x).any()) for x in found] == [True, True, False, False]
 
 
 def test_an_iteration_count_is_had_with_any_solver():
     tiers = tiers_lib.ode(CONFIG, (1, (2, 4)), sharing="norms-per-depth")
     assert [tier.iterations for tier in tiers.members] == [(1, 1), (2, 4)]
     assert {tier.solver for tier in tiers.members} == {"Euler"}
-    assert [tiers.at(3, solver).name for solver in (None, "Euler", "Heun")] == ["3", "3", "3 Heun"]
-    other = tiers.at((2, 4), "Midpoint")
+    named = [tiers.at([3], solver) for solver in (None, "Euler", "Heun")]
+    assert [tier.name for (tier,) in named] == ["3", "3", "3 Heun"]
+    (other,) = tiers.at([(2, 4)], "Midpoint")
     assert (other.name, other.iterations, other.solver) == ("2-4 Midpoint", (2, 4), "Midpoint")
     variables = initialise(tiers.init, jax.random.key(0))
-    variables["own"]["2-4"] = {p: x + 3 for p, x in variables["own"]["2-4"].items()}
     jax.tree.map(
-        np.testing.assert_array_equal,
-        other.extract(variables, 0),
-        tiers.members[1].extract(variables, 0),
+        np.testing.assert_array_equal, other.owned(variables), tiers.members[1].owned(variables)
     )
     with pytest.raises(ConfigError, match="Did you mean 'Heun'"):
-        tiers.at(1, "Huen")
+        tiers.at([1], "Huen")
 
 
 def test_the_classifier_can_be_kept_per_depth():
     tiers = tiers_lib.ode(CONFIG, (1, 2), sharing="classifier-per-depth")
     like = jax.eval_shape(tiers.init, jax.random.key(0))
-    assert sorted(like["own"]["1"]) == ["classifier/linear/bias", "classifier/linear/kernel"]
+    assert {name: x.shape for name, x in like["own"].items()} == {
+        "classifier/linear/bias": (2, 10),
+        "classifier/linear/kernel": (2, 8, 10),
+    }
     assert not any("classifier" in name for name in like["shared"])
+
+
+@pytest.mark.parametrize("sharing", ["norms-and-steps-per-depth", "steps-per-depth"])
+def test_traffic_counts_only_what_a_tier_owns(sharing):
+    """Of step sizes one float32 for each step of each stage, whatever deeper tiers keep."""
+    config = dataclasses.replace(CONFIG, learn_steps=True)
+    tiers = tiers_lib.ode(config, (0, 1, (2, 4)), sharing=sharing)
+    like = jax.eval_shape(tiers.init, jax.random.key(0))
+    alone = tiers_lib.ode(CONFIG, (1,))
+    weights = traffic(alone.members[0], jax.eval_shape(alone.init, jax.random.key(0)))
+    for tier, steps in zip(tiers.members, (0, 2, 6), strict=True):
+        assert traffic(tier, like) == (weights.down + 4 * steps, weights.up + 4 * steps)
+
+
+@pytest.mark.parametrize(
+    ("extract", "message"),
+    [
+        (lambda v, r: jax.tree.map(lambda x: 0.5 * x, v), "'odd' must select entries as they are"),
+        (lambda v, r: {"b": v["b"] + 1}, "must select entries as they are"),
+        (lambda v, r: {"b": jnp.zeros(3)}, "must select entries as they are"),
+        (lambda v, r: {"b": v["b"][:2], "c": v["b"][1:]}, "takes an entry 2 times; once at most"),
+        (lambda v, r: {"b": v["b"][jnp.asarray([3, 3, 3])]}, "takes an entry 3 times"),
+    ],
+    ids=["halves", "adds", "invents", "twice in two leaves", "three times in one"],
+)
+def test_what_is_no_selection_is_refused(extract, message):
+    with pytest.raises(ConfigError, match=message):
+        check_extract(Tier("odd", MODEL, extract), _variables(0))
+
+
+@pytest.mark.parametrize("tier", TIERS, ids=lambda t: t.name)
+def test_a_selection_is_accepted(tier):
+    check_extract(tier, jax.eval_shape(lambda: _variables(0)))
 
 
 @pytest.mark.parametrize(
@@ -245,10 +324,14 @@ def test_a_tier_without_clients_is_refused():
 def test_tiers_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="at least one tier"):
         tiers_lib.ode(CONFIG, ())
-    with pytest.raises(ConfigError, match=r"different names, got \['2', '2'\]"):
+    with pytest.raises(ConfigError, match=r"must differ between tiers, got \(2, 2\)"):
         tiers_lib.ode(CONFIG, (2, 2))
-    with pytest.raises(ConfigError, match=r"different names, got \['2', '2'\]"):
+    with pytest.raises(ConfigError, match=r"must differ between tiers, got \(2, \(2, 2\)\)"):
         tiers_lib.ode(CONFIG, (2, (2, 2)))
+    with pytest.raises(ConfigError, match=r"different names, got \['all', 'all'\]"):
+        Tiers(MODEL.init, (TIERS[1], TIERS[1]))
+    with pytest.raises(ConfigError, match=r"different names, got \['all', 'all'\]"):
+        Tiers(MODEL.init, TIERS[1:2], tested=TIERS[1:2])
     with pytest.raises(ConfigError, match="got -1"):
         tiers_lib.ode(CONFIG, (1, -1))
     with pytest.raises(ConfigError, match="sharing"):
