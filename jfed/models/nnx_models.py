@@ -29,8 +29,8 @@ def from_nnx(create: Callable[[nnx.Rngs], nnx.Module]) -> Model:
       ConfigError: the module holds other state, such as the running statistics of a batch norm.
     """
     module = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
-    graph, empty, streams, other = nnx.split(module, nnx.Param, nnx.RngState, ...)
-    _check_no_other(other)
+    graph, empty, streams, other = nnx.split(module, nnx.Param, nnx.RngState, ...)  # type: ignore[misc]
+    _check_no_other(module, other)
 
     def init(key: Array) -> Params:
         return nnx.to_pure_dict(nnx.state(create(nnx.Rngs(key)), nnx.Param))
@@ -67,21 +67,33 @@ def _rekeyed(streams: Any, key: Array) -> Any:
     )
 
 
-def _check_no_other(state: Any) -> None:
-    """Raises ConfigError if a module holds state that is neither trained nor a random stream."""
-    found = nnx.to_flat_state(state)
-    if not found:
-        return
-    path, leaf = next(iter(found))
-    kind = type(leaf).__name__ if isinstance(leaf, nnx.Variable) else "array"
-    if isinstance(leaf, nnx.BatchStat):
-        instead = (
-            "use a norm without running statistics, such as nnx.GroupNorm or nnx.LayerNorm, or a "
-            "`Model` with `measure`, as jfed's own networks are"
+def _check_no_other(module: Any, state: Any) -> None:
+    """Raises ConfigError if a module holds what is neither trained nor a random stream.
+
+    Args:
+      module: with shapes in place of what it holds.
+      state: of the module, without parameters and random streams.
+    """
+    # Of an array that is no Variable, Flax makes no shape: it stays the array of the tracing.
+    arrays = [
+        ((*path, name), "array")
+        for path, part in nnx.iter_modules(module)
+        for name, value in vars(part).items()
+        if isinstance(value, jax.Array)
+    ]
+    others = [
+        (path, type(leaf).__name__ if isinstance(leaf, nnx.Variable) else "array")
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    for path, kind in (*others, *arrays):
+        if kind == "BatchStat":
+            instead = (
+                "use a norm without running statistics, such as nnx.GroupNorm or nnx.LayerNorm, or "
+                "a `Model` with `measure`, as jfed's own networks are"
+            )
+        else:
+            instead = "make it an nnx.Param if it is trained, else compute it where it is used"
+        raise ConfigError(
+            f"a module may hold nnx.Params and random streams only, got {kind} "
+            f"{'.'.join(map(str, path))!r}; {instead}."
         )
-    else:
-        instead = "make it an nnx.Param if it is trained, else compute it where it is used"
-    raise ConfigError(
-        f"a module may hold nnx.Params and random streams only, got {kind} "
-        f"{'.'.join(map(str, path))!r}; {instead}."
-    )

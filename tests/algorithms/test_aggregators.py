@@ -78,7 +78,9 @@ def _stacks(clients, shuffle=0):
         mine += [(0.0, np.zeros(17))] * (slots - len(mine))
         mine = [mine[i] for i in rng.permutation(slots)]
         trees = [tier.extract(_tree(u), 0) for _, u in mine]
-        stacks.append(_delivered(jax.tree.map(lambda *x: jnp.stack(x), *trees), [w for w, _ in mine]))
+        stacks.append(
+            _delivered(jax.tree.map(lambda *x: jnp.stack(x), *trees), [w for w, _ in mine])
+        )
     return stacks
 
 
@@ -185,7 +187,7 @@ def test_krum_moves_only_what_the_chosen_client_owns():
 
 
 def test_an_aggregator_of_the_users_own_gets_every_update_by_itself():
-    """Of tiers that own parts of the variables, zeros elsewhere; the largest value of each entry."""
+    """Of tiers that own parts of the variables, zeros elsewhere; here the largest of each entry."""
     clients, seen = _clients((2, 3, 1)), []
 
     def largest(stack):
@@ -307,9 +309,7 @@ def test_a_round_that_nobody_delivers_in_leaves_variables_and_momentum(aggregato
         server, finite = Server(variables, algorithm.server_init(variables)), True
         for number, clients in enumerate(rounds):
             told = _stacks(clients)
-            server, finite = step(
-                server, told, _slots(told), jnp.int32(number), jax.random.key(0)
-            )
+            server, finite = step(server, told, _slots(told), jnp.int32(number), jax.random.key(0))
         assert finite
         return server
 

@@ -72,7 +72,9 @@ def test_learning_rate_schedules():
 
 def test_a_schedule_of_the_users_own_takes_the_place_of_the_learning_rate():
     own = ClientConfig(learning_rate=9.0, schedule=optax.linear_schedule(0.4, 0.0, 4))
-    np.testing.assert_allclose([learning_rate(own, r, 8) for r in range(5)], [0.4, 0.3, 0.2, 0.1, 0])
+    np.testing.assert_allclose(
+        [learning_rate(own, r, 8) for r in range(5)], [0.4, 0.3, 0.2, 0.1, 0]
+    )
     with pytest.raises(ConfigError, match=r"of round 3 must be a number, 0 or more, got -3"):
         learning_rate(ClientConfig(schedule=lambda round_: -round_), 3, 8)
 
@@ -99,7 +101,7 @@ def test_local_training_equals_numpy_and_gives_the_optimizer_a_corrected_gradien
     client, key = _client(jnp.float32(sent), loss, 0.2), jax.random.key(0)
     local = training.client_init(client, jnp.float32([0.5, 0.0]), key)
     np.testing.assert_array_equal(local.memory, [0.5, 0.0])
-    w, trace = sent + [0.5, 0.0], np.zeros(2)
+    w, trace = np.asarray(sent) + np.float32([0.5, 0.0]), np.zeros(2)
     for _ in range(4):
         local, metrics = training.client_step(client, local, None, key)
         np.testing.assert_allclose(metrics.loss, 0.5 * ((w - target) ** 2).sum(), rtol=1e-5)
@@ -151,7 +153,9 @@ def test_images_are_gathered_and_standardised():
     mean, std = channel_moments(pixels)
     np.testing.assert_allclose(mean, pixels.mean((0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(std, pixels.std((0, 1, 2)), rtol=1e-6)
-    images = Images(jnp.asarray(pixels), jnp.arange(5, dtype=jnp.int32), *map(jnp.asarray, (mean, std)))
+    images = Images(
+        jnp.asarray(pixels), jnp.arange(5, dtype=jnp.int32), *map(jnp.asarray, (mean, std))
+    )
     mask = jnp.float32([1, 1, 0])
     batch = gather(images, jnp.array([4, 1, 4]), mask, Augmentation(pad=2, flip=True))
     expected = (pixels - pixels.mean((0, 1, 2))) / pixels.std((0, 1, 2))

@@ -41,9 +41,7 @@ def _server(config, rounds, tiers=(TIER,)):
     server, finite = Server(variables, algorithm.server_init(variables)), True
     for number, delivered in enumerate(rounds):
         slots = [jnp.zeros(len(told.weights["update"]), jnp.int32) for told in delivered]
-        server, finite = step(
-            server, list(delivered), slots, jnp.int32(number), jax.random.key(0)
-        )
+        server, finite = step(server, list(delivered), slots, jnp.int32(number), jax.random.key(0))
     return server, bool(finite)
 
 

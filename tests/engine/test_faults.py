@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jfed.algorithms import Server, fedavg
 from jfed.algorithms.clients import ClientConfig
-from jfed.data.preprocessing import make_preprocess
+from jfed.data.preprocessing import Augmentation, Images
 from jfed.engine.devices import make_mesh
 from jfed.engine.faults import (
     ATTACKS,
@@ -20,8 +21,8 @@ from jfed.engine.faults import (
     draw_fate,
     hostile_clients,
 )
-from jfed.engine.lanes import make_trainer, put_schedule
-from jfed.engine.packing import Work, pack
+from jfed.engine.lanes import Inputs, Training, make_trainer
+from jfed.engine.packing import Packing, Work, pack
 from jfed.errors import ConfigError
 from jfed.models import Model
 from jfed.simulation.population import make_population
@@ -93,8 +94,8 @@ def test_dropping_and_straggling_change_the_work_and_no_more(part, steps):
     faults = dataclasses.replace(CONFIG, straggler_steps=part, hostile=0.0)
     plain, faulty = _population(None), _population(faults)
     for number in range(3):
-        before = {w.client: w for w in plain.work(number, np.arange(20))}
-        after = {w.client: w for w in faulty.work(number, np.arange(20))}
+        before = {w.client: w for w in plain.work(number, [np.arange(20)])[0]}
+        after = {w.client: w for w in faulty.work(number, [np.arange(20)])[0]}
         fates = [draw_fate(faults, number, c, hostile=False, seed=0) for c in range(20)]
         assert sorted(after) == [c for c, fate in enumerate(fates) if not fate.drops]
         for client, work in after.items():
@@ -103,7 +104,7 @@ def test_dropping_and_straggling_change_the_work_and_no_more(part, steps):
             assert work.weight == before[client].weight == 10
             assert work.fault == fates[client].fault
         # Who else is there does not matter.
-        (alone,) = faulty.work(number, np.array([sorted(after)[0]]))
+        ((alone,),) = faulty.work(number, [np.array([sorted(after)[0]])])
         np.testing.assert_array_equal(alone.batches, after[alone.client].batches)
 
 
@@ -124,40 +125,56 @@ def test_what_is_sent_instead_of_an_update():
     assert np.abs(np.corrcoef(noise["a"].ravel(), noise["b"])[0, 1]) < 0.05
 
 
+MODEL = Model(lambda key: jnp.zeros((16, 3)), lambda p, x: x.reshape(x.shape[0], -1) @ p)
+
+
 def _train(faults, work, lanes=1):
     """A linear model's clients, trained on one device; and the program's text."""
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1)), jnp.uint8)
     labels = jnp.asarray(np.arange(40) % 3, jnp.int32)
-    model = Model(lambda key: jnp.zeros((16, 3)), lambda p, x: x.reshape(x.shape[0], -1) @ p)
-    config, mesh = ClientConfig(batch_size=10), make_mesh(1)
-    preprocess = make_preprocess((128.0,), (64.0,), pad=0, flip=False)
-    train = make_trainer(Tier("t", model), config, preprocess, mesh, mapping="map", faults=faults)
-    schedule = put_schedule(pack(work, lanes, 10, 8), mesh)
-    scalars = (jax.random.key(0), np.int32(0), np.float32(0.1))
-    arguments = (model.init(None), images, labels, schedule, *scalars)
-    return train(*arguments), train.lower(*arguments).as_text()
+    train = make_trainer(
+        Training(
+            tiers=(Tier("t", MODEL),),
+            algorithm=fedavg(ClientConfig(batch_size=10)),
+            augmentation=Augmentation(),
+            mesh=make_mesh(1),
+            mapping="map",
+            slots=4,
+            faults=faults,
+        )
+    )
+    moments = (jnp.full(1, 128.0), jnp.full(1, 64.0))
+    server = Server(MODEL.init(None), ())
+    numbers = (jax.random.key(0), jnp.int32(0), jnp.float32(0.1))
+    inputs = Inputs(server, Images(images, labels, *moments), None, *numbers)
+    packing = Packing(1, lanes, False, 10, 8, 4, 4, (1.0,))
+    schedule = jax.tree.map(jnp.asarray, pack(work, packing))
+    return train(inputs, schedule, ())[0], train.lower(inputs, schedule, ()).as_text()
 
 
 def _work(*faults):
     return [
-        Work(c, np.arange(10, dtype=np.int32)[None] + 10 * c, float(c + 1), fault)
+        Work(c, 0, np.arange(10, dtype=np.int32)[None] + 10 * c, 10, float(c + 1), fault)
         for c, fault in enumerate(faults)
     ]
 
 
 def test_the_engine_sends_what_each_client_sends():
     config = FaultConfig(hostile=1.0)
-    alone = [_train(config, _work(0, 0, 0, 0)[c : c + 1])[0].updates.total for c in range(4)]
-    (updates, report), _ = _train(config, _work(0, NON_FINITE, 3, EXPLODING))
+    plain = _work(0, 0, 0, 0)
+    alone = [_train(config, plain[c : c + 1])[0].parts["update"] for c in range(4)]
+    found, _ = _train(config, _work(0, NON_FINITE, 3, EXPLODING))
     expected = alone[0] - alone[2] + config.explosion * alone[3]
-    np.testing.assert_allclose(updates.total, expected, rtol=1e-4)
-    assert updates.weight == 1 + 3 + 4
-    assert (report.delivered, report.rejected, report.lost, report.examples) == (3, 1, 0, 30)
-    assert np.isfinite(report.loss)
-    (first, _), _ = _train(config, _work(0, 4, 0, 4))
-    (again, _), _ = _train(config, _work(0, 4, 0, 4), lanes=3)
-    noise = np.asarray(first.total - alone[0] - alone[2])
-    np.testing.assert_allclose(again.total, first.total, rtol=1e-5)
+    np.testing.assert_allclose(found.parts["update"], expected, rtol=1e-4)
+    np.testing.assert_array_equal(found.weights["update"], [1, 0, 3, 4])
+    np.testing.assert_array_equal(found.report.delivered, [True, False, True, True])
+    np.testing.assert_array_equal(found.report.rejected, [False, True, False, False])
+    np.testing.assert_array_equal(found.report.metrics.examples, [10, 0, 10, 10])
+    assert np.isfinite(found.report.metrics.loss).all()
+    first = _train(config, _work(0, 4, 0, 4))[0].parts["update"]
+    again = _train(config, _work(0, 4, 0, 4), lanes=3)[0].parts["update"]
+    noise = np.asarray(first - alone[0] - alone[2])
+    np.testing.assert_allclose(again, first, rtol=1e-5)
     assert 0.7 * np.hypot(2, 4) < noise.std() < 1.4 * np.hypot(2, 4)
 
 

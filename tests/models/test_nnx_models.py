@@ -46,7 +46,7 @@ def test_only_params_are_parameters(model, params):
 
 def test_evaluation_drops_nothing(model, params):
     flat = np.asarray(IMAGES).reshape(64, 16)
-    expected = flat @ params["linear"]["kernel"] + params["linear"]["bias"]
+    expected = flat @ np.asarray(params["linear"]["kernel"]) + np.asarray(params["linear"]["bias"])
     np.testing.assert_allclose(model.apply(params, IMAGES), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -81,7 +81,7 @@ def test_each_key_drops_half_and_doubles_the_rest(model):
     ]
     nearest = np.abs(np.asarray(losses)[:, None] - np.asarray(possible)).min(1)
     np.testing.assert_allclose(nearest, 0, atol=1e-5)
-    assert len(set(np.round(np.asarray(losses), 4))) == 6  # all that can be
+    assert len(set(np.round(np.asarray(losses), 4))) == 5  # all that can be
 
 
 def test_two_dropouts_of_one_key_draw_differently():
@@ -153,12 +153,22 @@ class WithTable(nnx.Module):
         return images[:, 0, :3, 0] + self.table[None]
 
 
+class WithNumbers(nnx.Module):
+    def __init__(self, rngs):
+        self.inner = WithTable(rngs)
+        self.inner.table = np.ones((3,), np.float32)
+
+    def __call__(self, images):
+        return self.inner(images)
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
         (WithBatchNorm, r"got BatchStat 'norm\.mean'; use .* nnx\.GroupNorm"),
         (WithCounter, r"got Counter 'calls'; make it an nnx\.Param"),
         (WithTable, r"got array 'table'; make it an nnx\.Param"),
+        (WithNumbers, r"got array 'inner\.table'; make it an nnx\.Param"),
     ],
 )
 def test_other_state_is_refused(module, message):

@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from jfed.algorithms.servers import ServerState
+from jfed.algorithms import Server
 from jfed.errors import ConfigError, RunFolderError
 from jfed.runs.checkpoints import CheckpointConfig, Checkpoints
+from jfed.simulation.federation import State
 from jfed.simulation.records import Evaluation, Record
 
 
@@ -20,14 +21,14 @@ def _state(seed):
     leaves = np.random.default_rng(seed).normal(size=(40, 7)).astype(np.float32)
     variables = {"blocks": {0: {"w": leaves}, 1: {"w": 3 * leaves}}, "norm": leaves[0]}
     optimizer = optax.adam(0.1)
-    return ServerState(variables, optimizer.init(variables))
+    return State(Server(variables, optimizer.init(variables)), np.arange(3, dtype=np.int32))
 
 
 def _record(number, **changes):
     fields = {
         field.name: 0.1 * number if "float" in str(field.type) else number
         for field in dataclasses.fields(Record)
-        if field.name != "evaluations"
+        if field.name not in ("evaluations", "metrics")
     }
     return Record(**fields | {"evaluations": {"1": Evaluation(1 / 3, 2.5)}} | changes)
 
@@ -74,7 +75,7 @@ def test_what_is_saved_is_a_copy(tmp_path):
 def test_typed_keys_come_back(tmp_path):
     """Of any implementation, alone and in arrays; what they draw is the same."""
     keys = {"one": jax.random.key(3), "more": jax.random.split(jax.random.key(4, impl="rbg"), 3)}
-    state = ServerState({"w": np.ones(2, np.float32)}, (keys, optax.EmptyState()))
+    state = State(Server({"w": np.ones(2, np.float32)}, (keys, optax.EmptyState())), ())
     checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig())
     checkpoints.save(state, HISTORY[:1])
     checkpoints.wait()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jfed.data.preprocessing import make_preprocess
+from jfed.data.preprocessing import Images
 from jfed.engine.devices import make_mesh
 from jfed.errors import ConfigError
 from jfed.models import Model, Moments, ODENetConfig, odenet
@@ -22,20 +22,29 @@ from jfed.simulation.evaluation import (
 )
 from jfed.tiers import Tier, ode
 
-PREPROCESS = make_preprocess((100.0,), (50.0,), pad=4, flip=True)
-
 
 def _examples(count, size, seed=0, multiple=1):
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (count, 8, 8, 1)).astype(np.uint8)
     labels = rng.integers(0, 10, count).astype(np.int32)
-    batches = in_batches(np.arange(count), size, multiple)
-    return Examples(jnp.asarray(images), jnp.asarray(labels), jnp.asarray(batches))
+    moments = (jnp.full(1, 100.0), jnp.full(1, 50.0))
+    batches = map(jnp.asarray, in_batches(np.arange(count), size, multiple))
+    return Examples(Images(jnp.asarray(images), jnp.asarray(labels), *moments), *batches)
 
 
 def test_in_batches_pads_the_last():
-    np.testing.assert_array_equal(in_batches(np.arange(3), 2), [[0, 1], [2, -1]])
-    np.testing.assert_array_equal(in_batches(np.arange(2), 1, 3), [[0], [1], [-1]])
+    """By the last example, which does not count again."""
+    batches, real = in_batches(np.arange(3), 2)
+    np.testing.assert_array_equal(batches, [[0, 1], [2, 2]])
+    np.testing.assert_array_equal(real, [2, 1])
+    batches, real = in_batches(np.arange(2), 1, 3)
+    np.testing.assert_array_equal(batches, [[0], [1], [1]])
+    np.testing.assert_array_equal(real, [1, 1, 0])
+
+
+def _evaluate(tier, params, calibration, test, devices=1):
+    setting = jax.tree.map(jnp.int32, tier.setting)
+    return make_evaluator(tier, make_mesh(devices))(params, setting, calibration, test)
 
 
 def test_pooled_moments_are_those_of_all_examples():
@@ -81,8 +90,8 @@ def test_recalibrated_statistics_of_the_stem_equal_a_two_pass_mean_and_variance(
     """Over several batches: what enters the first norm depends on no other norm."""
     model, params = network
     calibration = _examples(25, 8)
-    statistics = jax.jit(lambda p: recalibrate(model, p, calibration, PREPROCESS))(params)
-    x = (np.asarray(calibration.images, np.float64) - 100.0) / 50.0
+    statistics = jax.jit(lambda p: recalibrate(model, p, calibration))(params)
+    x = (np.asarray(calibration.images.pixels, np.float64) - 100.0) / 50.0
     _, mean, var = _numpy_norm(_numpy_convolution(x, np.asarray(params["stem"]["conv"]["kernel"])))
     _check(statistics["stem"], mean, var)
 
@@ -91,8 +100,8 @@ def test_recalibrated_statistics_of_each_iteration_equal_numpy(network):
     """The ODE block's norms along two Euler steps of 1/2, all written out; one batch."""
     model, params = network
     calibration = _examples(25, 25)
-    statistics = jax.jit(lambda p: recalibrate(model, p, calibration, PREPROCESS))(params)
-    x = (np.asarray(calibration.images, np.float64) - 100.0) / 50.0
+    statistics = jax.jit(lambda p: recalibrate(model, p, calibration))(params)
+    x = (np.asarray(calibration.images.pixels, np.float64) - 100.0) / 50.0
     z = _numpy_stem(params, x)
     for step in range(2):
         dz, moments = _numpy_function(params, step / 2, z)
@@ -127,9 +136,9 @@ def test_a_tier_trained_with_euler_is_measured_and_tested_with_midpoint():
     config = ODENetConfig(widths=(4,), channels=1, unroll=False)
     tiers = ode(config, (1,))
     params = initialise(tiers.init, jax.random.key(0))
-    tier, examples = tiers.at(2, "Midpoint"), _examples(25, 25)
-    statistics = jax.jit(lambda p: recalibrate(tier.model, p, examples, PREPROCESS))(params)
-    z = _numpy_stem(params, (np.asarray(examples.images, np.float64) - 100.0) / 50.0)
+    tier, examples = tiers.at([2], "Midpoint")[0], _examples(25, 25)
+    statistics = jax.jit(lambda p: recalibrate(tier.bound(), p, examples))(params)
+    z = _numpy_stem(params, (np.asarray(examples.images.pixels, np.float64) - 100.0) / 50.0)
     for step in range(2):
         first, moments = _numpy_function(params, step / 2, z)
         _check_function(statistics, step, 0, moments)
@@ -140,8 +149,10 @@ def test_a_tier_trained_with_euler_is_measured_and_tested_with_midpoint():
     _check(statistics["norm"], mean, var)
     linear = jax.tree.map(np.asarray, params["classifier"]["linear"])
     logits = np.maximum(normed, 0).mean((1, 2)) @ linear["kernel"] + linear["bias"]
-    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(25), np.asarray(examples.labels)]
-    metrics = make_evaluator(tier, PREPROCESS, make_mesh(1))(params, examples, examples)
+    losses = (
+        np.log(np.exp(logits).sum(1)) - logits[np.arange(25), np.asarray(examples.images.labels)]
+    )
+    metrics = _evaluate(tier, params, examples, examples)
     assert float(metrics.loss) == pytest.approx(losses.sum(), rel=1e-3)
 
 
@@ -175,11 +186,13 @@ def test_metrics_of_a_plain_model_are_exact():
     test = _examples(23, 10, seed=1)
     params = init(jax.random.key(0))
     tier = Tier("full", Model(init, apply))
-    metrics = make_evaluator(tier, PREPROCESS, make_mesh(1))(params, _examples(4, 4), test)
-    logits = (np.asarray(test.images, np.float64).reshape(23, 64) - 100) / 50 @ np.asarray(params)
+    metrics = _evaluate(tier, params, _examples(4, 4), test)
+    logits = (
+        (np.asarray(test.images.pixels, np.float64).reshape(23, 64) - 100) / 50 @ np.asarray(params)
+    )
     log_p = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
     log_p -= logits.max(1, keepdims=True)
-    labels = np.asarray(test.labels)
+    labels = np.asarray(test.images.labels)
     assert metrics.examples == 23
     assert float(metrics.correct) == (logits.argmax(1) == labels).sum()
     assert float(metrics.loss) == pytest.approx(-log_p[np.arange(23), labels].sum(), rel=1e-4)
@@ -196,8 +209,7 @@ def test_evaluation_spread_over_devices_equals_one_device():
 
     def metrics(devices):
         calibration, test = _examples(22, 5, multiple=devices), _examples(23, 4, 1, devices)
-        evaluate = make_evaluator(tier, PREPROCESS, make_mesh(devices))
-        return jax.device_get(evaluate(params, calibration, test))
+        return jax.device_get(_evaluate(tier, params, calibration, test, devices))
 
     one, four = metrics(1), metrics(4)
     assert one.examples == four.examples == 23
