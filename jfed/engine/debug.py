@@ -20,6 +20,7 @@ from jfed.engine.merging import Report, clip
 from jfed.engine.packing import Work
 from jfed.models.losses import Metrics, training_loss
 from jfed.models.model import Params
+from jfed.tiers.tier import Tier
 
 
 class Sent(NamedTuple):
@@ -71,10 +72,12 @@ def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Se
         local, metrics = algorithm.client_step(client, local, data, loss_key)
         told.append(metrics)
     message, after = algorithm.client_final(client, local, end)
+    message = _own(tier, variables, message)
     if config.codec is not None:
         message["update"] = config.codec.decode(config.codec.encode(message["update"], code))
     if config.faults is not None and config.faults.corrupts:
         message = corrupt(config.faults, message, jnp.int32(work.fault), fault)
+    message = _own(tier, variables, message)
     if config.clip is not None:
         message["update"] = clip(message["update"], config.clip)
     metrics = jax.tree.map(lambda *m: sum(m[1:], start=m[0]), *told)
@@ -100,6 +103,19 @@ def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Se
         counts,
     )
     return sent, kept if counts else memory
+
+
+def _own(tier: Tier, variables: Params, message: dict[str, Any]) -> dict[str, Any]:
+    """A message with zeros in what the tier does not own of what it extracts."""
+    if tier.mask is None:
+        return message
+    shapes = tier.shapes(variables)
+    own = tier.mask(shapes, tier.setting)
+
+    def keep(part: Params) -> Params:
+        return jax.tree.map(lambda u, o: jnp.where(o > 0, u, 0), part, own)
+
+    return map_parts(keep, shapes, message)
 
 
 def report(sent: Sequence[Sent]) -> Report:

@@ -177,14 +177,20 @@ class _Trainer:
     def _as_sent(self, message: dict[str, Any], slot: Array, key: Array) -> dict[str, Any]:
         """A message as the server gets it: encoded and decoded, corrupted, clipped."""
         codec, faults = self.config.codec, self.config.faults
+        message = self._own(message, slot)
         if codec is not None:
             sent = codec.encode(message["update"], jax.random.fold_in(key, _CODEC))
             message = message | {"update": codec.decode(sent)}
         if faults is not None and faults.corrupts:
             fault_key = jax.random.fold_in(key, _FAULT)
             message = corrupt(faults, message, self.cohort.fault[slot], fault_key)
+        message = self._own(message, slot)  # again, as noise is everywhere
         if self.config.clip is not None:
             message = message | {"update": clip(message["update"], self.config.clip)}
+        return message
+
+    def _own(self, message: dict[str, Any], slot: Array) -> dict[str, Any]:
+        """A message with zeros in what the client's tier does not own."""
         mask = self.tier.mask
         if mask is None:
             return message

@@ -79,6 +79,9 @@ def test_a_schedule_of_the_users_own_takes_the_place_of_the_learning_rate():
         learning_rate(ClientConfig(schedule=lambda round_: -round_), 3, 8)
 
 
+NO_BATCH = Batch(jnp.zeros((1, 1, 1, 1)), jnp.zeros(1, jnp.int32), jnp.ones(1))
+
+
 def _client(sent, loss, rate):
     numbers = (jnp.int32(3), jnp.int32(8), jnp.int32(2), jnp.float32(8), jnp.int32(0))
     return Client(sent, loss, *numbers, jnp.float32(rate))
@@ -103,7 +106,7 @@ def test_local_training_equals_numpy_and_gives_the_optimizer_a_corrected_gradien
     np.testing.assert_array_equal(local.memory, [0.5, 0.0])
     w, trace = np.asarray(sent) + np.float32([0.5, 0.0]), np.zeros(2)
     for _ in range(4):
-        local, metrics = training.client_step(client, local, None, key)
+        local, metrics = training.client_step(client, local, NO_BATCH, key)
         np.testing.assert_allclose(metrics.loss, 0.5 * ((w - target) ** 2).sum(), rtol=1e-5)
         trace = 0.5 * trace + (w - target) + 0.3 * (w - sent)
         w = w - 0.2 * trace
@@ -142,7 +145,7 @@ def test_noise_of_an_optimizer_differs_between_the_keys_of_clients():
             local = training.client_init(client, (), key)
             for _ in range(2):
                 before = local.params
-                local, _ = training.client_step(client, local, None, key)
+                local, _ = training.client_step(client, local, NO_BATCH, key)
                 steps.append(np.asarray(local.params - before))
     assert min(np.std(step) for step in steps) > 1e-3
     assert np.abs(np.corrcoef(steps) - np.eye(4)).max() < 0.2  # 4.5 standard deviations
@@ -205,7 +208,6 @@ def test_augmentation_crops_and_flips_the_given_image():
         {"momentum": -0.25},
         {"optimizer": "lbfgs"},
         {"batch_size": True},
-        {"codec": 3},
     ],
     ids=str,
 )

@@ -71,7 +71,7 @@ def test_the_same_clients_stay_hostile():
     assert (hostile != hostile_clients(CONFIG, 20, seed=4)).any()
     population = _population(CONFIG, seed=3)
     for number in range(4):
-        attacking = {w.client for w in population.work(number, np.arange(20)) if w.fault > 2}
+        attacking = {w.client for w in population.work(number, [np.arange(20)])[0] if w.fault > 2}
         assert attacking <= set(np.flatnonzero(hostile))
     assert not hostile_clients(FaultConfig(), 20, seed=3).any()
 

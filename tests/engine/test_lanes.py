@@ -516,7 +516,7 @@ def test_memory_does_not_grow_with_the_cohort():
     model = cnn(channels=1, size=8, form="transposed")
     few, many = (_working_bytes(clients, 2, "map", model=model) for clients in (10, 1000))
     assert few > 3 * tree_bytes(jax.eval_shape(model.init, jax.random.key(0)))
-    assert many <= 1.1 * few
+    assert many - few < 100 * 990  # bytes of what each client reports
 
 
 @pytest.mark.parametrize("mapping", ["map", "vmap"])

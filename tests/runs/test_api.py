@@ -123,7 +123,7 @@ LARGER = jfed.models.Model(lambda key: {**_init(key), "more": jnp.zeros(3)}, _ap
         ({"partition": PARTS[:5]}, "inputs.partition.clients is 6 there, 5 here"),
         ({"model": LARGER}, "inputs.tiers.variables is '152 in 2 arrays.* '155 in 3 arrays"),
     ],
-    ids=str,
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
 )
 def test_another_run_is_refused_with_the_difference(run_folder, changes, message):
     with pytest.raises(jfed.RunFolderError, match=message):
@@ -170,7 +170,7 @@ def test_callbacks_without_a_folder_hear_every_round_in_order():
         ({"callbacks": [3]}, "callbacks must be functions of a Record, got 3"),
         ({"checkpoints": jfed.CheckpointConfig()}, "checkpoints need a workdir"),
     ],
-    ids=str,
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
 )
 def test_bad_settings_are_quoted(options, message):
     with pytest.raises(jfed.ConfigError, match=message):
