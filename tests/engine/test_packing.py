@@ -49,23 +49,32 @@ def _work(client, tier, steps, missing=0, fault=0):
     return Work(client, tier, batches, steps * SIZE - missing, 0.5 + client, fault)
 
 
-@st.composite
-def cohorts(draw):
+COSTS = st.lists(st.sampled_from([1.0, 2.0, 3.5, 10.0]), min_size=1, max_size=3)
+# Of each client: tier, steps, examples missing from the last batch.
+CLIENTS = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(1, 20), st.integers(0, SIZE - 1)),
+    min_size=1,
+    max_size=24,
+)
+# Devices, lanes of each, empty slots.
+ROOM = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3))
+
+
+def _cohort(clients, costs, room):
     """Clients, and what they are packed on: devices with as many rows of memory as in a run."""
-    costs = draw(st.lists(st.sampled_from([1.0, 2.0, 3.5, 10.0]), min_size=1, max_size=3))
-    devices, per_device = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    tiers, missing, fault = st.integers(0, len(costs) - 1), st.integers(0, SIZE - 1), st.just(2)
-    found = draw(
-        st.lists(st.tuples(tiers, st.integers(1, 20), missing, fault), min_size=1, max_size=24)
-    )
-    work = [_work(7 * i + 3, *settings) for i, settings in enumerate(found)]
-    slots = len(work) + draw(st.integers(0, 3))
+    devices, per_device, empty = room
+    slots = len(clients) + empty
+    work = [
+        _work(7 * i + 3, tier % len(costs), steps, missing, fault=2)
+        for i, (tier, steps, missing) in enumerate(clients)
+    ]
+    steps, lanes = [len(w.batches) for w in work], devices * per_device
     packing = Packing(
         devices=devices,
-        lanes=devices * per_device,
-        lockstep=draw(st.booleans()),
+        lanes=lanes,
+        lockstep=False,
         batch_size=SIZE,
-        steps=capacity([len(w.batches) for w in work], len(work), devices * per_device, costs),
+        steps=capacity(steps, len(work), lanes, costs),
         slots=slots,
         rows=min(slots, 2 * -(-slots // devices)),
         costs=tuple(costs),
@@ -74,9 +83,9 @@ def cohorts(draw):
 
 
 @settings(deadline=None)
-@given(cohorts(), st.randoms())
-def test_packing_loses_nothing(cohort, shuffler):
-    work, packing = cohort
+@given(CLIENTS, COSTS, ROOM, st.randoms())
+def test_packing_loses_nothing(clients, costs, room, shuffler):
+    work, packing = _cohort(clients, costs, room)
     schedule = pack(work, packing)
     lanes, table = schedule.lanes, schedule.cohort
     assert max(schedule.length) <= packing.steps
@@ -116,9 +125,9 @@ def _queues(schedule, packing):
 
 
 @settings(deadline=None)
-@given(cohorts())
-def test_the_costliest_clients_go_first_to_the_lane_with_the_least_cost(cohort):
-    work, packing = cohort
+@given(CLIENTS, COSTS, ROOM)
+def test_the_costliest_clients_go_first_to_the_lane_with_the_least_cost(clients, costs, room):
+    work, packing = _cohort(clients, costs, room)
     packing = packing._replace(rows=packing.slots)
     schedule = pack(work, packing)
     table, whole = schedule.cohort, 0.0
@@ -137,9 +146,9 @@ def test_the_costliest_clients_go_first_to_the_lane_with_the_least_cost(cohort):
 
 
 @settings(deadline=None)
-@given(cohorts(), st.booleans())
-def test_rows_of_memory_are_each_their_clients_own(cohort, tight):
-    work, packing = cohort
+@given(CLIENTS, COSTS, ROOM, st.booleans())
+def test_rows_of_memory_are_each_their_clients_own(clients, costs, room, tight):
+    work, packing = _cohort(clients, costs, room)
     if tight:  # as few as can be
         rows = -(-len(work) // packing.devices)
         packing = packing._replace(rows=rows, steps=sum(len(w.batches) for w in work))

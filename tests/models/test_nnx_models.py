@@ -146,8 +146,8 @@ class WithCounter(nnx.Module):
 
 
 class WithTable(nnx.Module):
-    def __init__(self, rngs):
-        self.table = jnp.ones((3,))
+    def __init__(self, rngs, table=None):
+        self.table = jnp.ones((3,)) if table is None else table
 
     def __call__(self, images):
         return images[:, 0, :3, 0] + self.table[None]
@@ -155,8 +155,7 @@ class WithTable(nnx.Module):
 
 class WithNumbers(nnx.Module):
     def __init__(self, rngs):
-        self.inner = WithTable(rngs)
-        self.inner.table = np.ones((3,), np.float32)
+        self.inner = WithTable(rngs, np.ones((3,), np.float32))
 
     def __call__(self, images):
         return self.inner(images)

@@ -101,9 +101,8 @@ def test_the_gradient_of_counted_steps_keeps_no_kernel_for_each(learn_steps):
     ids=str,
 )
 def test_one_program_of_all_counts_is_each_static_network(options):
-    config = dataclasses.replace(
-        SCANNED, widths=(3, 4), iterations=(4, 3), conv="transposed", **options
-    )
+    form = "auto" if "separable" in options else "transposed"
+    config = dataclasses.replace(SCANNED, widths=(3, 4), iterations=(4, 3), conv=form, **options)
     whole = odenet(config)
     params = whole.init(jax.random.key(0))
     arguments = (IMAGES, MASK) if config.norm == "batch" else (IMAGES,)
