@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jfed.errors import ConfigError
+from jfed.errors import ConfigError, calling, name_of
 from jfed.models.losses import Batch, Metrics, cross_entropy
 from jfed.models.model import Model, Params
 
@@ -26,9 +26,10 @@ def from_nnx(create: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         streams, and no other state.
 
     Raises:
-      ConfigError: the module holds other state, such as the running statistics of a batch norm.
+      ConfigError: `create` raises, or the module holds other state, such as the running statistics of a batch norm.
     """
-    module = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
+    with calling(name_of(create), rngs="nnx.Rngs(0)"):
+        module = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
     graph, empty, streams, other = nnx.split(module, nnx.Param, nnx.RngState, ...)  # type: ignore[misc]
     _check_no_other(module, other)
 

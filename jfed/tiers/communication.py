@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jfed.models.model import Params
 from jfed.tiers import Tier
@@ -37,7 +38,7 @@ def traffic(tier: Tier, variables: Params, encode: Any = None) -> Traffic:
     size = tree_bytes(shapes)
     if tier.mask is not None:
         mask = tier.mask(shapes, tier.setting)
-        size = sum(int(x.sum()) * x.dtype.itemsize for x in jax.tree.leaves(mask))
+        size = sum(int(jnp.count_nonzero(x)) * x.dtype.itemsize for x in jax.tree.leaves(mask))
     if encode is None:
         return Traffic(down=size, up=size)
     key = jax.eval_shape(lambda: jax.random.key(0))

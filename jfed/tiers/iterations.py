@@ -104,7 +104,7 @@ def ode(
         raise ConfigError(f"iterations must differ between tiers, got {iterations!r}.")
     _check_steps(config, sharing, len(iterations))
     _check_distillation(config, sharing, distillation)
-    return _network(config, counts, sharing, float(distillation)).tiers()
+    return _network(config, counts, sharing, float(distillation)).tiers
 
 
 @functools.lru_cache(maxsize=32)
@@ -134,6 +134,7 @@ class _Network:
         self.at_most = functools.cache(self._at_most)
         self.full = odenet(dataclasses.replace(config, iterations=_largest(counts)))
 
+    @functools.cached_property
     def tiers(self) -> Tiers:
         """The tiers that clients run."""
         members = self.at(self.counts)
@@ -219,13 +220,14 @@ class _Network:
         return jax.tree.unflatten(structure, [entry(path) for path, _ in found])
 
     def mask(self, like: Params, setting: Setting) -> Params:
-        """1 for what a tier owns: what is shared, its row, of step sizes as many as it takes."""
+        """1 for what a tier owns: what is shared, its row, of learned step sizes those it takes."""
 
         def row(title: str, leaf: Any) -> Array:
             along = lambda axis: jax.lax.broadcasted_iota(jnp.int32, leaf.shape, axis)  # noqa: E731
             mine = along(0) == setting.row
             if title.startswith("steps/"):
                 mine &= along(1) < setting.steps[int(title.removeprefix("steps/"))]
+                mine &= jnp.asarray(setting.learned) > 0
             return mine.astype(leaf.dtype)
 
         return {
@@ -237,28 +239,19 @@ class _Network:
         """The tiers, each trained so that those with fewer iterations in total learn from it."""
         students = [(sum(c), tier.bound()) for c, tier in zip(self.counts, tiers, strict=True)]
 
-        def taught(model: Callable[..., Model]) -> Callable[[Any, Any], Model]:
-            def at(setting: Setting, largest: Setting | None) -> Model:
-                total = sum(setting.steps)
-                shallower = [(of < total, student) for of, student in students]
-                return teaching(model(setting, largest), shallower, self.distillation)
+        def teach(model: Model, total: Any) -> Model:
+            return teaching(model, [(of < total, s) for of, s in students], self.distillation)
 
-            return at
+        def at(setting: Setting, largest: Setting | None) -> Model:
+            return teach(tiers[0].bound(setting, largest), sum(setting.steps))
 
-        if self.config.unroll:
-            return tuple(
-                dataclasses.replace(
-                    tier,
-                    model=teaching(
-                        tier.bound(),
-                        [(of < sum(count), student) for of, student in students],
-                        self.distillation,
-                    ),
-                )
-                for tier, count in zip(tiers, self.counts, strict=True)
+        def taught(tier: Tier, steps: tuple[int, ...]) -> Tier:
+            static = isinstance(tier.model, Model)
+            return dataclasses.replace(
+                tier, model=teach(tier.bound(), sum(steps)) if static else at
             )
-        at = taught(tiers[0].model)  # type: ignore[arg-type]
-        return tuple(dataclasses.replace(tier, model=at) for tier in tiers)
+
+        return tuple(taught(tier, steps) for tier, steps in zip(tiers, self.counts, strict=True))
 
 
 def _largest(counts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

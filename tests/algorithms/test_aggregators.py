@@ -333,7 +333,6 @@ def test_a_round_that_nobody_delivers_in_leaves_variables_and_momentum(aggregato
         ({"aggregator": "krum", "krum_byzantine": -1}, "got -1"),
         ({"aggregator": "norm-clipping", "clip_updates": 0.0}, r"clip_updates .* got 0\.0"),
     ],
-    ids=str,
 )
 def test_bad_settings_are_quoted(settings, message):
     with pytest.raises(ConfigError, match=message):

@@ -175,6 +175,17 @@ def test_other_state_is_refused(module, message):
         from_nnx(module)
 
 
+class Broken(nnx.Module):
+    def __init__(self, rngs):
+        raise KeyError("width")
+
+
+def test_what_a_module_raises_is_told_with_its_name():
+    with pytest.raises(ConfigError, match=r"test_nnx_models\.Broken .*rngs.* 'width'") as error:
+        from_nnx(Broken)
+    assert isinstance(error.value.__cause__, KeyError)
+
+
 def test_a_federation_trains_with_dropout(model):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 90).astype(np.int32)

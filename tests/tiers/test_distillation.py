@@ -217,6 +217,12 @@ def test_a_weight_of_zero_is_no_distillation_bit_for_bit(params):
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+def test_the_same_teachers_made_twice_share_a_program():
+    one, other = (tiers_lib.ode(CONFIG, (1, 2), distillation=0.5) for _ in range(2))
+    programs = {tier.program for tier in (*one.members, *other.members)}
+    assert len(programs) == 1
+
+
 def test_a_mixed_federation_distils():
     none, some = _train(_ode(None)), _train(_ode(0.7))
     assert some.traffic == none.traffic

@@ -241,6 +241,14 @@ def test_traffic_counts_only_what_a_tier_owns(sharing):
     weights = traffic(alone.members[0], jax.eval_shape(alone.init, jax.random.key(0)))
     for tier, steps in zip(tiers.members, (0, 2, 6), strict=True):
         assert traffic(tier, like) == (weights.down + 4 * steps, weights.up + 4 * steps)
+    # A count that nobody trained takes the solver's steps, and needs none of the learned.
+    assert traffic(tiers.at([3])[0], like) == weights
+
+
+def test_traffic_is_counted_exactly_above_what_float32_holds():
+    whole = Tier("all", MODEL, mask=lambda like, _: jax.tree.map(lambda x: jnp.ones(x.shape), like))
+    like = {"w": jax.ShapeDtypeStruct((2**24 + 1,), jnp.float32)}
+    assert traffic(whole, like).up == 4 * (2**24 + 1)
 
 
 @pytest.mark.parametrize(
