@@ -95,7 +95,10 @@ def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     """
     sharding = NamedSharding(mesh, spec)
     if jax.process_count() == 1:
-        return jax.device_put(tree, sharding)
+        # A key may be the user's own; without a copy, a round that takes it over would delete it.
+        return jax.device_put(
+            jax.tree.map(lambda x: jnp.copy(x) if is_key(x) else x, tree), sharding
+        )
 
     def place(x: Any) -> jax.Array:
         if is_key(x):

@@ -26,7 +26,8 @@ def from_nnx(create: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         streams, and no other state.
 
     Raises:
-      ConfigError: `create` raises, or the module holds other state, such as the running statistics of a batch norm.
+      ConfigError: `create` raises, or the module holds other state, such as the running statistics
+        of a batch norm.
     """
     with calling(name_of(create), rngs="nnx.Rngs(0)"):
         module = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
