@@ -1,6 +1,7 @@
 """Models: the ODENets, their ResNet twins, a small CNN, and what jfed asks of any model."""
 
 from jfed.models.convolutions.convolution import conv, time_conv
+from jfed.models.losses import Batch, Metrics, cross_entropy
 from jfed.models.model import Model, Moments
 from jfed.models.nnx_models import from_nnx
 from jfed.models.ode_nets import ODENetConfig, odenet
@@ -10,6 +11,8 @@ from jfed.models.small_cnn import cnn
 
 __all__ = [
     "PRESETS",
+    "Batch",
+    "Metrics",
     "Model",
     "Moments",
     "NetworkConfig",
@@ -18,6 +21,7 @@ __all__ = [
     "build",
     "cnn",
     "conv",
+    "cross_entropy",
     "from_nnx",
     "odenet",
     "preset",

@@ -88,6 +88,7 @@ def integrate(
     horizon: str,
     solver: str,
     unroll: bool,
+    least: int = 0,
     most: int | None = None,
     moments: Moments | None = None,
     sizes: Float[Array, " most"] | None = None,
@@ -108,6 +109,8 @@ def integrate(
       solver: one of `SOLVERS`, by diffrax's name.
       unroll: True traces every step of a static number (mostly faster to run), False loops over
         them (faster to compile).
+      least: the smallest number of steps where it is data. From 1 on the last step stands outside
+        the loop, where XLA fuses it with what follows.
       most: the largest number of steps where it is data.
       moments: what an earlier call recorded, to be used again, with axes `[most, stages, ...]`.
       sizes: of each step, in place of the horizon's; step k then starts at the sum of those before.
@@ -127,9 +130,14 @@ def integrate(
     if isinstance(steps, int):
         return _static(step, z, steps, unroll, record)
     assert most is not None
+    if least == most:
+        return _static(step, z, most, unroll, record)
     if record:
         return _recorded(step, z, steps, most, largest)
-    return repeat(lambda k, z: step(k, z)[0], z, steps, most=most, largest=largest), None
+    last = min(least, 1)
+    before, far = steps - last, None if largest is None else largest - last
+    z = repeat(lambda k, z: step(k, z)[0], z, before, most=most - last, largest=far)
+    return step(before, z)[0] if last else z, None
 
 
 def _stepper(

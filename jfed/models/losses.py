@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
@@ -36,6 +37,12 @@ class Metrics(NamedTuple):
     correct: Float[Array, ""]
     examples: Float[Array, ""]
     others: Any = {}  # noqa: RUF012 (never written to)
+
+
+def by_name(metrics: Any) -> dict[str, Any]:
+    """The leaves of metrics by their path, such as "loss" or "others/calibration"."""
+    found = jax.tree_util.tree_leaves_with_path(metrics)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
 
 
 def cross_entropy(

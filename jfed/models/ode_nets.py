@@ -134,11 +134,13 @@ class Depth(NamedTuple):
       steps: of each stage, ints (static), or int32 scalars (data) up to the config's `iterations`.
       learned: whether learned step sizes are used, or the solver's fixed ones: a bool, or data.
       largest: under `vmap` over different steps, of each stage, see `integrate`.
+      least: the smallest steps that are served where they are data, by default 0.
     """
 
     steps: tuple[Count, ...]
     learned: bool | Bool[Array, ""] = True
     largest: tuple[Int[Array, ""], ...] | None = None
+    least: tuple[int, ...] | None = None
 
 
 class ODEFunction(nnx.Module):
@@ -213,6 +215,7 @@ class ODENet(nnx.Module):
                 self._field(function, mask),
                 z,
                 steps=depth.steps[k],
+                least=0 if depth.least is None else depth.least[k],
                 most=most[k],
                 horizon=config.horizon,
                 solver=config.solver,

@@ -280,7 +280,7 @@ def _writers(
     if not hosts.is_first():
         yield ()
         return
-    names, csv = [tier.name for tier in federation.evaluated], path / "metrics.csv"
+    names, csv = federation.columns, path / "metrics.csv"
     text, there = csv_text(names, history).encode(), csv.read_bytes() if csv.exists() else b""
     if history and not there.startswith(text):
         warnings.warn(f"{csv} was damaged; rewritten from the checkpoint", stacklevel=2)

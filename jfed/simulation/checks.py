@@ -10,8 +10,9 @@ from jfed.algorithms.clients import ClientConfig, make_optimizer
 from jfed.algorithms.optimizers import MakeOptimizer
 from jfed.data import Dataset
 from jfed.errors import ConfigError, calling, name_of
-from jfed.models.losses import Batch, training_loss
+from jfed.models.losses import Batch, Metrics, by_name, training_loss
 from jfed.models.model import Params
+from jfed.simulation.evaluation import Measure
 from jfed.tiers.tier import Tier, check_extract
 
 
@@ -48,7 +49,9 @@ def check_model(tier: Tier, like: Params, data: Dataset) -> None:
         )
 
 
-def check_training(tier: Tier, like: Params, config: ClientConfig, data: Dataset) -> None:
+def check_training(
+    tier: Tier, like: Params, config: ClientConfig, data: Dataset
+) -> tuple[str, ...]:
     """Raises ConfigError if the loss is none, or the optimizer or the codec changes the tree.
 
     Args:
@@ -56,17 +59,17 @@ def check_training(tier: Tier, like: Params, config: ClientConfig, data: Dataset
       like: global variables; only shapes and dtypes matter.
       config: of local training.
       data: that is trained on.
+
+    Returns:
+      The names of the loss's `Metrics.others`.
     """
     params, batch, title = tier.shapes(like), _batch(data), f"the loss of tier {tier.name!r}"
     loss = training_loss(tier.bound())
     with calling(title, images=batch.images):
         gradient, metrics = jax.eval_shape(jax.grad(loss, has_aux=True), params, batch, _key())
-    for name in ("loss", "correct", "examples"):
-        if getattr(getattr(metrics, name, None), "shape", None) != ():
-            raise ConfigError(
-                f"{title} must return (loss, jfed.models.Metrics) of scalars, got "
-                f"{_shapes(metrics)}."
-            )
+    if not isinstance(metrics, Metrics):
+        raise ConfigError(f"{title} must return (loss, jfed.models.Metrics), got {metrics!r}.")
+    _check_scalars(title, metrics)
     with calling(
         f"optimizer {name_of(config.optimizer)} of tier {tier.name!r}", gradient=_shapes(gradient)
     ):
@@ -77,6 +80,27 @@ def check_training(tier: Tier, like: Params, config: ClientConfig, data: Dataset
         with calling(f"codec {name_of(codec.encode)}", tier=tier.name):
             update = jax.eval_shape(lambda u, k: codec.decode(codec.encode(u, k)), params, _key())
         _check_tree(f"codec {name_of(codec.encode)}", update, params, tier)
+    return tuple(by_name(metrics.others))
+
+
+def check_measure(measure: Measure | None, data: Dataset) -> tuple[str, ...]:
+    """The names of what an evaluation measures; ConfigError unless they are float32 scalars."""
+    if measure is None:
+        return ()
+    logits, title = jax.ShapeDtypeStruct((2, data.num_classes), jnp.float32), name_of(measure)
+    with calling(f"evaluation measure {title}", logits=logits):
+        found = jax.eval_shape(measure, logits, _batch(data))
+    if not isinstance(found, dict):
+        raise ConfigError(f"evaluation measure {title} must give a dict, got {_shapes(found)}.")
+    _check_scalars(f"evaluation measure {title}", found)
+    return tuple(by_name(found))
+
+
+def _check_scalars(title: str, metrics: Any) -> None:
+    if any((x.shape, x.dtype) != ((), jnp.float32) for x in jax.tree.leaves(metrics)):
+        raise ConfigError(
+            f"{title} must give float32 scalars, sums over examples, got {_shapes(metrics)}."
+        )
 
 
 def _optimizer_step(make: MakeOptimizer) -> Any:

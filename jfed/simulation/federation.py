@@ -32,10 +32,11 @@ from jfed.models.flops import forward_flops
 from jfed.models.losses import Metrics
 from jfed.models.model import Model, Params, initialise
 from jfed.seeds import check_seed, generator
-from jfed.simulation.checks import check_algorithm, check_model, check_training
+from jfed.simulation.checks import check_algorithm, check_measure, check_model, check_training
 from jfed.simulation.evaluation import EvaluationConfig, Examples, in_batches
 from jfed.simulation.population import Sampler, make_population
 from jfed.simulation.programs import Plan, group_tiers, make_merged, programs
+from jfed.simulation.records import columns
 from jfed.simulation.under_way import UnderWay
 from jfed.tiers import Tier, Tiers
 from jfed.tiers.communication import Traffic, traffic
@@ -129,8 +130,15 @@ class Federation:
         like = jax.eval_shape(self.tiers.init, self.key)
         for tier in self.evaluated:
             check_model(tier, like, data)
+        measured = dict.fromkeys(
+            name for t in self.tiers.members for name in check_training(t, like, self.client, data)
+        )
+        self.columns = columns(
+            [tier.name for tier in self.evaluated],
+            tuple(measured),
+            check_measure(self.evaluation.measure, data),
+        )
         for tier in self.tiers.members:
-            check_training(tier, like, self.client, data)
             check_algorithm(tier, like, self.algorithm, self.client, data)
         up = self.client.codec
         self.traffic = {t.name: traffic(t, like, up and up.encode) for t in self.tiers.members}

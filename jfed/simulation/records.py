@@ -91,10 +91,14 @@ class Record:
         return flat
 
 
-def columns(tiers: Sequence[str]) -> list[str]:
-    """The columns of `metrics.csv`."""
-    own = [f.name for f in dataclasses.fields(Record) if f.name != "evaluations"]
-    return own + [f"test_{what}_{tier}" for tier in tiers for what in ("accuracy", "loss")]
+def columns(
+    tiers: Sequence[str], trained: Sequence[str] = (), tested: Sequence[str] = ()
+) -> list[str]:
+    """The columns of `metrics.csv`: of evaluated tiers, of `Record` and `Evaluation.metrics`."""
+    own = [f.name for f in dataclasses.fields(Record) if f.name not in ("evaluations", "metrics")]
+    train = [f"train_{name}" for name in trained]
+    kinds = ("accuracy", "loss", *tested)
+    return own + train + [f"test_{what}_{tier}" for tier in tiers for what in kinds]
 
 
 @runtime_checkable
@@ -115,15 +119,15 @@ class CsvWriter:
 
     Args:
       path: of the file; replaced if it exists.
-      tiers: names of the evaluated tiers, which have columns of their own.
+      names: of its columns, see `columns`.
       history: records to begin with.
     """
 
     def __init__(
-        self, path: epath.PathLike, tiers: Sequence[str], history: Sequence[Record] = ()
+        self, path: epath.PathLike, names: Sequence[str], history: Sequence[Record] = ()
     ) -> None:
-        self._path, self._columns = epath.Path(path), columns(tiers)
-        self._text = csv_text(tiers, history)
+        self._path, self._columns = epath.Path(path), names
+        self._text = csv_text(names, history)
         write_text(self._path, self._text)
         self._file = open(self._path, "a", newline="") if is_local(path) else None  # noqa: SIM115
 
@@ -148,9 +152,8 @@ class CsvWriter:
             self._file.close()
 
 
-def csv_text(tiers: Sequence[str], history: Sequence[Record]) -> str:
-    """What `metrics.csv` holds after these records."""
-    names = columns(tiers)
+def csv_text(names: Sequence[str], history: Sequence[Record]) -> str:
+    """What `metrics.csv` holds after these records, given the names of its columns."""
     return ",".join(names) + "\n" + _lines(names, history)
 
 

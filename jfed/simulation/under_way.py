@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jfed.engine.merging import Report
 from jfed.engine.packing import Load, Work
-from jfed.models.losses import Metrics
+from jfed.models.losses import Metrics, by_name
 from jfed.simulation.records import Evaluation, Record
 from jfed.tiers.communication import Traffic
 
@@ -99,21 +99,16 @@ class UnderWay(NamedTuple):
         return bool(honest) and all(honest)
 
 
-def _named(metrics: Any) -> dict[str, Any]:
-    found = jax.tree_util.tree_leaves_with_path(metrics)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
-
-
 def _sums(metrics: Sequence[Any]) -> dict[str, float]:
     """Over all clients of all programs, in float64; a client's own count is exact in float32."""
     sums: dict[str, float] = {}
     for one in metrics:
-        for name, values in _named(one).items():
+        for name, values in by_name(one).items():
             sums[name] = sums.get(name, 0.0) + float(np.asarray(values, np.float64).sum())
     return sums
 
 
 def _evaluation(metrics: Metrics) -> Evaluation:
     count = int(metrics.examples)
-    others = {name: float(value) / count for name, value in _named(metrics.others).items()}
+    others = {name: float(value) / count for name, value in by_name(metrics.others).items()}
     return Evaluation(float(metrics.correct) / count, float(metrics.loss) / count, others)

@@ -131,8 +131,8 @@ class _Network:
         self.config, self.counts, self.own = config, counts, _OWN[sharing]
         self.common = sharing == "all" and not config.learn_steps
         self.distillation = distillation
-        self.at_most = functools.cache(self._at_most)
-        self.full = odenet(dataclasses.replace(config, iterations=_largest(counts)))
+        self.between = functools.cache(self._between)
+        self.full = odenet(dataclasses.replace(config, iterations=_bounds(counts)[1]))
 
     @functools.cached_property
     def tiers(self) -> Tiers:
@@ -166,7 +166,7 @@ class _Network:
         found = list(dict.fromkeys(per_stage(c, len(self.config.widths)) for c in counts))
         if not found:
             return ()
-        model = self.at_most(_largest((*found, *self.counts)), solver)
+        model = self.between(*_bounds((*found, *self.counts)), solver)
         return tuple(self._tier(steps, solver, model) for steps in found)
 
     def _tier(self, steps: tuple[int, ...], solver: str, model: Callable[..., Model]) -> Tier:
@@ -181,17 +181,17 @@ class _Network:
         own = None if mask is None else (lambda like, _: self.mask(like, setting))
         return Tier(title, model(setting, None), everything, (), own, steps, solver)
 
-    def _at_most(self, most: tuple[int, ...], solver: str) -> Callable[[Any, Any], Model]:
-        """Models of all counts up to `most`, by setting."""
+    def _between(
+        self, least: tuple[int, ...], most: tuple[int, ...], solver: str
+    ) -> Callable[[Any, Any], Model]:
+        """Models of all counts from `least` to `most`, by setting."""
         config = dataclasses.replace(self.config, iterations=most, solver=solver)
 
         def at(setting: Setting, largest: Setting | None) -> Model:
             far: Any = None if largest is None else largest.steps
             learned = setting.learned
-            depth = Depth(
-                setting.steps, bool(learned) if isinstance(learned, int) else learned > 0, far
-            )
-            model = odenet(config, depth)
+            learned = bool(learned) if isinstance(learned, int) else learned > 0
+            model = odenet(config, Depth(setting.steps, learned, far, least))
             if self.common:
                 return model
 
@@ -254,8 +254,10 @@ class _Network:
         return tuple(taught(tier, steps) for tier, steps in zip(tiers, self.counts, strict=True))
 
 
-def _largest(counts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    return tuple(map(max, zip(*counts, strict=True)))
+def _bounds(counts: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The smallest and the largest count of each stage."""
+    stages = list(zip(*counts, strict=True))
+    return tuple(map(min, stages)), tuple(map(max, stages))
 
 
 def _stage(path: Any) -> int:

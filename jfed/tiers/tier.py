@@ -200,7 +200,8 @@ def check_extract(tier: Tier, like: Params) -> None:
             else (np.arange(leaf.size) % 2**23 + 1.0).reshape(leaf.shape).astype(leaf.dtype)
             for i, leaf in enumerate(leaves)
         ]
-        found = jax.tree.leaves(tier.extract(jax.tree.unflatten(structure, numbered), 0))
+        variables = jax.tree.unflatten(structure, list(map(jnp.asarray, numbered)))
+        found = jax.tree.leaves(tier.extract(variables, 0))
         values = np.concatenate([np.ravel(x) for x in found]) if found else np.zeros(0)
         most = len(leaves) if what == "leaf" else 2**23
         if (values != np.round(values)).any() or (values < 1).any() or (values > most).any():

@@ -261,23 +261,24 @@ def _assert_close(found, expected):
     )
 
 
-def test_counted_steps_have_the_gradient_of_static_ones():
-    counted = jax.jit(lambda steps: _gradient(WEIGHTS, STATE, SIZES, steps, **COUNTED))
-    for steps in (0, 1, 3, MOST):
+@pytest.mark.parametrize("least", [0, 1, MOST])
+def test_counted_steps_have_the_gradient_of_static_ones(least):
+    counted = jax.jit(lambda n: _gradient(WEIGHTS, STATE, SIZES, n, least=least, **COUNTED))
+    for steps in [n for n in (0, 1, 3, MOST) if n >= least]:
         static = jax.jit(lambda n=steps: _gradient(WEIGHTS, STATE, SIZES, n, unroll=True))()
         _assert_close(counted(jnp.int32(steps)), static)
     assert counted._cache_size() == 1
 
 
-def test_lanes_of_different_counts_are_each_as_alone():
-    counts = jnp.asarray([3, 0, 1, 2, 3])  # none as large as the program could serve
+@pytest.mark.parametrize("least", [0, 1])
+def test_lanes_of_different_counts_are_each_as_alone(least):
+    counts = jnp.asarray([3, least, 1, 2, 3])  # none as large as the program could serve
     states = jax.random.normal(jax.random.key(5), (5, *STATE.shape))
-    run = jax.jit(
-        jax.vmap(
-            lambda z, steps, largest: _gradient(WEIGHTS, z, SIZES, steps, largest, **COUNTED),
-            (0, 0, None),
-        )
-    )
+
+    def one(z, steps, largest):
+        return _gradient(WEIGHTS, z, SIZES, steps, largest, least=least, **COUNTED)
+
+    run = jax.jit(jax.vmap(one, (0, 0, None)))
     alone = jax.jit(lambda z, steps: _gradient(WEIGHTS, z, SIZES, steps, **COUNTED))
     expected = [alone(z, steps) for z, steps in zip(states, counts, strict=True)]
     for largest in (3, MOST):

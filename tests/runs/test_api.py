@@ -114,6 +114,52 @@ def test_a_finished_run_is_only_read(in_memory, run_folder):
     assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
 
 
+def _brier(logits, labels):
+    right = jax.nn.one_hot(labels, 3)
+    return jnp.square(jax.nn.softmax(logits) - right).sum(-1)
+
+
+def _loss_and_brier(params, batch, key):
+    loss, metrics = jfed.models.cross_entropy(_apply(params, batch.images), batch)
+    total = (_brier(_apply(params, batch.images), batch.labels) * batch.mask).sum()
+    return loss, metrics._replace(others={"scores": {"brier": total}})
+
+
+def _measure(logits, batch):
+    return {"brier": (_brier(logits, batch.labels) * batch.mask).sum()}
+
+
+def test_metrics_of_the_users_own_are_columns_of_the_folder(tmp_path):
+    model = dataclasses.replace(MODEL, loss=_loss_and_brier)
+    evaluation = jfed.EvaluationConfig(every=2, measure=_measure)
+    result = _simulate(tmp_path / "run", model=model, evaluation=evaluation)
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    trained = [float(row["train_scores/brier"]) for row in rows]
+    assert trained == [record.metrics["scores/brier"] for record in result.history]
+    assert [row["test_brier_full"] != "" for row in rows] == [False, True] * 3
+    data = _data()
+    mean, deviation = (f(IMAGES / 255.0, (0, 1, 2)) for f in (np.mean, np.std))
+    logits = _apply(result.variables, jnp.asarray((IMAGES / 255.0 - mean) / deviation, jnp.float32))
+    expected = float(_brier(logits, data.test.labels).mean())
+    assert float(rows[-1]["test_brier_full"]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        (lambda logits, batch: {"top": logits @ logits}, r"measure .*lambda.* cannot be used on"),
+        (lambda logits, batch: {"top": logits[:, 0]}, r"must give float32 scalars.*got .*\(2,\)"),
+        (lambda logits, batch: {"n": batch.labels.sum()}, r"must give float32 scalars.*int32"),
+        (lambda logits, batch: logits.sum(), r"must give a dict, got .*float32"),
+    ],
+    ids=["raises", "by example", "integers", "no names"],
+)
+def test_what_is_no_measure_is_told(measure, message):
+    with pytest.raises(jfed.ConfigError, match=message):
+        _simulate(evaluation=jfed.EvaluationConfig(measure=measure))
+
+
 OTHER = IMAGES.copy()
 OTHER[0, 0, 0, 0] ^= 1
 LARGER = jfed.models.Model(lambda key: {**_init(key), "more": jnp.zeros(3)}, _apply)

@@ -10,7 +10,7 @@ import pytest
 
 from jfed.errors import ConfigError
 from jfed.runs.writers import TensorBoardWriter, WandbWriter
-from jfed.simulation.records import CsvWriter, Evaluation, Record, csv_text
+from jfed.simulation.records import CsvWriter, Evaluation, Record, columns, csv_text
 
 
 def _record(number, **changes):
@@ -27,6 +27,7 @@ HISTORY = [
     _record(2, evaluations={"1": Evaluation(0.1 + 0.2, 1.5)}),
     _record(3, evaluations={"1": Evaluation(0.5, 1.0)}),
 ]
+COLUMNS = columns(["1"])
 
 
 def _read(path):
@@ -36,7 +37,7 @@ def _read(path):
 
 def test_each_line_is_on_disk_before_write_returns(tmp_path):
     path = tmp_path / "metrics.csv"
-    writer = CsvWriter(path, ["1"])
+    writer = CsvWriter(path, COLUMNS)
     assert _read(path) == []
     for i, record in enumerate(HISTORY):
         writer.write(record)
@@ -46,16 +47,17 @@ def test_each_line_is_on_disk_before_write_returns(tmp_path):
     writer.close()
     assert [row["test_accuracy_1"] for row in rows] == ["", "0.30000000000000004", "0.5"]
     assert float(rows[0]["train_loss"]) == HISTORY[0].train_loss
-    assert path.read_text() == csv_text(["1"], HISTORY)
+    assert path.read_text() == csv_text(COLUMNS, HISTORY)
 
 
 def test_a_file_goes_on_from_a_history_whatever_it_held(tmp_path):
     path = tmp_path / "metrics.csv"
-    path.write_text(csv_text(["1"], [*HISTORY, *HISTORY])[:-7])  # doubled lines, the last one torn
-    writer = CsvWriter(path, ["1"], HISTORY[:2])
+    doubled = csv_text(COLUMNS, [*HISTORY, *HISTORY])
+    path.write_text(doubled[:-7])  # the last line torn
+    writer = CsvWriter(path, COLUMNS, HISTORY[:2])
     writer.write(HISTORY[2])
     writer.close()
-    assert path.read_text() == csv_text(["1"], HISTORY)
+    assert path.read_text() == csv_text(COLUMNS, HISTORY)
 
 
 def test_a_record_survives_json():
