@@ -5,8 +5,8 @@ most. An algorithm of your own is a function that returns an `Algorithm`.
 """
 
 from jfed.algorithms.algorithm import Algorithm, Client, Merged, Server, one_each
+from jfed.algorithms.averaging import fedavg
 from jfed.algorithms.clients import ClientConfig, Codec, make_optimizer
-from jfed.algorithms.fedavg import fedavg
 from jfed.algorithms.optimizers import step_owned
 from jfed.algorithms.servers import ServerConfig
 from jfed.algorithms.training import Local, local_training

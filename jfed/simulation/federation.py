@@ -15,8 +15,8 @@ from jaxtyping import Array
 from jfed import tiers as tiers_lib
 from jfed.algorithms.aggregators import make_aggregator
 from jfed.algorithms.algorithm import Algorithm, Server
+from jfed.algorithms.averaging import fedavg
 from jfed.algorithms.clients import ClientConfig, learning_rate
-from jfed.algorithms.fedavg import fedavg
 from jfed.algorithms.servers import ServerConfig, client_weights
 from jfed.data import Dataset, check_partition, class_counts
 from jfed.data.preprocessing import Augmentation, Images, channel_moments
