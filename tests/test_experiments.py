@@ -96,7 +96,7 @@ def test_odenets_stay_within_the_budgets_of_their_rivals(name, rival, scale, mon
         like = jax.eval_shape(tiers.init, jax.random.key(0))
         shapes = [tier.shapes(like) for tier in tiers.members]
         flops = [
-            forward_flops(tier.model, shape, (32, 32, 3))
+            forward_flops(tier.bound(), shape, (32, 32, 3))
             for tier, shape in zip(tiers.members, shapes, strict=True)
         ]
         return tree_size(like), flops

@@ -66,7 +66,7 @@ class ClientConfig:
     momentum: float | None = None
     weight_decay: float = 0.0
     clip_norm: float | None = None
-    codec: Codec | None = None
+    codec: Codec | None = dataclasses.field(default=None, metadata={"flag": False})
     mask_absent_classes: bool = False
 
     def __post_init__(self) -> None:

@@ -149,8 +149,9 @@ _CHANGES: dict[type, type] = {NetworkConfig: ODENetConfig}
 
 
 def _descriptions(kind: type) -> dict[str, str]:
-    """What a dataclass's docstring says of its fields."""
+    """What the docstrings of a dataclass, and of those that it inherits from, say of its fields."""
     found = _descriptions(_CHANGES[kind]) if kind in _CHANGES else {}
-    for entry in docstring_parser.parse(kind.__doc__ or "").params:
-        found[entry.arg_name] = " ".join((entry.description or "").split())
+    for base in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
+        for entry in docstring_parser.parse(base.__doc__ or "").params:
+            found[entry.arg_name] = " ".join((entry.description or "").split())
     return found

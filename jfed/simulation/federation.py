@@ -486,7 +486,7 @@ def _by_row(leaf: Array) -> dict[int, np.ndarray]:
     found: dict[int, np.ndarray] = {}
     for shard in leaf.addressable_shards:
         first = shard.index[0].start or 0
-        found |= {first + i: row for i, row in enumerate(np.asarray(shard.data))}
+        found |= {first + i: np.asarray(row) for i, row in enumerate(np.asarray(shard.data))}
     return found
 
 

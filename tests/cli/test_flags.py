@@ -22,7 +22,7 @@ FLAGS = """
     --rounds --seed
     --epochs --steps --batch-size --optimizer --learning-rate --schedule --momentum --weight-decay
     --clip-norm --mask-absent-classes --no-mask-absent-classes
-    --server-optimizer --server-learning-rate --server-momentum --aggregator --trim
+    --server-optimizer --server-learning-rate --server-momentum --weights --aggregator --trim
     --krum-byzantine --krum-selected --clip-updates
     --dropout --stragglers --straggler-steps --non-finite --exploding --explosion --hostile --attack
     --attack-noise --attack-scale

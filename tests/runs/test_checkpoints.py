@@ -82,7 +82,7 @@ def test_typed_keys_come_back(tmp_path):
     like = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, state))
     for asked in (like, None):
         found = checkpoints.latest(asked).state
-        found = found.optimizer if asked is not None else found["optimizer"]
+        found = found.server.state if asked is not None else found["server"]["state"]
         for name, key in keys.items():
             again = found[0][name]
             assert jax.random.key_impl(again) == jax.random.key_impl(key)
@@ -94,9 +94,10 @@ def test_another_tree_is_named(tmp_path):
     _saved(tmp_path / "c", (1,))
     checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig())
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 1), x.dtype), _state(0))
-    message = r"float32\[40, 7\] at \['variables', 'blocks', '0', 'w'\].* float32\[40, 7, 1\]"
+    name = r"\['server', 'variables', 'blocks', '0', 'w'\]"
+    message = rf"float32\[40, 7\] at {name}.* float32\[40, 7, 1\]"
     with pytest.raises(ValueError, match=message):
-        checkpoints.load(1, like._replace(optimizer=_state(0).optimizer))
+        checkpoints.load(1, like._replace(latest=_state(0).latest))
     checkpoints.close()
 
 

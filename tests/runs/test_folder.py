@@ -85,7 +85,7 @@ def test_settings_are_json_and_functions_are_their_names():
     made = as_json(
         jfed.ClientConfig(
             optimizer=functools.partial(optax.adamw, b1=np.float32(0.5)),
-            transform=jax.tree_util.Partial(jnp.multiply),
+            schedule=jax.tree_util.Partial(jnp.multiply),
         )
     )
     assert made["optimizer"] == {"partial": ["optax._src.alias.adamw", [], {"b1": 0.5}]}

@@ -64,7 +64,8 @@ def _rows(folder):
 
 def _state(folder):
     """The server's last state, from its checkpoint."""
-    federation, _, _ = set_up(run_command.parse(ARGUMENTS).run)
+    with jax.numpy_dtype_promotion("standard"):  # which Optax's Adam needs
+        federation, _, _ = set_up(run_command.parse(ARGUMENTS).run)
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig())
     saved = checkpoints.latest(federation.state_shapes)
     assert saved is not None

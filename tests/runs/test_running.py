@@ -1,5 +1,6 @@
 """A run in its folder, gone on with by another JAX."""
 
+import functools
 import json
 
 import jax
@@ -7,7 +8,9 @@ import pytest
 
 import jfed
 from jfed.runs import running
+from jfed.runs.assembly import set_up
 from jfed.runs.config import run_preset
+from jfed.runs.folder import as_json
 
 
 def test_a_run_tells_what_made_it_and_warns_when_another_goes_on(tmp_path):
@@ -21,10 +24,11 @@ def test_a_run_tells_what_made_it_and_warns_when_another_goes_on(tmp_path):
         def close(self):
             pass
 
+    run = functools.partial(
+        running.run, tmp_path / "run", as_json(config), functools.partial(set_up, config)
+    )
     with pytest.raises(jfed.PreemptedError):
-        running.run(
-            config, tmp_path / "run", writers=lambda done: [Stop()], stop=lambda: bool(seen)
-        )
+        run(writers=lambda done: [Stop()], stop=lambda: bool(seen))
     path = tmp_path / "run" / "config.json"
     there = json.loads(path.read_text())
     assert there["network"]["widths"] == [4]
@@ -36,5 +40,5 @@ def test_a_run_tells_what_made_it_and_warns_when_another_goes_on(tmp_path):
     made_with["jax"] = "0.1.2"
     path.write_text(json.dumps(there))
     with pytest.warns(UserWarning, match=rf"jax is '0.1.2' there, '{jax.__version__}' here"):
-        result, _ = running.run(config, tmp_path / "run")
+        result, _ = run()
     assert len(result.history) == 4

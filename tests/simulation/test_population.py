@@ -70,11 +70,18 @@ def test_clients_without_a_tier_draw_none(draw_tiers):
         np.testing.assert_array_equal(np.sort(np.concatenate(population.sample(number))), able)
 
 
-def test_slots_are_the_clients_within_reach():
+def test_the_most_clients_of_a_program_are_those_within_reach():
     """Of 20 clients 8 are idle; the others are 6, 4 and 2 (largest remainders of .5, .3 and .2)."""
-    slots = {d: [_population(d, idle=0.4).slots(tier) for tier in range(3)] for d in WITHIN}
-    assert slots == {0: [6, 4, 2], 1: [10, 12, 6], 2: [12] * 3, 2**70: [12] * 3}
-    assert [_population(1, idle=0.4, cohort=7).slots(tier) for tier in range(3)] == [7, 7, 6]
+    groups = [(0,), (1,), (2,), (0, 2), (0, 1, 2)]
+    most = {d: [_population(d, idle=0.4).most(group) for group in groups] for d in WITHIN}
+    assert most == {
+        0: [6, 4, 2, 8, 12],
+        1: [10, 12, 6, 12, 12],
+        2: [12] * 5,
+        2**70: [12] * 5,
+    }
+    few = _population(1, idle=0.4, cohort=7)
+    assert [few.most(group) for group in groups] == [7, 7, 6, 7, 7]
 
 
 @pytest.mark.parametrize("draw_tiers", [True, False, -1])
