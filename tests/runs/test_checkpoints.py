@@ -93,11 +93,12 @@ def test_typed_keys_come_back(tmp_path):
 def test_another_tree_is_named(tmp_path):
     _saved(tmp_path / "c", (1,))
     checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig())
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 1), x.dtype), _state(0))
+    variables = _state(0).server.variables
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 1), x.dtype), variables)
     name = r"\['server', 'variables', 'blocks', '0', 'w'\]"
     message = rf"float32\[40, 7\] at {name}.* float32\[40, 7, 1\]"
     with pytest.raises(ValueError, match=message):
-        checkpoints.load(1, like._replace(latest=_state(0).latest))
+        checkpoints.load(1, _state(0)._replace(server=_state(0).server._replace(variables=like)))
     checkpoints.close()
 
 
