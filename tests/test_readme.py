@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+import jfed
+
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -21,13 +23,18 @@ def _run(example, *shorter):
     return names
 
 
-SIMULATION, STUDY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SIMULATION, ALGORITHM, STUDY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_simulation_runs():
     result = _run(SIMULATION, ("rounds=20", "rounds=1"), ("(1, 2, 4)", "(0, 1)"))["result"]
     assert set(result.accuracies) == {"0", "1"}
     assert len(result.history) == 1
+
+
+def test_the_algorithm_runs():
+    names = _run(ALGORITHM, ("rounds=5", "rounds=1"), ("(1, 2))", "(0, 1))"))
+    assert isinstance(names["fedprox"](names["config"], 0.1), jfed.algorithms.Algorithm)
 
 
 @pytest.mark.slow

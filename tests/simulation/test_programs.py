@@ -1,0 +1,92 @@
+"""Which programs a federation compiles, and how busy they keep its devices."""
+
+import collections
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import jfed
+from jfed.algorithms.clients import ClientConfig
+from jfed.data import Dataset, Split
+from jfed.engine.packing import Load, Packing, capacity, load, pack
+from jfed.models.flops import forward_flops
+from jfed.runs.config import run_preset
+from jfed.simulation.population import make_population
+from jfed.tiers import make_tiers
+
+NETWORK = jfed.models.ODENetConfig(
+    widths=(4, 4), channels=1, classes=3, unroll=False, conv="transposed"
+)
+NORMS = {"sharing": "norms-per-depth"}
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """How often each program was compiled, by the name of its function."""
+    found, compile_ = collections.Counter(), jax.stages.Lowered.compile
+
+    def counted(lowered, *args, **options):
+        found[re.search(r"module @jit_(\w+)", lowered.as_text()).group(1)] += 1
+        return compile_(lowered, *args, **options)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", counted)
+    return found
+
+
+def _simulate(tiers, *, data_seed=0, solvers=(), **options):
+    rng = np.random.default_rng(data_seed)
+    images = rng.integers(0, 256, (36, 4, 4, 1)).astype(np.uint8)
+    split = Split(images, rng.integers(0, 3, 36).astype(np.int32))
+    evaluation = jfed.EvaluationConfig(
+        every=0, batch_size=18, iterations=(3,), solvers=solvers, calibration_examples=18
+    )
+    parts = tuple(np.split(rng.permutation(36), 6))
+    client = ClientConfig(batch_size=3)
+    given = {"rounds": 1, "client": client, "evaluation": evaluation, "seed": 0} | options
+    return jfed.simulate(Dataset("noise", split, split, tuple("abc")), parts, tiers, **given)
+
+
+@pytest.mark.parametrize("options", [{}, NORMS], ids=["all shared", "norms per depth"])
+def test_all_counts_share_one_program_to_train_and_one_to_test(options, compiled):
+    result = _simulate(jfed.tiers.ode(NETWORK, (1, 2, (0, 4)), **options))
+    assert list(result.accuracies) == ["1", "2", "0-4", "3"]
+    assert compiled == {"train": 1, "evaluate": 1, "step": 1}
+
+
+def test_another_solver_has_one_program_to_test_of_its_own(compiled):
+    result = _simulate(jfed.tiers.ode(NETWORK, (1, 2)), solvers=("Midpoint", "Heun"))
+    assert len(result.accuracies) == 9
+    assert compiled == {"train": 1, "evaluate": 3, "step": 1}
+
+
+def test_another_seed_or_data_set_compiles_nothing(compiled):
+    tiers = jfed.tiers.ode(NETWORK, (1, 3))
+    first = _simulate(tiers)
+    compiled.clear()
+    other = _simulate(jfed.tiers.ode(NETWORK, (1, 3)), seed=1, data_seed=1)
+    assert not compiled
+    assert first.history[0].train_loss != other.history[0].train_loss
+
+
+def test_the_flexible_preset_keeps_eight_devices_busy():
+    """Tiers of 2, 4 and 8 iterations, ten clients of uneven sizes a round."""
+    config = run_preset("cifar10-flexible")
+    labels = np.repeat(np.arange(10), 5000)
+    partition = jfed.data.partition(config.partition, labels, config.population.clients, seed=0)
+    tiers = make_tiers(config.network.make(10, 3), config.tiers)
+    like = jax.eval_shape(tiers.init, jax.random.key(0))
+    costs = [forward_flops(t.bound(), t.shapes(like), (32, 32, 3)) for t in tiers.members]
+    assert 2 < costs[2] / costs[0] < 4  # iterations are 4 to 1, what surrounds them is the same
+    population = make_population(
+        partition, tiers=3, shares=None, cohort=10, draw_tiers=0, client=config.client, seed=0
+    )
+    steps = capacity(population.steps(), 10, 8, costs)
+    packing = Packing(8, 8, False, config.client.batch_size, steps, 10, 10, tuple(costs))
+    total = Load()
+    for number in range(50):
+        by_tier = population.work(number, population.sample(number))
+        work = [item for of_tier in by_tier for item in of_tier]
+        total = total.plus(load(work, pack(work, packing), packing))
+    assert total.cost / total.spent >= 0.7
