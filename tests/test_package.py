@@ -1,7 +1,9 @@
 """The package as a whole: each thing is found under its name."""
 
+import ast
 import importlib
 import inspect
+import pathlib
 import pkgutil
 import sys
 
@@ -39,3 +41,17 @@ def test_no_module_shares_its_name_with_a_function_or_class_beside_it():
                 own = getattr(thing, "__module__", None) == module.__name__
                 if own and (inspect.isfunction(thing) or inspect.isclass(thing)):
                     assert name not in beside, f"{module.__name__}.{name} and {room}.{name}"
+
+
+ROOMS = "cli benchmark runs reports simulation engine algorithms tiers data models".split()
+
+
+def test_each_room_knows_only_those_below_it():
+    """What a function imports when it is called may come from above: figures of a result."""
+    folder = pathlib.Path(jfed.__file__).parent
+    for i, room in enumerate(ROOMS):
+        for path in (folder / room).rglob("*.py"):
+            nodes = ast.parse(path.read_text()).body
+            names = [n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module]
+            known = {name.split(".")[1] for name in names if name.startswith("jfed.")}
+            assert not known & set(ROOMS[:i]), path

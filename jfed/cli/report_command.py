@@ -8,6 +8,7 @@ import tyro
 from jfed import files
 from jfed.errors import RunFolderError
 from jfed.reports import finished, tables
+from jfed.runs.config import settings
 
 
 def execute(args: list[str]) -> None:
@@ -29,7 +30,8 @@ def execute(args: list[str]) -> None:
           style: of the tables: simple, github or latex_booktabs.
           output: a folder for runs.csv and figures.
         """
-        found, left_out = finished.read_all(folders)
+        names = {path: name for name, path in settings().items()}
+        found, left_out = finished.read_all(folders, names)
         for why in left_out:
             print(f"jfed: left out: {why}", file=sys.stderr)
         print(tables.text(found, baseline=baseline, target=target, style=style))

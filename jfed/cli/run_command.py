@@ -23,6 +23,7 @@ from jfed.runs.compiled import keep_compiled
 from jfed.runs.config import RUN_PRESETS, RunConfig, run_preset, short_name
 from jfed.runs.hosts import HostsConfig
 from jfed.runs.writers import TensorBoardWriter, WandbWriter, optional
+from jfed.settings import as_json
 from jfed.simulation.records import Writer
 
 
@@ -113,7 +114,7 @@ def execute(args: list[str], *, restart: bool = False) -> None:
     with terminable(launch.hosts.distributed, lambda: progress.began) as stop:
         result, table = runs.run(
             workdir,
-            folder.as_json(config),
+            as_json(config),
             functools.partial(set_up, config, files.absolute(workdir) / "memory"),
             writers=functools.partial(_writers, config, launch, workdir, progress, began),
             checkpoints=launch.checkpoints,
@@ -145,7 +146,7 @@ def _writers(
     if launch.tensorboard:
         writers.append(TensorBoardWriter(epath.Path(workdir) / "tensorboard", done))
     if launch.wandb is not None:
-        writers.append(WandbWriter(launch.wandb, workdir, folder.as_json(config)))
+        writers.append(WandbWriter(launch.wandb, workdir, as_json(config)))
     return [*writers, progress.begin(done)]
 
 
@@ -160,7 +161,7 @@ def _check(launch: LaunchConfig) -> str:
 
 def _finished(workdir: str, config: RunConfig) -> bool:
     """Whether nothing is left to do, as the first host sees it."""
-    settings = folder.as_json(config)
+    settings = as_json(config)
     return hosts.is_first() and folder.inspect(epath.Path(workdir), settings) == "finished"
 
 

@@ -12,8 +12,7 @@ from etils import epath
 
 from jfed import files
 from jfed.errors import RunFolderError
-from jfed.runs import folder as folder_lib
-from jfed.runs.config import short_name
+from jfed.settings import flat, read_settings
 
 # Settings that do not tell one arm of an experiment from another.
 _SAME_ARM = ("seed", "data_dir", "devices", "lanes", "mapping")
@@ -94,7 +93,7 @@ def read(folder: epath.PathLike, arm: str = "") -> FinishedRun:
         if not (path / name).exists():
             what = "no run" if name == "config.json" else "no finished run"
             raise RunFolderError(f"{str(path)!r} holds {what}: it has no {name}.")
-    config, summary = folder_lib.read_settings(path)[0], files.read_json(path / "summary.json")
+    config, summary = read_settings(path)[0], files.read_json(path / "summary.json")
     try:
         run = FinishedRun(arm, config, summary, _points((path / "metrics.csv").read_text()))
         # What tables need, which a damaged file or another version of jfed may lack.
@@ -120,8 +119,14 @@ def _points(metrics: str) -> tuple[Point, ...]:
     return tuple(points)
 
 
-def read_all(paths: Sequence[epath.PathLike]) -> tuple[list[FinishedRun], list[str]]:
+def read_all(
+    paths: Sequence[epath.PathLike], names: Mapping[str, str]
+) -> tuple[list[FinishedRun], list[str]]:
     """Reads run folders, and names arms by the settings in which they differ.
+
+    Args:
+      paths: of the folders.
+      names: of settings, by their path, such as `client.learning_rate`; others go by their path.
 
     Returns:
       The runs, and why folders were left out, one text for each of those.
@@ -140,12 +145,13 @@ def read_all(paths: Sequence[epath.PathLike]) -> tuple[list[FinishedRun], list[s
     if not found:
         raise RunFolderError(f"no finished run among {[str(path) for path in paths]}.")
     settings = [
-        {short_name(path): value for path, value in folder_lib.flat(run.config).items()}
-        for run in found
+        {names.get(path, path): value for path, value in flat(run.config).items()} for run in found
     ]
-    names = sorted({name for run in settings for name in run} - set(_SAME_ARM))
-    texts = [{n: json.dumps(run.get(n)) for n in names} for run in settings]
-    differing = [n for n in names if len({text[n] for text in texts}) > 1]
+    asked = sorted({name for run in settings for name in run if not name.endswith("digest")})
+    texts = [{n: json.dumps(run.get(n)) for n in asked} for run in settings]
+    differing = [n for n in asked if n not in _SAME_ARM and len({text[n] for text in texts}) > 1]
+    # What a run is made of follows from its settings, except for tiers of the user's own.
+    differing = [n for n in differing if not n.startswith("inputs.")] or differing
     titles = [", ".join(f"{n} {text[n]}" for n in differing).replace('"', "") for text in texts]
     runs = [
         dataclasses.replace(run, arm=title or "all")

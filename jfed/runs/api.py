@@ -17,9 +17,10 @@ from jfed.engine.devices import EngineConfig
 from jfed.engine.faults import FaultConfig
 from jfed.errors import ConfigError, RunFolderError, check_type
 from jfed.models.model import Model
-from jfed.runs import assembly, fingerprints, folder, running
+from jfed.runs import assembly, fingerprints, running
 from jfed.runs.assembly import Prepared
 from jfed.runs.checkpoints import CheckpointConfig, Checkpoints, in_tree_of
+from jfed.settings import as_json, differences, read_settings
 from jfed.simulation import loop
 from jfed.simulation.evaluation import EvaluationConfig
 from jfed.simulation.federation import Federation, as_tiers, evaluated_tiers
@@ -121,7 +122,7 @@ def simulate(
     federation = Federation(data, partition, tiers, **options, memory_folder=memory)
     if workdir is None:
         return loop.run(federation, callbacks)
-    settings = _MADE_BY | folder.as_json(options)
+    settings = _MADE_BY | as_json(options)
     prepared = Prepared(federation, data)
     result, _ = running.run(
         workdir, settings, lambda: prepared, callbacks=callbacks, checkpoints=checkpoints
@@ -150,7 +151,7 @@ def load(workdir: epath.PathLike, tiers: Tiers | Model | None = None) -> Result:
     path = files.absolute(workdir)
     if not (path / "config.json").exists():
         raise RunFolderError(f"{str(path)!r} holds no run: it has no config.json.")
-    settings, _ = folder.read_settings(path)
+    settings, _ = read_settings(path)
     summary = files.read_json(path / "summary.json") if (path / "summary.json").exists() else {}
     try:
         found, evaluation, engine = _rebuilt(settings, tiers)
@@ -190,7 +191,7 @@ def _rebuilt(
         own, evaluation, engine = assembly.rebuild(settings, classes, channels)
         found = own if found is None else found
     if found is not None:
-        differing = folder.differences(inputs["tiers"], fingerprints.of_tiers(found))
+        differing = differences(inputs["tiers"], fingerprints.of_tiers(found))
         if differing:
             raise ConfigError(f"the run was made with other tiers: {'; '.join(differing)}.")
     return found, evaluation, engine

@@ -10,7 +10,7 @@ import numpy as np
 from jfed.data import Dataset
 from jfed.data.sources import Split
 from jfed.models.model import Params
-from jfed.runs.folder import as_json
+from jfed.settings import as_json
 from jfed.simulation.federation import Federation
 from jfed.tiers import Tiers
 

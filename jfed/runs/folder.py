@@ -1,76 +1,23 @@
 """The folder of a run: whose it is, what it holds, and that only one process works in it."""
 
 import contextlib
-import dataclasses
 import errno
-import functools
 import pathlib
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import filelock
-import numpy as np
 from etils import epath
 
-from jfed.errors import JfedError, RunFolderError, name_of
-from jfed.files import is_local, read_json, write_json
+from jfed.errors import JfedError, RunFolderError
+from jfed.files import is_local
+from jfed.settings import CONFIG, differences, read_settings
 
 _LOCK = ".lock"
-_CONFIG, _MADE_WITH = "config.json", "made_with"
 # What writing to an open file may end with, of which the error names no file.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 FOUND = ("nothing", "begun", "finished")
-
-
-def as_json(value: Any) -> Any:
-    """Settings, dataclasses of dataclasses, as JSON can hold them.
-
-    A function is its qualified name, so that two lambdas of one place are taken for the same.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return {field.name: as_json(getattr(value, field.name)) for field in fields}
-    if isinstance(value, Mapping):
-        return {str(key): as_json(inner) for key, inner in value.items()}
-    if isinstance(value, tuple | list):
-        return [as_json(inner) for inner in value]
-    if isinstance(value, functools.partial):
-        return {"partial": as_json([value.func, value.args, value.keywords])}
-    if callable(value):
-        return name_of(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if value is None or isinstance(value, str | int | float) else str(value)
-
-
-def write_settings(
-    folder: epath.Path, settings: Mapping[str, Any], made_with: Mapping[str, Any]
-) -> None:
-    """Writes `config.json`, which makes a folder a run's.
-
-    Args:
-      folder: of the run.
-      settings: see `as_json`.
-      made_with: see `jfed.provenance.made_with`.
-    """
-    write_json(folder / _CONFIG, {**settings, _MADE_WITH: made_with})
-
-
-def read_settings(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of a run, and what it was made with.
-
-    Raises:
-      RunFolderError: `config.json` is damaged, or of an older version of jfed.
-    """
-    settings = read_json(folder / _CONFIG)
-    if _MADE_WITH not in settings:
-        raise RunFolderError(
-            f"the run folder {str(folder)!r} is of an older version of jfed, whose {_CONFIG} is "
-            "another; go on with that version, or choose another folder."
-        )
-    made_with = settings.pop(_MADE_WITH)
-    return settings, made_with
 
 
 def inspect(folder: epath.Path, settings: Mapping[str, Any]) -> str:
@@ -78,7 +25,7 @@ def inspect(folder: epath.Path, settings: Mapping[str, Any]) -> str:
 
     Args:
       folder: of the run.
-      settings: see `as_json`; they may lack "inputs", what the run is made of.
+      settings: see `jfed.settings.as_json`; they may lack "inputs", what the run is made of.
 
     Raises:
       RunFolderError: the folder belongs to other settings or to an older version of jfed, is no
@@ -92,7 +39,7 @@ def inspect(folder: epath.Path, settings: Mapping[str, Any]) -> str:
         raise RunFolderError(f"cannot read the run folder {str(folder)!r}: {error}.") from error
     if not names - {_LOCK, "config.partial", "clients.png"}:  # what comes before config.json
         return "nothing"
-    if _CONFIG not in names:
+    if CONFIG not in names:
         raise RunFolderError(
             f"the run folder {str(folder)!r} exists already and holds no run but "
             f"{sorted(names)[:5]}; choose another one."
@@ -118,25 +65,6 @@ def warn_of_others(folder: epath.Path, made_with: Mapping[str, Any]) -> None:
             f"otherwise than if it had not been stopped: {'; '.join(found)}",
             stacklevel=2,
         )
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their path, such as `client.learning_rate`."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        inner = isinstance(value, Mapping)
-        found |= flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
-    return found
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """The settings in which two runs differ, by dotted path, with the values of both."""
-    there, here, missing = flat(there), flat(here), "not set"
-    return [
-        f"{name} is {there.get(name, missing)!r} there, {here.get(name, missing)!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name, missing) != here.get(name, missing)
-    ]
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from jfed.reports.summary import TierSummary, save_figures, summarise, to_json
 from jfed.runs import fingerprints, folder, hosts
 from jfed.runs.assembly import Prepared
 from jfed.runs.checkpoints import Checkpoint, CheckpointConfig, Checkpoints
+from jfed.settings import write_settings
 from jfed.simulation import loop as simulation
 from jfed.simulation.federation import Federation, State
 from jfed.simulation.loop import Callback, Result
@@ -147,7 +148,7 @@ def _begin(
     partition = federation.population.partition
     counts = data_lib.class_counts(data.train.labels, partition, data.num_classes)
     plots.save(plots.classes_by_client(counts, data.class_names), path / "clients.png")
-    folder.write_settings(path, settings, made)
+    write_settings(path, settings, made)
 
 
 def _finish(

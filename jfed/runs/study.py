@@ -26,6 +26,7 @@ from jfed.runs import running as runs
 from jfed.runs.assembly import set_up
 from jfed.runs.compiled import keep_compiled
 from jfed.runs.config import RunConfig
+from jfed.settings import as_json
 
 Arms = Mapping[str, RunConfig]
 _Key = tuple[str, int]  # arm and seed
@@ -64,7 +65,7 @@ def run_all(
     jobs = _jobs(arms, pathlib.Path(workdir), check_integer("seeds", seeds, least=1))
     found: dict[_Key, FinishedRun] = {}
     for key, (config, path) in jobs.items():
-        if folder.inspect(files.absolute(path), folder.as_json(config)) == "finished":
+        if folder.inspect(files.absolute(path), as_json(config)) == "finished":
             found[key] = finished.read(path, key[0])
     left = {key: job for key, job in jobs.items() if key not in found}
     diverged, began = {}, time.perf_counter()
@@ -162,7 +163,7 @@ def _end_with_parent() -> None:
 def _run_job(config: RunConfig, path: pathlib.Path) -> str | None:
     """Does one run; returns how it diverged, if it did."""
     try:
-        runs.run(path, folder.as_json(config), functools.partial(set_up, config))
+        runs.run(path, as_json(config), functools.partial(set_up, config))
     except DivergedError as error:
         return str(error)
     return None

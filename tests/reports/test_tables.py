@@ -51,6 +51,7 @@ def write(folder, arm, seed):
         "tiers": {"iterations": iterations},
         "rounds": 2,
         "data": {"data_dir": str(folder)},
+        "inputs": {"partition": {"digest": f"{arm} {seed}"}, "tiers": {"members": {arm: {}}}},
         "made_with": {"jfed": arm},
     }
     lines = ["round,bytes_down_total,bytes_up_total,test_accuracy_1,test_accuracy_2"]
@@ -191,7 +192,7 @@ def test_what_cannot_be_reported_is_refused(runs, tmp_path):
     with pytest.raises(RunFolderError, match="holds no run"):
         finished.read(tmp_path)
     with pytest.raises(RunFolderError, match="no finished run among"):
-        finished.read_all([tmp_path / "nowhere"])
+        finished.read_all([tmp_path / "nowhere"], {})
 
 
 def test_a_run_of_an_older_version_is_named_as_such(folders):

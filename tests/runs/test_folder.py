@@ -21,15 +21,8 @@ import jfed
 from jfed.errors import DataNotFoundError, RunFolderError
 from jfed.files import write_json
 from jfed.runs.config import run_preset
-from jfed.runs.folder import (
-    as_json,
-    claim,
-    explain_disk,
-    inspect,
-    read_settings,
-    warn_of_others,
-    write_settings,
-)
+from jfed.runs.folder import claim, explain_disk, inspect, warn_of_others
+from jfed.settings import as_json, read_settings, write_settings
 
 CONFIG = {"seed": 1, "tiers": {"iterations": [1, 2]}, "population": {"shares": None}}
 MADE_WITH = {"jfed": "0.1.0", "commit": "abc", "jax": "0.10.2", "devices": {"cpu": 2}}

@@ -10,7 +10,7 @@ import jfed
 from jfed.runs import running
 from jfed.runs.assembly import set_up
 from jfed.runs.config import run_preset
-from jfed.runs.folder import as_json
+from jfed.settings import as_json
 
 
 def test_a_run_tells_what_made_it_and_warns_when_another_goes_on(tmp_path):
