@@ -74,14 +74,24 @@ class ClientConfig:
             if name != "steps" or self.steps is not None:
                 check_integer(name, getattr(self, name), least=1, most=_MANY)
         check_type("mask_absent_classes", self.mask_absent_classes, bool)
-        check_number("learning_rate", self.learning_rate, above=0.0)
-        check_number("weight_decay", self.weight_decay, least=0.0)
+        numbers = {
+            "learning_rate": check_number("learning_rate", self.learning_rate, above=0.0),
+            "weight_decay": check_number("weight_decay", self.weight_decay, least=0.0),
+        }
         if self.clip_norm is not None:
-            check_number("clip_norm", self.clip_norm, above=0.0)
+            numbers["clip_norm"] = check_number("clip_norm", self.clip_norm, above=0.0)
+        for name, number in numbers.items():  # which may be given as arrays
+            object.__setattr__(self, name, number)
         if not callable(self.schedule):
             one_of("schedule", self.schedule, SCHEDULES)
         check_type("codec", self.codec, Codec, type(None))
         try_optimizer(make_optimizer(self), self.optimizer)
+        if self.momentum is not None:
+            object.__setattr__(self, "momentum", float(self.momentum))
+
+
+# The settings that make the optimizer.
+OPTIMIZER = ("optimizer", "momentum", "weight_decay", "clip_norm")
 
 
 def make_optimizer(config: ClientConfig) -> MakeOptimizer:
@@ -103,7 +113,7 @@ def learning_rate(config: ClientConfig, round_: int, rounds: int) -> float:
     """The learning rate of round `round_` (from 0) of `rounds`.
 
     Raises:
-      ConfigError: a schedule of the user's own gives something else than a number above 0.
+      ConfigError: a schedule of the user's own gives something else than a number, 0 or more.
     """
     if callable(config.schedule):
         with calling(f"schedule {name_of(config.schedule)}", round=round_):

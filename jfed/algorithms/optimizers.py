@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jfed.algorithms.algorithm import map_parts
 from jfed.errors import ConfigError, check_number, one_of
 from jfed.models.model import Params
+from jfed.tiers.parts import map_parts
 
 # From the learning rate, which may be a traced scalar.
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]

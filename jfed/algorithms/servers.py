@@ -35,9 +35,12 @@ class ServerConfig(Aggregation):
         super().__post_init__()
         if not callable(self.weights):
             one_of("weights", self.weights, WEIGHTS)
-        check_number("server learning_rate", self.learning_rate, above=0.0)
+        rate = check_number("server learning_rate", self.learning_rate, above=0.0)
+        object.__setattr__(self, "learning_rate", rate)  # which may be given as an array
         maker = optimizer_from(self.optimizer, self.momentum)
         try_optimizer(lambda _: maker(self.learning_rate), self.optimizer)
+        if self.momentum is not None:
+            object.__setattr__(self, "momentum", float(self.momentum))
 
 
 def client_weights(config: ServerConfig, examples: list[int]) -> list[float]:
@@ -63,6 +66,10 @@ def client_weights(config: ServerConfig, examples: list[int]) -> list[float]:
     if not any(weights):
         raise ConfigError(f"{title} are 0 for all {len(examples)} clients.")
     return weights
+
+
+# The settings that make the optimizer.
+SERVER_OPTIMIZER = ("optimizer", "learning_rate", "momentum")
 
 
 def make_server_optimizer(config: ServerConfig) -> optax.GradientTransformation:

@@ -161,7 +161,7 @@ def _ode(settings: Settings, machine: Machine) -> list[Group]:
 
 def _ode_tasks(settings: Settings) -> list[Task]:
     if settings.scale == "smoke":
-        network = ODENetConfig(widths=(4,), unroll=False)
+        network = ODENetConfig(widths=(4,))
         small = Task(4, 8, 4, size=8, batch_size=4, network=network, iterations=(1, 2))
         return [dataclasses.replace(small, conv=_QUICK, seed=settings.seed)]
     return [
@@ -171,7 +171,7 @@ def _ode_tasks(settings: Settings) -> list[Task]:
             cohort=6,
             size=size,
             batch_size=32,
-            network=ODENetConfig(widths=widths, separable=separable),
+            network=ODENetConfig(widths=widths, separable=separable, unroll=True),
             iterations=(1, 2, 4),
             seed=settings.seed,
         )
@@ -236,7 +236,7 @@ def _accelerator(settings: Settings, machine: Machine) -> list[Group]:
 def _accelerator_tasks(settings: Settings) -> Sequence[Task]:
     if settings.scale == "smoke":
         return [Task(8, 10, 4, size=8, batch_size=10, seed=settings.seed)]
-    wide = ODENetConfig(widths=(64, 128, 256))
+    wide = ODENetConfig(widths=(64, 128, 256), unroll=True)
     return [
         Task(1000, 50, 256, size=32, batch_size=10, seed=settings.seed),
         Task(

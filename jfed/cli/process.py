@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from jfed.engine import hosts
+from jfed.engine.hosts import HostsConfig
 from jfed.provenance import cores
-from jfed.runs import hosts
-from jfed.runs.hosts import HostsConfig
 
 _MOST_CPU_DEVICES = 8  # each holds a copy of the images
 

@@ -13,15 +13,16 @@ from jfed import files
 from jfed.cli import flags
 from jfed.cli.process import start_devices, terminable
 from jfed.cli.progress import Progress
+from jfed.engine import hosts
+from jfed.engine.hosts import HostsConfig
 from jfed.errors import JfedError
 from jfed.reports.summary import format_table
-from jfed.runs import folder, hosts, huge_pages
+from jfed.runs import folder, huge_pages
 from jfed.runs import running as runs
 from jfed.runs.assembly import set_up
 from jfed.runs.checkpoints import CheckpointConfig
 from jfed.runs.compiled import keep_compiled
 from jfed.runs.config import RUN_PRESETS, RunConfig, run_preset, short_name
-from jfed.runs.hosts import HostsConfig
 from jfed.runs.writers import TensorBoardWriter, WandbWriter, optional
 from jfed.settings import as_json
 from jfed.simulation.records import Writer

@@ -1,7 +1,8 @@
 """The debug engine: a plain Python loop over clients and batches, nothing packed, nothing jitted.
 
-It shares nothing with the lanes except the functions of the algorithm, the tiers and the faults, so
-that each can be compared with the other; and a debugger or a `print` in a user's loss just works.
+Of the lanes it shares the functions of the algorithm, the tiers and the faults, and what is done to
+one batch or one update (`gather`, `clip`, `map_parts`), so that each engine can be compared with
+the other; and a debugger or a `print` in a user's loss just works.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jfed.algorithms.aggregators import Aggregator, Stack
-from jfed.algorithms.algorithm import Client, is_like, map_parts
+from jfed.algorithms.algorithm import Client
 from jfed.data.preprocessing import gather
 from jfed.engine.faults import corrupt
 from jfed.engine.lanes import Inputs, Training
@@ -20,6 +21,7 @@ from jfed.engine.merging import Report, clip
 from jfed.engine.packing import Work
 from jfed.models.losses import Metrics, training_loss
 from jfed.models.model import Params
+from jfed.tiers.parts import is_like, map_parts
 from jfed.tiers.tier import Tier
 
 
@@ -83,7 +85,8 @@ def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Se
     metrics = jax.tree.map(lambda *m: sum(m[1:], start=m[0]), *told)
     weights = {n: float(algorithm.weights.get(n, lambda c: c.weight)(client)) for n in message}
     weighted = [weights[n] * leaf for n in message for leaf in jax.tree.leaves(message[n])]
-    counts = all(bool(jnp.isfinite(x).all()) for x in (*weighted, metrics.loss))
+    kept = jax.tree.leaves(after)
+    counts = all(bool(jnp.isfinite(x).all()) for x in (*weighted, metrics.loss, *kept))
     owned, shapes = tier.owned(variables, inputs.round), tier.shapes(variables)
 
     def place(part: Params) -> Params:
@@ -159,6 +162,7 @@ def merge(
         )
         mask = jax.tree.map(lambda o: o > 0, owned)
         weight = jnp.asarray([one.weights[name] for one in found])
-        merged[name] = aggregator(Stack(updates, mask, weight))
+        update = aggregator(Stack(updates, mask, weight))
+        merged[name] = jax.tree.map(lambda u, m: jnp.where(m.any(0), u, 0), update, mask)
     owned = [one.entries for one in found]
     return merged, jax.tree.map(lambda *o: sum(o[1:], start=o[0]), *owned)

@@ -6,7 +6,7 @@ its last one the client's message is added to the device's sum. So clients of di
 tiers cost no padding, and memory does not grow with their number. Beginnings and ends are rare, so
 they stand behind predicates that are scalars even where several lanes step together (`vmap`).
 
-A message that is not finite is left out, and so is what its client measured and remembers.
+A client whose message, loss or new memory is not finite is left out, with all that it measured.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jfed.algorithms.algorithm import Algorithm, Client, Server, is_like, map_parts
+from jfed.algorithms.algorithm import Algorithm, Client, Server
 from jfed.algorithms.clients import Codec
 from jfed.data.preprocessing import Augmentation, Images, gather
 from jfed.engine.devices import AXIS, EVERYWHERE, SPREAD
@@ -28,6 +28,7 @@ from jfed.engine.merging import Delivered, Report, clip
 from jfed.engine.packing import Cohort, Lanes, Schedule
 from jfed.models.losses import Metrics, training_loss
 from jfed.models.model import Params
+from jfed.tiers.parts import is_like, map_parts
 from jfed.tiers.tier import Tier
 
 # What else than a step's number is folded into a client's key.
@@ -136,7 +137,7 @@ class _Trainer:
         client, key = self.client(slot)
         row = jax.tree.map(lambda rows: rows[self.cohort.row[slot]], memory)
         cut = map_parts(self._cut, self.inputs.server.variables, row)
-        return self.algorithm.client_init(client, cut, jax.random.fold_in(key, _BEGIN))
+        return _arrays(self.algorithm.client_init(client, cut, jax.random.fold_in(key, _BEGIN)))
 
     def step(self, slot: Array, now: Lanes, local: Any, largest: Any) -> tuple[Any, Metrics]:
         """One batch of one client."""
@@ -147,7 +148,7 @@ class _Trainer:
         batch = gather(self.inputs.images, examples, mask, self.config.augmentation, data_key)
         if self.inputs.present is not None:
             batch = batch._replace(present=self.inputs.present[client.number])
-        return self.algorithm.client_step(client, local, batch, loss_key)
+        return _arrays(self.algorithm.client_step(client, local, batch, loss_key))
 
     def end(self, slot: Array, local: Any, metrics: Metrics, memory: Any) -> tuple[Any, ...]:
         """What a client sends after its last batch, times its weights, and whether it counts.
@@ -156,9 +157,8 @@ class _Trainer:
           The parts of its message, their weights, whether they are finite, and its new memory.
         """
         client, key = self.client(slot)
-        message, remembered = self.algorithm.client_final(
-            client, local, jax.random.fold_in(key, _END)
-        )
+        end_key = jax.random.fold_in(key, _END)
+        message, remembered = _arrays(self.algorithm.client_final(client, local, end_key))
         message = self._as_sent(message, slot, key)
         weights = {
             name: jnp.asarray(self.algorithm.weights.get(name, _own_weight)(client), jnp.float32)
@@ -169,7 +169,8 @@ class _Trainer:
             for name, part in message.items()
         }
         # Weighted, as the sum takes it: what is too large for that counts as infinite.
-        finite = [jnp.isfinite(u).all() for u in jax.tree.leaves((weighted, metrics.loss))]
+        told = jax.tree.leaves((weighted, metrics.loss, remembered))
+        finite = [jnp.isfinite(u).all() for u in told]
         counts = jnp.stack(finite).all()
         parts = {n: message[n] if self.is_stacked(message[n]) else weighted[n] for n in message}
         return parts, weights, counts, self._remember(slot, remembered, memory, counts)
@@ -232,6 +233,11 @@ class _Trainer:
             {name: jnp.zeros(slots) for name in weights},
             Report(told, nobody, nobody),
         )
+
+
+def _arrays(tree: Any) -> Any:
+    """A user's pytree, whose numbers may be Python's."""
+    return jax.tree.map(jnp.asarray, tree)
 
 
 def _own_weight(client: Client) -> Array:

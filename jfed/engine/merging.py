@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jfed.algorithms.aggregators import Aggregator, Stack
-from jfed.algorithms.algorithm import is_like
 from jfed.models.model import Params
+from jfed.tiers.parts import is_like
 from jfed.tiers.tier import Round, Tier
 
 

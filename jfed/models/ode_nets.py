@@ -64,8 +64,8 @@ class ODENetConfig:
       separable: f's convolutions are depthwise-separable (dsODENet).
       shortcut: of the residual blocks between stages, "projection" or "pad".
       norm: "batch" or "group".
-      unroll: trace every solver step, which mostly runs faster, or scan over them, which compiles
-        faster and takes about half the memory.
+      unroll: trace every solver step, which mostly runs faster, but makes a program of its own of
+        each iteration count; or loop over them: about half the memory, and one program for all.
       dtype: what convolutions compute in, "float32" or "bfloat16"; parameters and z stay float32.
       conv: the convolutions' form: "auto" (by a measured table), "xla", "transposed", "im2col",
         "winograd2" or "winograd4", see `jfed.models.convolutions.convolution.conv`.
@@ -84,7 +84,7 @@ class ODENetConfig:
     separable: bool = False
     shortcut: str = "pad"
     norm: str = "batch"
-    unroll: bool = True
+    unroll: bool = False
     dtype: str = "float32"
     conv: str = "auto"
     learn_steps: bool = False

@@ -1,6 +1,7 @@
 """What a run came to: the table that ends it, `summary.json`, and its figures."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from jfed.reports import plots
 from jfed.simulation.federation import Federation
 from jfed.simulation.loop import Result
 from jfed.tiers import Tiers
-from jfed.tiers.communication import traffic, tree_bytes, tree_size
+from jfed.tiers.communication import owned_size, traffic, tree_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,9 @@ def summarise(
     """What the table at the end of a run says, one entry for each evaluated tier."""
     last, lines = result.history[-1].evaluations, []
     for tier in federation.evaluated:
-        bytes_, shapes = traffic(tier, result.variables), tier.shapes(result.variables)
+        shapes = tier.shapes(result.variables)
+        # Of a tier that no client trains, what an update of it would take.
+        bytes_ = federation.traffic.get(tier.name) or traffic(tier, result.variables)
         lines.append(
             TierSummary(
                 kind=federation.tiers.kind,
@@ -92,7 +95,7 @@ def summarise(
                 trained=tier.name in federation.traffic,
                 accuracy=last[tier.name].accuracy,
                 loss=last[tier.name].loss,
-                parameters=tree_size(shapes),
+                parameters=owned_size(tier, result.variables),
                 flops=forward_flops(tier.bound(), shapes, image_shape),
                 bytes_down=bytes_.down,
                 bytes_up=bytes_.up,
@@ -143,7 +146,7 @@ def to_json(
         "train_loss": last.train_loss if last.examples else None,
         "train_examples": len(data.train),
         "test_examples": len(data.test),
-        "tiers": [dataclasses.asdict(line) for line in table],
+        "tiers": [_line(line) for line in table],
         "bytes_down_total": last.bytes_down_total,
         "bytes_up_total": last.bytes_up_total,
         "seconds": last.seconds,
@@ -154,6 +157,11 @@ def to_json(
         "seed": seed,
         "hardware": hardware,
     }
+
+
+def _line(line: TierSummary) -> dict[str, Any]:
+    """A line as JSON can hold it, which knows no nan."""
+    return dataclasses.asdict(line) | {"loss": line.loss if math.isfinite(line.loss) else None}
 
 
 def _mean(result: Result, column: str) -> float:

@@ -28,7 +28,7 @@ from jfed.simulation.loop import Callback, Result
 from jfed.simulation.population import Sampler
 from jfed.simulation.records import Record
 from jfed.tiers import Tiers
-from jfed.tiers.communication import traffic
+from jfed.tiers.communication import Traffic
 
 _MADE_BY = {"made_by": "jfed.simulate"}  # tells such a folder from one of `jfed run`
 
@@ -118,14 +118,15 @@ def simulate(
         "faults": FaultConfig() if faults is None else faults,
         "seed": seed,
     }
-    memory = None if workdir is None else files.absolute(workdir) / "memory"
-    federation = Federation(data, partition, tiers, **options, memory_folder=memory)
     if workdir is None:
-        return loop.run(federation, callbacks)
-    settings = _MADE_BY | as_json(options)
-    prepared = Prepared(federation, data)
+        return loop.run(Federation(data, partition, tiers, **options), callbacks)
+    memory, settings = files.absolute(workdir) / "memory", _MADE_BY | as_json(options)
+
+    def prepare() -> Prepared:
+        return Prepared(Federation(data, partition, tiers, **options, memory_folder=memory), data)
+
     result, _ = running.run(
-        workdir, settings, lambda: prepared, callbacks=callbacks, checkpoints=checkpoints
+        workdir, settings, prepare, callbacks=callbacks, checkpoints=checkpoints
     )
     return result
 
@@ -137,7 +138,7 @@ def load(workdir: epath.PathLike, tiers: Tiers | Model | None = None) -> Result:
       workdir: the run folder, of `jfed run` or of `simulate`. Of a run that is not finished the
         latest checkpoint is loaded.
       tiers: what `simulate` was given. Without them its result has `tiers` None, nothing
-        `evaluated`, no `traffic`, and `variables` as they are stored: dictionaries and lists, with
+        `evaluated`, and `variables` as they are stored: dictionaries and lists, with
         texts for keys. `jfed run`'s tiers follow from its settings.
 
     Returns:
@@ -157,20 +158,21 @@ def load(workdir: epath.PathLike, tiers: Tiers | Model | None = None) -> Result:
         found, evaluation, engine = _rebuilt(settings, tiers)
         engine = EngineConfig(**summary["engine"]) if summary else engine
         seconds = float(summary["compile_seconds"]) if summary else 0.0
+        sent = {name: Traffic(*sizes) for name, sizes in settings["inputs"]["traffic"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(
             f"{str(path)!r} is damaged, or of another version of jfed: {error!r}."
         ) from error
     variables, history = _latest(path)
     if found is None:
-        return Result(history, variables, None, (), {}, seconds, engine)
+        return Result(history, variables, None, (), sent, seconds, engine)
     like = jax.eval_shape(found.init, jax.random.key(0))
     return Result(
         history=history,
         variables=in_tree_of(like, variables),
         tiers=found,
         evaluated=evaluated_tiers(found, evaluation),
-        traffic={tier.name: traffic(tier, like) for tier in found.members},
+        traffic=sent,
         compile_seconds=seconds,
         engine=engine,
     )

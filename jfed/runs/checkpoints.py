@@ -26,8 +26,8 @@ class Checkpoint(NamedTuple):
 
     Attributes:
       state: the server's `State`, or as it is stored; NumPy arrays, except typed PRNG keys.
-        Keys of rounds and the order of examples follow from the seed and the round's number, and
-        clients keep nothing from round to round.
+        Keys of rounds and the order of examples follow from the seed and the round's number; what
+        clients remember are files, of which the state names the latest.
       history: the records of all rounds so far.
     """
 

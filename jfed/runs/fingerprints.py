@@ -25,7 +25,7 @@ def digest(arrays: Sequence[Any]) -> str:
 
 
 def inputs(data: Dataset, federation: Federation) -> dict[str, Any]:
-    """What a run is given beside its settings: data, partition and tiers."""
+    """What a run is given beside its settings: data, partition and tiers; and what travels."""
     partition = federation.population.partition
     return {
         "data": {
@@ -37,6 +37,7 @@ def inputs(data: Dataset, federation: Federation) -> dict[str, Any]:
         },
         "partition": {"clients": len(partition), "digest": digest(partition)},
         "tiers": of_tiers(federation.tiers),
+        "traffic": {name: list(sent) for name, sent in federation.traffic.items()},
     }
 
 

@@ -14,11 +14,12 @@ from jax.experimental import multihost_utils
 
 from jfed import data as data_lib
 from jfed import files
+from jfed.engine import hosts
 from jfed.errors import CallbackError, PreemptedError, RunFolderError
 from jfed.provenance import hardware, made_with
 from jfed.reports import plots
 from jfed.reports.summary import TierSummary, save_figures, summarise, to_json
-from jfed.runs import fingerprints, folder, hosts
+from jfed.runs import fingerprints, folder
 from jfed.runs.assembly import Prepared
 from jfed.runs.checkpoints import Checkpoint, CheckpointConfig, Checkpoints
 from jfed.settings import write_settings
@@ -49,7 +50,7 @@ def run(
     is read, and nothing changes.
 
     Of several hosts the first one writes. Whatever one of them finds wrong, at any time, ends all,
-    see `jfed.runs.hosts`.
+    see `jfed.engine.hosts`.
 
     Args:
       workdir: the folder, of any kind that etils knows (`gs://` too).
@@ -255,7 +256,7 @@ def _forget(
     federation: Federation, state: State, saved: collections.deque[Any], checkpoints: Any
 ) -> None:
     """Drops the rows of client memory that no checkpoint that is kept needs any more."""
-    if federation.memory is not None and hosts.is_first():
+    if federation.memory is not None:
         saved.append(state.latest)
         if len(saved) > checkpoints.keep:
             federation.memory.forget(saved.popleft())

@@ -1,18 +1,22 @@
 """What models, optimizers and algorithms must be: checked on shapes, before anything compiles."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jfed.algorithms.algorithm import Algorithm, Client, Merged, Server, is_like, map_parts
+from jfed.algorithms.aggregators import Aggregator, Stack
+from jfed.algorithms.algorithm import Algorithm, Client, Merged, Server
 from jfed.algorithms.clients import ClientConfig, make_optimizer
 from jfed.algorithms.optimizers import MakeOptimizer
+from jfed.algorithms.servers import ServerConfig
 from jfed.data import Dataset
 from jfed.errors import ConfigError, calling, name_of
 from jfed.models.losses import Batch, Metrics, by_name, training_loss
 from jfed.models.model import Params
 from jfed.simulation.evaluation import Measure
+from jfed.tiers.parts import is_like, map_parts
 from jfed.tiers.tier import Tier, check_extract
 
 
@@ -49,9 +53,7 @@ def check_model(tier: Tier, like: Params, data: Dataset) -> None:
         )
 
 
-def check_training(
-    tier: Tier, like: Params, config: ClientConfig, data: Dataset
-) -> tuple[str, ...]:
+def check_training(tier: Tier, like: Params, config: ClientConfig, data: Dataset) -> None:
     """Raises ConfigError if the loss is none, or the optimizer or the codec changes the tree.
 
     Args:
@@ -59,17 +61,12 @@ def check_training(
       like: global variables; only shapes and dtypes matter.
       config: of local training.
       data: that is trained on.
-
-    Returns:
-      The names of the loss's `Metrics.others`.
     """
     params, batch, title = tier.shapes(like), _batch(data), f"the loss of tier {tier.name!r}"
     loss = training_loss(tier.bound())
     with calling(title, images=batch.images):
         gradient, metrics = jax.eval_shape(jax.grad(loss, has_aux=True), params, batch, _key())
-    if not isinstance(metrics, Metrics):
-        raise ConfigError(f"{title} must return (loss, jfed.models.Metrics), got {metrics!r}.")
-    _check_scalars(title, metrics)
+    _check_metrics(title, metrics)
     with calling(
         f"optimizer {name_of(config.optimizer)} of tier {tier.name!r}", gradient=_shapes(gradient)
     ):
@@ -80,7 +77,6 @@ def check_training(
         with calling(f"codec {name_of(codec.encode)}", tier=tier.name):
             update = jax.eval_shape(lambda u, k: codec.decode(codec.encode(u, k)), params, _key())
         _check_tree(f"codec {name_of(codec.encode)}", update, params, tier)
-    return tuple(by_name(metrics.others))
 
 
 def check_measure(measure: Measure | None, data: Dataset) -> tuple[str, ...]:
@@ -94,6 +90,12 @@ def check_measure(measure: Measure | None, data: Dataset) -> tuple[str, ...]:
         raise ConfigError(f"evaluation measure {title} must give a dict, got {_shapes(found)}.")
     _check_scalars(f"evaluation measure {title}", found)
     return tuple(by_name(found))
+
+
+def _check_metrics(title: str, metrics: Any) -> None:
+    if not isinstance(metrics, Metrics):
+        raise ConfigError(f"{title} must return jfed.models.Metrics, got {_shapes(metrics)}.")
+    _check_scalars(title, metrics)
 
 
 def _check_scalars(title: str, metrics: Any) -> None:
@@ -112,9 +114,27 @@ def _optimizer_step(make: MakeOptimizer) -> Any:
     return step
 
 
+class Exchange(NamedTuple):
+    """Shapes of what goes between the server and a client of a tier.
+
+    Attributes:
+      sent: to the client.
+      message: from it.
+      metrics: of its training.
+    """
+
+    sent: Any
+    message: dict[str, Any]
+    metrics: Metrics
+
+
 def check_algorithm(
-    tier: Tier, like: Params, algorithm: Algorithm, config: ClientConfig, data: Dataset
-) -> None:
+    tier: Tier,
+    like: Params,
+    algorithm: Algorithm,
+    config: ClientConfig,
+    data: Dataset,
+) -> Exchange:
     """Raises ConfigError where an algorithm's functions do not fit each other, naming the function.
 
     Args:
@@ -134,8 +154,14 @@ def check_algorithm(
 
     server = Server(like, call("server_init", like))
     memory = cut(call("memory_init", like))
+    if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(memory)):
+        raise ConfigError(
+            f"{_title(algorithm, 'memory_init')} must give arrays of numbers, as "
+            f"jax.random.key_data(key) is, got {_shapes(memory)}."
+        )
     number, real = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.float32))
-    known = (cut(call("send", server)), number, number, number, real, number, real)
+    sent = cut(call("send", server))
+    known = (sent, number, number, number, real, number, real)
     loss, batch, key = training_loss(tier.bound()), _batch(data), _key()
 
     def of_client(name: str, *args: Any) -> Any:
@@ -146,13 +172,12 @@ def check_algorithm(
             return jax.eval_shape(run, known, *args)
 
     local = of_client("client_init", memory, key)
-    after, _ = _pair(algorithm, "client_step", of_client("client_step", local, batch, key))
+    after, metrics = _pair(algorithm, "client_step", of_client("client_step", local, batch, key))
+    _check_metrics(_title(algorithm, "client_step"), metrics)
     _check_same(_title(algorithm, "client_step"), "local state", after, local)
     message, kept = _pair(algorithm, "client_final", of_client("client_final", local, key))
     _check_same(_title(algorithm, "client_final"), "memory", kept, memory)
     merged = _check_message(message, tier, like, algorithm)
-    if config.codec is not None and "update" not in message:
-        raise ConfigError(f"a codec needs a part 'update' of the message, got {sorted(message)}.")
     for name, weigh in algorithm.weights.items():
         title = f"weights[{name!r}] ({name_of(weigh)})"
         with calling(title, tier=tier.name):
@@ -168,6 +193,39 @@ def check_algorithm(
     with calling(_title(algorithm, "server_step"), parts=sorted(merged)):
         stepped = jax.eval_shape(step, server, merged, like, real, number, key)
     _check_same(_title(algorithm, "server_step"), "server", stepped, server)
+    return Exchange(sent, message, metrics)
+
+
+def check_parts(message: Mapping[str, Any], client: ClientConfig, server: ServerConfig) -> None:
+    """Raises ConfigError if a message lacks the part that a codec or clipping is of."""
+    needs = {"codec": client.codec, "clip_updates": server.clip_updates}
+    for name, setting in needs.items():
+        if setting is not None and "update" not in message:
+            raise ConfigError(
+                f"{name} needs a part 'update' of the message, got {sorted(message)}."
+            )
+
+
+def check_aggregator(aggregator: Aggregator | None, like: Params, clients: int) -> None:
+    """Raises ConfigError unless the aggregator makes one update of a stack.
+
+    Args:
+      aggregator: None for the mean.
+      like: global variables; only shapes and dtypes matter.
+      clients: in the stack.
+    """
+    if aggregator is None:
+        return
+
+    def stack(dtype: Any = None) -> Any:
+        shape = lambda x: jax.ShapeDtypeStruct((clients, *x.shape), dtype or x.dtype)  # noqa: E731
+        return jax.tree.map(shape, like)
+
+    weight = jax.ShapeDtypeStruct((clients,), jnp.float32)
+    title = f"aggregator {name_of(aggregator)}"
+    with calling(title, clients=clients):
+        found = jax.eval_shape(aggregator, Stack(stack(), stack(bool), weight))  # type: ignore[arg-type]
+    _check_same(title, "update", found, like)
 
 
 def _title(algorithm: Algorithm, name: str) -> str:

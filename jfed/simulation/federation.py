@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Array
 
 from jfed import tiers as tiers_lib
@@ -20,7 +19,7 @@ from jfed.algorithms.clients import ClientConfig, learning_rate
 from jfed.algorithms.servers import ServerConfig, client_weights
 from jfed.data import Dataset, check_partition, class_counts
 from jfed.data.preprocessing import Augmentation, Images, channel_moments
-from jfed.engine import debug
+from jfed.engine import debug, hosts
 from jfed.engine.devices import EVERYWHERE, SPREAD, EngineConfig, make_mesh, put, to_host
 from jfed.engine.faults import FaultConfig
 from jfed.engine.lanes import SCHEDULE, Inputs, Training
@@ -29,10 +28,17 @@ from jfed.engine.merging import Report
 from jfed.engine.packing import Load, Packing, Schedule, Work, capacity, load, pack
 from jfed.errors import ConfigError, check_integer, check_type
 from jfed.models.flops import forward_flops
-from jfed.models.losses import Metrics
+from jfed.models.losses import Metrics, by_name
 from jfed.models.model import Model, Params, initialise
 from jfed.seeds import check_seed, generator
-from jfed.simulation.checks import check_algorithm, check_measure, check_model, check_training
+from jfed.simulation.checks import (
+    check_aggregator,
+    check_algorithm,
+    check_measure,
+    check_model,
+    check_parts,
+    check_training,
+)
 from jfed.simulation.evaluation import EvaluationConfig, Examples, in_batches
 from jfed.simulation.population import Sampler, make_population
 from jfed.simulation.programs import Plan, group_tiers, make_merged, programs
@@ -130,18 +136,7 @@ class Federation:
         like = jax.eval_shape(self.tiers.init, self.key)
         for tier in self.evaluated:
             check_model(tier, like, data)
-        measured = dict.fromkeys(
-            name for t in self.tiers.members for name in check_training(t, like, self.client, data)
-        )
-        self.columns = columns(
-            [tier.name for tier in self.evaluated],
-            tuple(measured),
-            check_measure(self.evaluation.measure, data),
-        )
-        for tier in self.tiers.members:
-            check_algorithm(tier, like, self.algorithm, self.client, data)
-        up = self.client.codec
-        self.traffic = {t.name: traffic(t, like, up and up.encode) for t in self.tiers.members}
+        self._check(data, like)
         self.engine = (engine or EngineConfig()).resolve(self.population.cohort)
         self._mesh = make_mesh(self.engine.devices)
         self._memory_folder = memory_folder
@@ -153,6 +148,24 @@ class Federation:
             )
         self._groups = self._make_groups(data, like)
         self._place(data)
+
+    def _check(self, data: Dataset, like: Params) -> None:
+        """Checks what clients and server do, and tells what travels and what is recorded."""
+        self.traffic: dict[str, Traffic] = {}
+        trained: dict[str, None] = {}
+        encode = self.client.codec and self.client.codec.encode
+        for tier in self.tiers.members:
+            check_training(tier, like, self.client, data)
+            found = check_algorithm(tier, like, self.algorithm, self.client, data)
+            check_parts(found.message, self.client, self.server)
+            trained |= dict.fromkeys(by_name(found.metrics.others))
+            self.traffic[tier.name] = traffic(tier, like, encode, (found.sent, found.message))
+        tested = check_measure(self.evaluation.measure, data)
+        self.columns = columns([tier.name for tier in self.evaluated], tuple(trained), tested)
+        check_aggregator(make_aggregator(self.server), like, self.population.cohort)
+        self.population.sample(0)
+        for number in (0, self.rounds - 1):
+            learning_rate(self.client, number, self.rounds)
 
     def _make_groups(self, data: Dataset, like: Params) -> list[_Group]:
         """Which tiers train together, and on what."""
@@ -236,7 +249,7 @@ class Federation:
         server = to_host(Server(variables, self.algorithm.server_init(variables)))
         if not self.remembers:
             return server, None
-        row = to_host(self.algorithm.memory_init(variables))
+        row = to_host(jax.tree.map(jnp.asarray, self.algorithm.memory_init(variables)))
         clients = len(self.population.partition)
         return server, ClientMemory(row, clients, self._memory_folder)
 
@@ -353,14 +366,17 @@ class Federation:
         latest = state.latest
         if self.memory is not None:
             latest = latest.copy()
-            for items, packed, group, rows in kept:
-                self._remember(number, items, packed, group, rows)
+            # Another host may need these rows in the next round.
+            hosts.agree("remembering", lambda: self._remember(number, kept))
+            for items, *_ in kept:
                 latest[[item.client for item in items]] = number
-            if self._memory_folder is None:  # no checkpoint needs what this round began with
-                self.memory.forget(state.latest)
-            elif jax.process_count() > 1:  # another host may need these rows in the next round
-                multihost_utils.sync_global_devices(f"memory {number}")
+            self._forget_before(state)
         return State(server, latest), finite, reports, loads
+
+    def _forget_before(self, state: State) -> None:
+        """Drops rows that no checkpoint needs, since there is none: what a round began with."""
+        if self.memory is not None and self._memory_folder is None:
+            self.memory.forget(state.latest)
 
     def _debug(
         self, state: State, number: int, rate: float, work: Sequence[Sequence[Work]]
@@ -381,6 +397,7 @@ class Federation:
                     latest[item.client] = number
             sent += told
             reports.append(debug.report(told))
+        self._forget_before(state)
         server, counts = state.server, sum(one.counts for one in sent)
         if counts:
             message, owners = debug.merge(sent, plan.aggregator, server.variables)
@@ -453,14 +470,16 @@ class Federation:
         return put(rows, self._mesh, SPREAD)
 
     def _remember(
-        self, number: int, work: Sequence[Work], schedule: Schedule, group: _Group, rows: Any
+        self, number: int, trained: Sequence[tuple[Sequence[Work], Schedule, _Group, Any]]
     ) -> None:
-        """Keeps the rows that this host's devices have trained."""
+        """Keeps the rows that this host's devices have trained, of each program."""
         assert self.memory is not None
-        here = [_by_row(leaf) for leaf in jax.tree.leaves(rows)]
-        for item, place in zip(work, self._places(work, schedule, group), strict=True):
-            if place in here[0]:
-                self.memory.put(item.client, number, [leaf[place] for leaf in here])
+        for work, schedule, group, rows in trained:
+            hosts.wait_for(rows)
+            here = [_by_row(leaf) for leaf in jax.tree.leaves(rows)]
+            for item, place in zip(work, self._places(work, schedule, group), strict=True):
+                if place in here[0]:
+                    self.memory.put(item.client, number, [leaf[place] for leaf in here])
 
     def _bytes(self, cohort: Sequence[np.ndarray], done: Sequence[Sequence[Work]]) -> Traffic:
         """The model to the whole cohort, and an update from each client that did work."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
+from jfed.errors import ConfigError
 from jfed.files import is_local, write_text
 
 
@@ -94,11 +95,16 @@ class Record:
 def columns(
     tiers: Sequence[str], trained: Sequence[str] = (), tested: Sequence[str] = ()
 ) -> list[str]:
-    """The columns of `metrics.csv`: of evaluated tiers, of `Record` and `Evaluation.metrics`."""
+    """The columns of `metrics.csv`, for evaluated tiers and names of `Record.metrics` and
+    `Evaluation.metrics`; ConfigError if two have one name.
+    """
     own = [f.name for f in dataclasses.fields(Record) if f.name not in ("evaluations", "metrics")]
     train = [f"train_{name}" for name in trained]
     kinds = ("accuracy", "loss", *tested)
-    return own + train + [f"test_{what}_{tier}" for tier in tiers for what in kinds]
+    found = own + train + [f"test_{what}_{tier}" for tier in tiers for what in kinds]
+    if twice := sorted({name for name in found if found.count(name) > 1}):
+        raise ConfigError(f"metrics.csv would have two columns {twice[0]!r}; rename the metric.")
+    return found
 
 
 @runtime_checkable

@@ -78,11 +78,7 @@ class UnderWay(NamedTuple):
             padded_utilisation=self.load.cost / (self.load.padded or 1.0),
             seconds=time.perf_counter() - began,
             evaluations={name: _evaluation(m) for name, m in evaluations.items()},
-            metrics={
-                name.removeprefix("others/"): value / examples
-                for name, value in sums.items()
-                if name.startswith("others/")
-            },
+            metrics=_means([report.metrics for report in reports]),
         )
 
     def diverged(self) -> bool:
@@ -106,6 +102,16 @@ def _sums(metrics: Sequence[Any]) -> dict[str, float]:
         for name, values in by_name(one).items():
             sums[name] = sums.get(name, 0.0) + float(np.asarray(values, np.float64).sum())
     return sums
+
+
+def _means(metrics: Sequence[Metrics]) -> dict[str, float]:
+    """Of the users' own metrics, each over the examples of the programs that have it."""
+    names = dict.fromkeys(name for one in metrics for name in by_name(one.others))
+    found = {}
+    for name in names:
+        sums = _sums([one for one in metrics if name in by_name(one.others)])
+        found[name] = sums[f"others/{name}"] / (sums["examples"] or math.nan)
+    return found
 
 
 def _evaluation(metrics: Metrics) -> Evaluation:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jfed.models.model import Params
 from jfed.tiers import Tier
+from jfed.tiers.parts import map_parts
 
 
 class Traffic(NamedTuple):
@@ -26,20 +27,43 @@ def tree_size(tree: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def traffic(tier: Tier, variables: Params, encode: Any = None) -> Traffic:
-    """Bytes of one client of the tier: it gets the entries that it owns and returns its update.
+def traffic(
+    tier: Tier, variables: Params, encode: Any = None, exchange: tuple[Any, Any] | None = None
+) -> Traffic:
+    """Bytes of one client of the tier. Of trees like its variables, what it owns travels.
 
     Args:
       tier: of the client.
       variables: global ones; only shapes and dtypes matter.
-      encode: of a `jfed.algorithms.clients.Codec`, what an update is sent as; as it is by default.
+      encode: of a `jfed.algorithms.clients.Codec`: what the part "update" is sent as. Of a tier
+        that owns a share of its variables, that share of the encoded bytes counts.
+      exchange: what the server sends, and the parts of the message that it gets, as shapes; by
+        default the variables, and an update of them.
     """
     shapes = tier.shapes(variables)
-    size = tree_bytes(shapes)
-    if tier.mask is not None:
-        mask = tier.mask(shapes, tier.setting)
-        size = sum(int(jnp.count_nonzero(x)) * x.dtype.itemsize for x in jax.tree.leaves(mask))
-    if encode is None:
-        return Traffic(down=size, up=size)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return Traffic(down=size, up=tree_bytes(jax.eval_shape(encode, shapes, key)))
+    arrays = zip(_owned(tier, shapes), jax.tree.leaves(shapes), strict=True)
+    own = sum(count * x.dtype.itemsize for count, x in arrays)
+
+    def size(tree: Any) -> int:
+        return sum(jax.tree.leaves(map_parts(lambda _: own, shapes, tree, otherwise=tree_bytes)))
+
+    sent, message = (shapes, {"update": shapes}) if exchange is None else exchange
+    up = {name: size(part) for name, part in message.items()}
+    if encode is not None:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        encoded = tree_bytes(jax.eval_shape(encode, shapes, key))
+        up["update"] = round(encoded * own / tree_bytes(shapes))
+    return Traffic(down=size(sent), up=sum(up.values()))
+
+
+def owned_size(tier: Tier, variables: Params) -> int:
+    """How many numbers a tier owns."""
+    return sum(_owned(tier, tier.shapes(variables)))
+
+
+def _owned(tier: Tier, shapes: Params) -> list[int]:
+    """Of each array of the tier's variables, how many entries it owns."""
+    if tier.mask is None:
+        return [x.size for x in jax.tree.leaves(shapes)]
+    mask = tier.mask(shapes, tier.setting)
+    return [int(jnp.count_nonzero(x)) for x in jax.tree.leaves(mask)]

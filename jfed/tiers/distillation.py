@@ -51,7 +51,7 @@ def teaching(
     Args:
       model: the teacher.
       students: models on the same parameters, and whether each learns from this teacher, which may
-        be data; those that do not cost nothing.
+        be data; those that do not cost nothing, except where clients train under one `vmap`.
       weight: above 0.
     """
 

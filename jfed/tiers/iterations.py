@@ -80,7 +80,8 @@ def ode(
         offsets, of which each tier keeps its own. "steps-per-depth": all but learned step sizes
         (`config.learn_steps`), of which every depth has another number. "norms-and-steps-per-depth"
         (the inconsistent parameters of NeFL, arXiv 2308.07761). "classifier-per-depth": all but the
-        classifier.
+        classifier. What is kept per depth is one array with a row for each tier, so an optimizer
+        that takes norms of whole arrays (LARS, LAMB) sees the rows of the others too.
       distillation: the weight of self-distillation, see `distillation.teaching`: a client also runs
         the counts of the shallower tiers (fewer iterations in total) on each batch, which learn
         from the count that it affords. Only where every weight is shared; 0 for none.
@@ -132,6 +133,7 @@ class _Network:
         self.common = sharing == "all" and not config.learn_steps
         self.distillation = distillation
         self.between = functools.cache(self._between)
+        self.tier = functools.cache(self._tier)
         self.full = odenet(dataclasses.replace(config, iterations=_bounds(counts)[1]))
 
     @functools.cached_property
@@ -167,7 +169,7 @@ class _Network:
         if not found:
             return ()
         model = self.between(*_bounds((*found, *self.counts)), solver)
-        return tuple(self._tier(steps, solver, model) for steps in found)
+        return tuple(self.tier(steps, solver, model) for steps in found)
 
     def _tier(self, steps: tuple[int, ...], solver: str, model: Callable[..., Model]) -> Tier:
         title = tier_name(steps)

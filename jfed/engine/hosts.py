@@ -25,6 +25,7 @@ from jfed.errors import ConfigError, HostError, JfedError
 _T = TypeVar("_T")
 _PREFIX = "jfed/phases"
 _PHASES = itertools.count()  # every host counts alike
+_OPEN: list[str] = []  # the phases that this host is in, the outermost first
 _POLL = 1.0  # seconds between two looks at how the others do
 _HEARTBEAT = 30  # seconds without a sign of life, after which JAX gives a process up
 _GRACE = 20.0  # seconds to end by itself for a process that waits for a host that failed
@@ -112,6 +113,14 @@ def same(what: str, values: Callable[[], Mapping[str, Any]]) -> None:
                 )
 
 
+def wait_for(arrays: Any) -> None:
+    """Waits for arrays of the devices, or raises what another host raised meanwhile."""
+    waiting = Phase("waiting for the devices")
+    while not all(x.is_ready() for x in jax.tree.leaves(arrays)):
+        waiting.check()
+        time.sleep(0.001)
+
+
 class Phase:
     """A part of a run that all hosts go through.
 
@@ -131,6 +140,21 @@ class Phase:
             result = function()
             self.returned = [result]
             return result
+        _OPEN.append(self._key)
+        try:
+            result = self._call(client, function)
+            while len(outcomes := _outcomes(client, self._key)) < hosts:
+                _raise_failure(outcomes)
+                self.check()
+                time.sleep(0.02)
+            _raise_failure(outcomes)
+        finally:
+            _OPEN.remove(self._key)
+        self.returned = [outcomes[host]["returned"] for host in sorted(outcomes)]
+        return result
+
+    def _call(self, client: Any, function: Callable[[], _T]) -> _T:
+        """Calls the function, and tells the other hosts how that ended."""
         try:
             result = function()
         except BaseException as error:
@@ -140,19 +164,15 @@ class Phase:
                 raise told from error
             raise
         self._tell(client, {"returned": _json_or_none(result)})
-        while len(outcomes := _outcomes(client, self._key)) < hosts:
-            _raise_failure(outcomes)
-            time.sleep(0.02)
-        _raise_failure(outcomes)
-        self.returned = [outcomes[host]["returned"] for host in sorted(outcomes)]
         return result
 
     def check(self) -> None:
-        """Raises what another host raised in this phase. Cheap: looks once a second."""
+        """Raises what another host raised, in this phase or one around it. Looks once a second."""
         client, now = distributed.global_state.client, time.monotonic()
         if client is not None and now - self._looked > _POLL:
             self._looked = now
-            _raise_failure(_outcomes(client, self._key))
+            for key in dict.fromkeys((*_OPEN, self._key)):
+                _raise_failure(_outcomes(client, key))
 
     def _tell(self, client: Any, outcome: dict[str, Any]) -> None:
         key = f"{self._key}/{distributed.global_state.process_id}"
