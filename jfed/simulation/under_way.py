@@ -77,7 +77,8 @@ class UnderWay(NamedTuple):
             lane_utilisation=self.load.cost / (self.load.spent or 1.0),
             padded_utilisation=self.load.cost / (self.load.padded or 1.0),
             seconds=time.perf_counter() - began,
-            evaluations={name: _evaluation(m) for name, m in evaluations.items()},
+            # In their own order, which JAX does not keep.
+            evaluations={name: _evaluation(evaluations[name]) for name in self.evaluations},
             metrics=_means([report.metrics for report in reports]),
         )
 

@@ -24,6 +24,7 @@ from jfed.algorithms import (
 from jfed.data import Dataset, Split
 from jfed.engine.packing import client_batches
 from jfed.seeds import generator
+from jfed.simulation.federation import Federation
 
 # What a user writes ------------------------------------------------------------------------------
 
@@ -292,6 +293,11 @@ def test_memory_survives_a_change_of_tier_and_belongs_to_its_entries():
     _check(results[0].variables, results[1].variables)
 
 
+@pytest.fixture
+def nothing_compiles(monkeypatch):
+    monkeypatch.setattr(Federation, "compile", None)
+
+
 def _broken(**changes):
     return dataclasses.replace(scaffold(CONFIG), **changes)
 
@@ -301,8 +307,21 @@ def _broken(**changes):
     [
         (_broken(client_init=lambda client, memory, key: memory), r"client_step .* cannot be used"),
         (
-            _broken(client_step=lambda client, local, batch, key: (local.params, None)),
+            _broken(
+                client_step=lambda client, local, batch, key: (
+                    local.params,
+                    client.loss(local.params, batch, key)[1],
+                )
+            ),
             r"client_step .* must keep the local state",
+        ),
+        (
+            _broken(client_step=lambda client, local, batch, key: (local, {"loss": 1.0})),
+            r"client_step .* must return jfed\.models\.Metrics",
+        ),
+        (
+            _broken(memory_init=lambda variables: jax.random.key(0)),
+            r"memory_init .* must give arrays of numbers",
         ),
         (_broken(client_step=lambda *_: 3), r"client_step .* must return a pair"),
         (
@@ -327,7 +346,9 @@ def _broken(**changes):
         (_broken(weights={"control": lambda client: jnp.ones(2)}), "must give a scalar"),
     ],
 )
-def test_functions_that_do_not_fit_are_named_before_anything_compiles(algorithm, message):
+def test_functions_that_do_not_fit_are_named_before_anything_compiles(
+    algorithm, message, nothing_compiles
+):
     with pytest.raises(jfed.ConfigError, match=message):
         _run(algorithm)
 
@@ -341,18 +362,82 @@ def test_functions_that_do_not_fit_are_named_before_anything_compiles(algorithm,
         ({"sampler": lambda number: [0]}, "sampler .* cannot be used on round 0"),
         ({"server": jfed.ServerConfig(weights=lambda c, n: -1.0)}, "of client 0 must be .* got -1"),
         ({"server": jfed.ServerConfig(weights=lambda c, n: 0.0)}, "are 0 for all 4 clients"),
+        ({"client": ClientConfig(schedule=lambda number: -1.0)}, "of round 0 must be .* got -1"),
+        (
+            {"server": jfed.ServerConfig(aggregator=lambda stack: stack.updates["nobody"])},
+            r"aggregator .*lambda.* cannot be used on clients 3",
+        ),
+        (
+            {"server": jfed.ServerConfig(aggregator=lambda s: jax.tree.map(jnp.sum, s.updates))},
+            r"aggregator .* must keep the update",
+        ),
     ],
 )
-def test_samplers_and_weights_that_cannot_work_are_named(options, message):
+def test_functions_that_cannot_work_are_named_before_anything_compiles(
+    options, message, nothing_compiles
+):
     with pytest.raises(jfed.ConfigError, match=message):
         _run(None, **options)
 
 
-def test_another_seed_compiles_nothing_anew():
-    def compiled(seed):
-        result = jfed.simulate(DATA, PARTS, MODEL, rounds=1, client=CONFIG, seed=seed)
-        return result.compile_seconds
+@pytest.mark.parametrize("algorithm", [None, scaffold(CONFIG), personal_head(CONFIG, lambda p: 0)])
+def test_traffic_is_what_the_algorithm_sends(algorithm):
+    """SCAFFOLD sends two trees like the 51 variables each way, the others one."""
+    trees = 2 if algorithm is not None and algorithm.weights else 1
+    result = _run(algorithm)
+    assert result.traffic == {"full": (trees * 4 * 51, trees * 4 * 51)}
+    assert result.history[0].bytes_up == COHORT * trees * 4 * 51
 
-    first = compiled(0)
-    with jax.log_compiles(False):
-        assert max(compiled(seed) for seed in (1, 2)) < 0.2 * first
+
+@pytest.mark.parametrize("mapping", ["map", "debug"])
+def test_numbers_of_python_and_numpy_are_state_and_memory_too(mapping, tmp_path):
+    """Counters: of a client's batches in the round, and of its rounds."""
+    shared = fedavg(CONFIG)
+
+    def client_init(client, memory, key):
+        return shared.client_init(client, (), key), 0, memory
+
+    def client_step(client, local, batch, key):
+        inner, metrics = shared.client_step(client, local[0], batch, key)
+        return (inner, local[1] + 1, local[2]), metrics
+
+    def client_final(client, local, key):
+        message, _ = shared.client_final(client, local[0], key)
+        rounds, batches = local[2]["rounds"] + 1, local[2]["batches"] + jnp.float32(local[1])
+        return message, {"rounds": rounds, "batches": batches}
+
+    counting = dataclasses.replace(
+        shared,
+        client_init=client_init,
+        client_step=client_step,
+        client_final=client_final,
+        memory_init=lambda variables: {"rounds": 0, "batches": np.zeros(())},
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        result = _run(counting, mapping, cohort=4, workdir=tmp_path / "run")
+    for client, part in enumerate(PARTS):
+        per_round = CONFIG.epochs * -(-len(part) // CONFIG.batch_size)
+        memory = result.memory(client)
+        assert (memory["rounds"], memory["batches"]) == (ROUNDS, ROUNDS * per_round)
+
+
+@pytest.mark.parametrize("mapping", ["map", "debug"])
+def test_a_client_whose_memory_is_not_finite_is_rejected(mapping):
+    shared = fedavg(CONFIG)
+    broken = dataclasses.replace(
+        shared,
+        memory_init=lambda variables: jnp.zeros(()),
+        client_final=lambda client, local, key: (
+            shared.client_final(client, local, key)[0],
+            jnp.where(client.number == 1, jnp.nan, 1.0),
+        ),
+    )
+    result = _run(broken, mapping, cohort=4)
+    assert [(r.delivered, r.rejected) for r in result.history] == [(3, 1)] * ROUNDS
+    assert [float(result.memory(client)) for client in range(4)] == [1, 0, 1, 1]
+
+
+def test_the_same_optimizers_are_the_same_algorithm():
+    rates = [ClientConfig(learning_rate=rate, epochs=2) for rate in (0.1, 0.2)]
+    assert len({fedavg(config) for config in rates}) == 1
+    assert fedavg(rates[0]) is not fedavg(ClientConfig(momentum=0.9))

@@ -145,6 +145,56 @@ def test_metrics_of_the_users_own_are_columns_of_the_folder(tmp_path):
     assert float(rows[-1]["test_brier_full"]) == pytest.approx(expected, rel=1e-4)
 
 
+def _constant(name):
+    """A loss with a metric that is 1 for every example."""
+
+    def loss(params, batch, key):
+        loss, metrics = jfed.models.cross_entropy(_apply(params, batch.images), batch)
+        return loss, metrics._replace(others={name: metrics.examples})
+
+    return dataclasses.replace(MODEL, loss=loss)
+
+
+def test_a_metric_of_one_tier_is_a_mean_over_its_examples():
+    pair = (jfed.tiers.Tier("plain", MODEL), jfed.tiers.Tier("told", _constant("one")))
+    result = _simulate(model=jfed.tiers.Tiers(_init, pair), cohort=6, rounds=1)
+    assert result.history[0].metrics == {"one": 1.0}
+
+
+def test_two_columns_of_one_name_are_refused():
+    with pytest.raises(jfed.ConfigError, match=r"two columns 'train_loss'; rename"):
+        _simulate(model=_constant("loss"))
+    evaluation = jfed.EvaluationConfig(measure=lambda *_: {"accuracy": jnp.zeros(())})
+    with pytest.raises(jfed.ConfigError, match=r"two columns 'test_accuracy_full'; rename"):
+        _simulate(evaluation=evaluation)
+
+
+def test_a_codecs_bytes_are_in_the_summary_and_in_what_is_loaded(tmp_path):
+    half = jfed.algorithms.Codec(
+        lambda update, key: jax.tree.map(lambda u: u.astype(jnp.bfloat16), update),
+        lambda encoded: jax.tree.map(lambda u: u.astype(jnp.float32), encoded),
+    )
+    folder, size = tmp_path / "run", 4 * (16 * 8 + 8 * 3)
+    result = _simulate(folder, client=jfed.ClientConfig(codec=half))
+    assert result.traffic == {"full": (size, size // 2)} == jfed.load(folder).traffic
+    assert result.history[0].bytes_up == 3 * size // 2
+    tier = json.loads((folder / "summary.json").read_text())["tiers"][0]
+    assert (tier["bytes_down"], tier["bytes_up"]) == (size, size // 2)
+
+
+def test_a_tier_that_is_only_tested_may_have_a_loss_that_is_not_finite(tmp_path):
+    wild = jfed.models.Model(_init, lambda params, images: _apply(params, images) * jnp.nan)
+    tiers = jfed.tiers.Tiers(
+        _init, (jfed.tiers.Tier("full", MODEL),), tested=(jfed.tiers.Tier("wild", wild),)
+    )
+    result = _simulate(tmp_path / "run", model=tiers)
+    assert np.isnan(result.history[-1].evaluations["wild"].loss)
+    lines = json.loads((tmp_path / "run" / "summary.json").read_text())["tiers"]
+    assert [line["loss"] is None for line in lines] == [False, True]
+    again = _simulate(tmp_path / "run", model=tiers)
+    jax.tree.map(np.testing.assert_array_equal, again.variables, result.variables)
+
+
 @pytest.mark.parametrize(
     ("measure", "message"),
     [

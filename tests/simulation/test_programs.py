@@ -1,6 +1,7 @@
 """Which programs a federation compiles, and how busy they keep its devices."""
 
 import collections
+import dataclasses
 import re
 
 import jax
@@ -70,23 +71,40 @@ def test_another_seed_or_data_set_compiles_nothing(compiled):
     assert first.history[0].train_loss != other.history[0].train_loss
 
 
-def test_the_flexible_preset_keeps_eight_devices_busy():
-    """Tiers of 2, 4 and 8 iterations, ten clients of uneven sizes a round."""
-    config = run_preset("cifar10-flexible")
+def test_traced_steps_compile_once_for_each_count(compiled):
+    tiers = jfed.tiers.ode(dataclasses.replace(NETWORK, unroll=True), (0, 1))
+    _simulate(tiers)
+    assert compiled == {"train": 2, "evaluate": 3, "step": 1}
+    compiled.clear()
+    _simulate(tiers, seed=1)
+    assert not compiled
+
+
+@pytest.mark.parametrize(("scheme", "least"), [("iid", 0.7), ("dirichlet", 0.5)])
+def test_the_flexible_preset_keeps_eight_devices_busy(scheme, least):
+    """Tiers of 2, 4 and 8 iterations, ten clients a round; none can be split between devices."""
+    config = run_preset("cifar10-flexible").replace(partition=scheme)
     labels = np.repeat(np.arange(10), 5000)
     partition = jfed.data.partition(config.partition, labels, config.population.clients, seed=0)
     tiers = make_tiers(config.network.make(10, 3), config.tiers)
     like = jax.eval_shape(tiers.init, jax.random.key(0))
-    costs = [float(forward_flops(t.bound(), t.shapes(like), (32, 32, 3))) for t in tiers.members]
+    costs = tuple(
+        float(forward_flops(tier.bound(), tier.shapes(like), (32, 32, 3))) for tier in tiers.members
+    )
     assert 2 < costs[2] / costs[0] < 4  # iterations are 4 to 1, what surrounds them is the same
     population = make_population(
         partition, tiers=3, shares=None, cohort=10, draw_tiers=0, client=config.client, seed=0
     )
     steps = capacity(population.steps(), 10, 8, costs)
-    packing = Packing(8, 8, False, config.client.batch_size, steps, 10, 10, tuple(costs))
-    total = Load()
+    packing = Packing(8, 8, False, config.client.batch_size, steps, 10, 10, costs)
+    total, shortest, by_tier = Load(), 0.0, 0.0
     for number in range(50):
-        by_tier = population.work(number, population.sample(number))
-        work = [item for of_tier in by_tier for item in of_tier]
-        total = total.plus(load(work, pack(work, packing), packing))
-    assert total.cost / total.spent >= 0.7
+        work = population.work(number, population.sample(number))
+        each = [[costs[item.tier] * len(item.batches) for item in items] for items in work]
+        items = [item for of_tier in work for item in of_tier]
+        total = total.plus(load(items, pack(items, packing), packing))
+        shortest += 8 * max(max(map(max, filter(None, each))), sum(map(sum, each)) / 8)
+        by_tier += 8 * sum(max(of_tier, default=0.0) for of_tier in each)
+    assert total.cost / total.spent >= least
+    assert total.spent <= 1.03 * shortest
+    assert total.spent <= 0.6 * by_tier  # one tier after the other, each packed by itself
