@@ -35,6 +35,9 @@ from jfed.tiers.tier import Tier
 _BEGIN, _END, _CODEC, _FAULT = (np.uint32(2**32 - i) for i in (1, 2, 3, 4))
 
 
+_PLAIN = jax.tree.structure(Metrics(*[0.0] * 3))  # type: ignore[arg-type]  # of the cross-entropy
+
+
 @dataclasses.dataclass(frozen=True)
 class Training:
     """What decides a training program, beside the shapes of its arguments.
@@ -50,6 +53,7 @@ class Training:
       clip: the largest L2 norm of an update that counts as it is; longer ones are scaled down.
       codec: how updates travel.
       faults: of clients whose `Work` has some; None compiles none in.
+      metrics: the structure of what the algorithm's `client_step` tells, float32 scalars all.
     """
 
     tiers: tuple[Tier, ...]
@@ -62,6 +66,7 @@ class Training:
     clip: float | None = None
     codec: Codec | None = None
     faults: FaultConfig | None = None
+    metrics: Any = _PLAIN
 
 
 class Inputs(NamedTuple):
@@ -216,9 +221,11 @@ class _Trainer:
         """Whether a part of the messages is kept by itself for each client."""
         return self.config.stacked and is_like(part, self.shapes)
 
-    def nothing(self, local: Any, metrics: Metrics, memory: Any) -> Delivered:
+    def nothing(self, memory: Any) -> Delivered:
         """What is delivered before any client has ended."""
-        slot = jnp.zeros((), jnp.int32)
+        slot, structure = jnp.zeros((), jnp.int32), self.config.metrics
+        metrics = jax.tree.unflatten(structure, [jnp.zeros(())] * structure.num_leaves)
+        local = jax.eval_shape(self.begin, slot, memory)
         parts, weights, *_ = jax.eval_shape(self.end, slot, local, metrics, memory)
         slots = self.config.slots
 
@@ -255,8 +262,7 @@ def make_trainer(config: Training) -> jax.stages.Wrapped:
 
     def train(inputs: Inputs, schedule: Schedule, memory: Any) -> tuple[Delivered, Any]:
         trainer = _Trainer(config, inputs, schedule.cohort)
-        local, metrics = _shapes_of_lane(trainer, schedule, memory)
-        delivered = trainer.nothing(local, metrics, memory)
+        delivered = trainer.nothing(memory)
         lanes, length = schedule.lanes, schedule.length
         if config.mapping == "vmap":
             delivered, memory = _run(trainer, lanes, length.max(), delivered, memory)
@@ -298,17 +304,6 @@ def _sum_over_devices(delivered: Delivered) -> Delivered:
 
 def _axis(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[None], tree)
-
-
-def _shapes_of_lane(trainer: _Trainer, schedule: Schedule, memory: Any) -> tuple[Any, Metrics]:
-    """Shapes of one client's local state and metrics."""
-
-    def first() -> tuple[Any, Metrics]:
-        now = jax.tree.map(lambda a: a[0, 0], schedule.lanes)
-        slot = jnp.zeros((), jnp.int32)
-        return trainer.step(slot, now, trainer.begin(slot, memory), None)
-
-    return jax.eval_shape(first)
 
 
 def _run(

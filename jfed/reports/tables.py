@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
 from etils import epath
 from matplotlib.figure import Figure
 from tabulate import tabulate
@@ -87,7 +86,9 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
     if len(seeds) == 1:
         return f"{points[0]:+.2f}"
     mean, error = points.mean(), points.std(ddof=1) / np.sqrt(len(seeds))
-    critical = scipy.stats.t.ppf(1 - _LEVEL / 2, len(seeds) - 1)
+    from scipy.stats import t  # half a second to import, which each command would take
+
+    critical = t.ppf(1 - _LEVEL / 2, len(seeds) - 1)
     star = " *" if abs(mean) > critical * error else ""
     return f"{mean:+.2f} ± {points.std(ddof=1):.2f}{star}"
 

@@ -65,12 +65,13 @@ def check_training(tier: Tier, like: Params, config: ClientConfig, data: Dataset
     params, batch, title = tier.shapes(like), _batch(data), f"the loss of tier {tier.name!r}"
     loss = training_loss(tier.bound())
     with calling(title, images=batch.images):
-        gradient, metrics = jax.eval_shape(jax.grad(loss, has_aux=True), params, batch, _key())
+        value, metrics = _pair(title, jax.eval_shape(loss, params, batch, _key()))
+    _check_scalars(title, value)
     _check_metrics(title, metrics)
     with calling(
-        f"optimizer {name_of(config.optimizer)} of tier {tier.name!r}", gradient=_shapes(gradient)
+        f"optimizer {name_of(config.optimizer)} of tier {tier.name!r}", gradient=_shapes(params)
     ):
-        trained = jax.eval_shape(_optimizer_step(make_optimizer(config)), params, gradient)
+        trained = jax.eval_shape(_optimizer_step(make_optimizer(config)), params, params)
     _check_tree("a step of training", trained, params, tier)
     if config.codec is not None:
         codec = config.codec
@@ -172,10 +173,12 @@ def check_algorithm(
             return jax.eval_shape(run, known, *args)
 
     local = of_client("client_init", memory, key)
-    after, metrics = _pair(algorithm, "client_step", of_client("client_step", local, batch, key))
+    after, metrics = _pair(
+        _title(algorithm, "client_step"), of_client("client_step", local, batch, key)
+    )
     _check_metrics(_title(algorithm, "client_step"), metrics)
     _check_same(_title(algorithm, "client_step"), "local state", after, local)
-    message, kept = _pair(algorithm, "client_final", of_client("client_final", local, key))
+    message, kept = _pair(_title(algorithm, "client_final"), of_client("client_final", local, key))
     _check_same(_title(algorithm, "client_final"), "memory", kept, memory)
     merged = _check_message(message, tier, like, algorithm)
     for name, weigh in algorithm.weights.items():
@@ -232,9 +235,9 @@ def _title(algorithm: Algorithm, name: str) -> str:
     return f"the algorithm's {name} ({name_of(getattr(algorithm, name))})"
 
 
-def _pair(algorithm: Algorithm, name: str, found: Any) -> Any:
+def _pair(title: str, found: Any) -> Any:
     if not isinstance(found, tuple) or len(found) != 2:
-        raise ConfigError(f"{_title(algorithm, name)} must return a pair, got {_shapes(found)}.")
+        raise ConfigError(f"{title} must return a pair, got {_shapes(found)}.")
     return found
 
 

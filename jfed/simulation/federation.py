@@ -152,14 +152,18 @@ class Federation:
     def _check(self, data: Dataset, like: Params) -> None:
         """Checks what clients and server do, and tells what travels and what is recorded."""
         self.traffic: dict[str, Traffic] = {}
+        self._metrics: dict[tuple[int, ...], Any] = {}  # their structure, by program
         trained: dict[str, None] = {}
         encode = self.client.codec and self.client.codec.encode
-        for tier in self.tiers.members:
-            check_training(tier, like, self.client, data)
-            found = check_algorithm(tier, like, self.algorithm, self.client, data)
+        for group in group_tiers(self.tiers.members):  # which differ in numbers only
+            tiers = [self.tiers.members[i] for i in group]
+            check_training(tiers[0], like, self.client, data)
+            found = check_algorithm(tiers[0], like, self.algorithm, self.client, data)
             check_parts(found.message, self.client, self.server)
+            self._metrics[group] = jax.tree.structure(found.metrics)
             trained |= dict.fromkeys(by_name(found.metrics.others))
-            self.traffic[tier.name] = traffic(tier, like, encode, (found.sent, found.message))
+            for tier in tiers:
+                self.traffic[tier.name] = traffic(tier, like, encode, (found.sent, found.message))
         tested = check_measure(self.evaluation.measure, data)
         self.columns = columns([tier.name for tier in self.evaluated], tuple(trained), tested)
         check_aggregator(make_aggregator(self.server), like, self.population.cohort)
@@ -207,6 +211,7 @@ class Federation:
                 clip=self.server.clip_updates,
                 codec=self.client.codec,
                 faults=self.population.faults,
+                metrics=self._metrics[group.tiers],
             )
             for group in self._groups
         )
