@@ -8,6 +8,8 @@ jaxtyping.install_import_hook("jfed", "beartype.beartype")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
+# Most of the time of the tests goes into compiling; commands that they start optimise as always.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

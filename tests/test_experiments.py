@@ -51,7 +51,7 @@ def load(name, monkeypatch):
     return module
 
 
-HEAVY = ("ablation", "nefl_protocol", "rivals")
+HEAVY = ("ablation", "flexible", "nefl_protocol", "rivals")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,7 @@ def test_odenets_stay_within_the_budgets_of_their_rivals(name, rival, scale, mon
     assert all(ours <= theirs for ours, theirs in zip(cheap[1], other[1], strict=True))
 
 
+@pytest.mark.slow
 def test_robustness(tmp_path, compiled):
     table = tmp_path / "table.csv"
     command = [sys.executable, str(SCRIPTS / "robustness.py"), "--scale", "smoke", "--seeds", "1"]

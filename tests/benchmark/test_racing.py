@@ -25,6 +25,7 @@ def output(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_section_runs_at_smoke_scale(output):
     record = json.loads((output / "benchmark.json").read_text())
     assert list(record["sections"]) == list(SECTIONS)
@@ -45,6 +46,7 @@ def test_every_section_runs_at_smoke_scale(output):
         assert (output / f"{section}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_contenders_are_compared(output):
     record = json.loads((output / "benchmark.json").read_text())
     for section in ("cnn", "ode"):
@@ -58,6 +60,7 @@ def test_contenders_are_compared(output):
     assert all(0 < seconds < 1 for c in clients for seconds in c["host_seconds"])
 
 
+@pytest.mark.slow
 def test_an_output_folder_is_never_overwritten(output, capsys):
     before = (output / "benchmark.json").read_bytes()
     assert main(["benchmark", "cnn", "--output", str(output)]) == 2

@@ -153,6 +153,7 @@ def test_an_unknown_command_names_the_close_ones(capsys):
     assert "commands:" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_models_lists_every_preset():
     table = model_table(32, (1,))
     lines = {line.split()[0]: line.split() for line in table.splitlines()[2:]}

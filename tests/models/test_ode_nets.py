@@ -93,7 +93,11 @@ def test_the_gradient_of_counted_steps_keeps_no_kernel_for_each(learn_steps):
 @pytest.mark.parametrize(
     ("least", "options"),
     [
-        ((0, 0), {"horizon": "proportional", "solver": "Midpoint", "norm": "group"}),
+        pytest.param(
+            (0, 0),
+            {"horizon": "proportional", "solver": "Midpoint", "norm": "group"},
+            marks=pytest.mark.slow,
+        ),
         ((0, 0), {"learn_steps": True, "function": "postactivation"}),
         ((2, 3), {}),
         pytest.param((0, 0), {"separable": True, "solver": "Bosh3"}, marks=pytest.mark.slow),

@@ -577,10 +577,11 @@ def test_a_partition_that_cannot_be_is_refused(partition, message):
 @pytest.mark.parametrize(
     ("network", "tiers", "options"),
     [
-        (
+        pytest.param(
             {"solver": "Heun", "horizon": "proportional"},
             {"sharing": "norms-per-depth"},
             {"engine": jfed.EngineConfig(devices=2, lanes=2)},
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             {"solver": "Bosh3", "norm": "group", "function": "postactivation"},
@@ -653,6 +654,7 @@ def _digits_accuracy(model, rounds):
     return _digits(model, rounds).accuracies["full"]
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_as_well_as_float32():
     """Parameters and their mean stay float32; losses and accuracies are those of float32."""
 

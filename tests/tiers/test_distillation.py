@@ -223,6 +223,7 @@ def test_the_same_teachers_made_twice_share_a_program():
     assert len(programs) == 1
 
 
+@pytest.mark.slow
 def test_a_mixed_federation_distils():
     none, some = _train(_ode(None)), _train(_ode(0.7))
     assert some.traffic == none.traffic

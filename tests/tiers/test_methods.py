@@ -269,9 +269,11 @@ def _slow(*values):
             MethodConfig("ode", iterations=(1, 2), sharing=SHARED),
             ("1", "2"),
         ),
-        (dataclasses.replace(SHALLOW, norm="group"), MethodConfig("depthfl"), ("2", "ensemble")),
-        (RESNET, MethodConfig("nefl-d", ratios=(0.8, 1.0)), ("0.8", "1")),
-        (SHALLOW, MethodConfig("heterofl", ratios=(0.5, 1.0)), ("0.5", "1")),
+        _slow(
+            dataclasses.replace(SHALLOW, norm="group"), MethodConfig("depthfl"), ("2", "ensemble")
+        ),
+        _slow(RESNET, MethodConfig("nefl-d", ratios=(0.8, 1.0)), ("0.8", "1")),
+        _slow(SHALLOW, MethodConfig("heterofl", ratios=(0.5, 1.0)), ("0.5", "1")),
         # The paper's measure; a smaller tier is tested at a window that it last trained rounds ago.
         _slow(SHALLOW, MethodConfig("fedrolex", ratios=(0.5, 1.0)), ("1",)),
         _slow(SHALLOW, MethodConfig("exclusive", able=0.5), ("full",)),
