@@ -51,7 +51,7 @@ def load(name, monkeypatch):
     return module
 
 
-HEAVY = ("ablation", "flexible", "nefl_protocol", "rivals")
+HEAVY = ("ablation", "communication", "flexible", "nefl_protocol", "rivals")
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,7 @@ def _cifar10():
     return pytest.skip("CIFAR-10 is not prepared in TFDS_DATA_DIR")
 
 
+@pytest.mark.slow
 def test_cifar10_runs_on_real_images(tmp_path):
     flags = "--preset cifar10-flexible --rounds 1 --seed 1 --steps 1 --cohort 4 --iterations 1 2"
     flags += " --image-size 8 --widths 4 8 8 --conv transposed --eval-examples 500"

@@ -264,7 +264,7 @@ def _slow(*values):
 @pytest.mark.parametrize(
     ("network", "config", "tested"),
     [
-        (
+        _slow(
             dataclasses.replace(STEPS, norm="group"),
             MethodConfig("ode", iterations=(1, 2), sharing=SHARED),
             ("1", "2"),
