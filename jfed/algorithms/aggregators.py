@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jfed.algorithms.sorting import sort_clients
 from jfed.errors import ConfigError, check_integer, check_number, name_of, one_of
 from jfed.models.model import Params
 
@@ -167,7 +168,7 @@ def _middle(config: Aggregation, stack: Stack) -> Params:
 
     def entry(update: Array, owned: Array) -> Array:
         owned = jnp.broadcast_to(owned, update.shape)
-        ordered = jnp.sort(jnp.where(owned, update, jnp.inf), axis=0)
+        ordered = sort_clients(jnp.where(owned, update, jnp.inf))
         count = owned.sum(0)
         low, place = cut[count][None], _along(jnp.arange(len(update)), ordered).astype(jnp.int32)
         kept = (place >= low) & (place < count[None] - low)
