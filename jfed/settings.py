@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+import hashlib
+import types
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -17,7 +20,8 @@ CONFIG, _MADE_WITH = "config.json", "made_with"
 def as_json(value: Any) -> Any:
     """Settings, dataclasses of dataclasses, as JSON can hold them.
 
-    A function is its qualified name, so that two lambdas of one place are taken for the same.
+    A function is its qualified name; one made inside of another, as a lambda is, has a digest after
+    it, of its code and of what it closes over.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
@@ -29,10 +33,50 @@ def as_json(value: Any) -> Any:
     if isinstance(value, functools.partial):
         return {"partial": as_json([value.func, value.args, value.keywords])}
     if callable(value):
-        return name_of(value)
+        name = name_of(value)
+        return f"{name} {digest(value)}" if "<" in name else name
     if isinstance(value, np.generic):
         return value.item()
     return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def digest(function: Any) -> str:
+    """Of a function's code, defaults and what it closes over; the same in every process."""
+    return hashlib.sha256(repr(_contents(function, ())).encode()).hexdigest()[:12]
+
+
+def _contents(value: Any, within: tuple[int, ...]) -> Any:
+    """What tells a value from others of its type, as nested tuples of plain values."""
+    if id(value) in within:  # a function that closes over itself
+        return "itself"
+    inner = (*within, id(value))
+    if isinstance(value, types.FunctionType):
+        code = value.__code__
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        held = (code, value.__defaults__, value.__kwdefaults__, *cells)
+        return (value.__qualname__, *(_contents(part, inner) for part in held))
+    if isinstance(value, types.CodeType):
+        return value.co_code, value.co_names, _contents(value.co_consts, inner)
+    if isinstance(value, functools.partial):
+        return _contents((value.func, value.args, value.keywords), inner)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _contents(list(vars(value).items()), inner)
+    if isinstance(value, Mapping):
+        return _contents(list(value.items()), inner)
+    if isinstance(value, tuple | list):
+        return tuple(_contents(part, inner) for part in value)
+    if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
+        return str(value.dtype), value.shape, np.asarray(value).tobytes()
+    if value is None or isinstance(value, str | bytes | int | float | complex):
+        return value
+    return name_of(value) if callable(value) else type(value).__qualname__
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
 
 
 def write_settings(

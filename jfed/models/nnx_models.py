@@ -29,6 +29,11 @@ def from_nnx(create: Callable[[nnx.Rngs], nnx.Module]) -> Model:
       ConfigError: `create` raises, or the module holds other state, such as the running statistics
         of a batch norm.
     """
+    if isinstance(create, nnx.Module):
+        raise ConfigError(
+            "from_nnx takes a function that builds a module from its random streams, got "
+            f"{type(create).__name__}, a module."
+        )
     with calling(name_of(create), rngs="nnx.Rngs(0)"):
         module = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
     graph, empty, streams, other = nnx.split(module, nnx.Param, nnx.RngState, ...)  # type: ignore[misc]

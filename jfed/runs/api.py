@@ -1,6 +1,7 @@
 """What a program calls: run a federation, in a folder or in memory, and have a run back."""
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,8 +63,9 @@ def simulate(
     With `workdir` the run has a folder, as those of `jfed run`, which `jfed report` and `jfed.load`
     read: `config.json`, `metrics.csv`, `checkpoints/`, and at the end `summary.json` and figures.
     Where it was stopped or killed, the same call goes on from its last checkpoint, to the same
-    bits; a finished run is only read. Other settings, data, partition or tiers are refused. Of
-    functions among the settings only the names are compared, of tiers the names and shapes.
+    bits; a finished run is only read. Other settings, data, partition or tiers are refused: of
+    functions names are compared, of those that were made inside of others also their code and what
+    they close over, of tiers names and shapes. (Ctrl-C loses what follows the last checkpoint.)
 
     Args:
       data: training images for the clients, test images for the evaluation.
@@ -77,8 +79,9 @@ def simulate(
         places from its own in `tiers.members`, with `shares` as probabilities (NeFL, arXiv
         2308.07761, has 2); 0: it keeps its own. Clients without a tier keep none.
       algorithm: what clients and server do, see `jfed.algorithms.Algorithm`; FedAvg with the
-        optimizers of `client` and `server` by default. Another one takes from `client` and `server`
-        what is not the optimizers'.
+        optimizers of `client` and `server` by default. Another one has optimizers of its own; the
+        rest is still that of `client` (epochs, batches, learning rate and its schedule, codec) and
+        of `server` (weights, aggregator).
       client: how clients train.
       server: how the server makes one update of theirs, and uses it.
       evaluation: when and how the global model is tested.
@@ -87,7 +90,8 @@ def simulate(
       faults: clients that fail or attack, simulated.
       seed: of everything random.
       callbacks: functions, each called with the record of every round, in order, as soon as it is
-        known. Rounds of an earlier call in the same folder are not told again.
+        known. If one raises, the round under way is still recorded, and not told. Rounds of an
+        earlier call in the same folder are not told again.
       workdir: the run folder, local or `gs://`; none by default.
       checkpoints: when a run with a folder saves.
 
@@ -101,6 +105,7 @@ def simulate(
     """
     callbacks = loop.check_callbacks(callbacks)
     check_type("checkpoints", checkpoints, CheckpointConfig, type(None))
+    check_type("workdir", workdir, str, os.PathLike, type(None))
     if workdir is None and checkpoints is not None:
         raise ConfigError(f"checkpoints need a workdir to be in, got {checkpoints!r} without one.")
     options: dict[str, Any] = {

@@ -270,6 +270,7 @@ class Federation:
             return None
 
         def of(client: int) -> Any:
+            check_integer("client", client, least=0, most=len(latest) - 1)
             rows = memory.rows([client], latest, ([0], 1))
             return jax.tree.map(lambda x: x[0], rows)
 

@@ -98,6 +98,22 @@ def test_a_run_in_a_folder_is_that_in_memory(in_memory, run_folder):
     assert main(["report", str(run_folder)]) == 0
 
 
+def _fedprox(mu):
+    def correct(gradient, client, local):
+        pull = lambda g, w, s: g + mu * (w - s)  # noqa: E731
+        return jax.tree.map(pull, gradient, local.params, client.sent)
+
+    return jfed.algorithms.fedavg(jfed.ClientConfig(), correct=correct)
+
+
+def test_a_folder_of_another_algorithm_is_refused(tmp_path):
+    """Of one name, but another value that it closes over."""
+    first = _simulate(tmp_path / "run", algorithm=_fedprox(0.1))
+    _check_same(_simulate(tmp_path / "run", algorithm=_fedprox(0.1)), first)
+    with pytest.raises(jfed.RunFolderError, match=r"algorithm\.client_step is .* there, .* here"):
+        _simulate(tmp_path / "run", algorithm=_fedprox(5.0))
+
+
 def test_settings_are_written_nested(run_folder):
     config = json.loads((run_folder / "config.json").read_text())
     assert config["client"]["learning_rate"] == jfed.ClientConfig().learning_rate

@@ -90,6 +90,22 @@ def test_settings_are_json_and_functions_are_their_names():
     assert by_name["tiers"]["iterations"] == [1, 2]
 
 
+def test_functions_made_inside_of_others_tell_what_they_close_over():
+    def scaled(by, more=(1, {"a": 2})):
+        def scale(x, plus=0.0):
+            return by * x + plus + len(more)
+
+        return scale
+
+    one, same, other = as_json([scaled(2.0), scaled(2.0), scaled(3.0)])
+    assert one == same != other
+    assert one.startswith(f"{__name__}.test_functions_made_inside")
+    arrays = as_json([scaled(2.0, np.arange(n)) for n in (3, 4)])
+    assert arrays[0] != arrays[1]
+    assert as_json(lambda x: x + 1) != as_json(lambda x: x + 2)
+    assert as_json(scaled(scaled)) == as_json(scaled(scaled))  # which closes over itself
+
+
 def test_another_jfed_jax_or_devices_are_told(folder):
     folder.mkdir()
     write_settings(folder, CONFIG, MADE_WITH)
