@@ -239,5 +239,5 @@ def _end_if_stuck() -> None:
         failed = [json.loads(text)["error"] for _, text in found if '"error"' in text]
         if failed:
             time.sleep(_GRACE)
-            print(f"jfed: error: {failed[0][1]}", file=sys.stderr, flush=True)
+            print(f"\njfed: error: {failed[0][1]}", file=sys.stderr, flush=True)
             os._exit(2)

@@ -234,6 +234,6 @@ def capacity(steps: Sequence[int], cohort: int, lanes: int, costs: Sequence[floa
     largest = sorted(steps, reverse=True)[:cohort]
     all_on_one, spread = sum(largest), max(costs) / min(costs)
     even = spread * (all_on_one / lanes + (largest[0] if lanes > 1 else 0))
-    need = min(all_on_one, int(np.ceil(even)))
+    need = int(min(all_on_one, np.ceil(even)))
     power = 1 << max(need - 1, 0).bit_length()
     return 3 * power // 4 if 3 * power // 4 >= need else power

@@ -1,5 +1,6 @@
 """A long run stays flat: host memory, open files, compiled programs, arrays on the devices."""
 
+import functools
 import gc
 import os
 import pathlib
@@ -8,8 +9,10 @@ import jax
 import pytest
 
 from jfed.runs import running as runs
+from jfed.runs.assembly import set_up
 from jfed.runs.checkpoints import CheckpointConfig
 from jfed.runs.config import run_preset
+from jfed.settings import as_json
 
 ROUNDS, WARM = 2000, 200
 compilations = []
@@ -58,8 +61,9 @@ def test_two_thousand_rounds_stay_flat(tmp_path):
     )
     gauge = _Gauge()
     runs.run(
-        config,
         tmp_path / "run",
+        as_json(config),
+        functools.partial(set_up, config),
         writers=lambda done: [gauge],
         checkpoints=CheckpointConfig(every=50),
     )
