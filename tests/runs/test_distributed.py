@@ -59,7 +59,7 @@ def _finish(processes):
 
 def _end_alike(processes, message, status=2):
     """All end with the same line of an error, and soon."""
-    for process, output in zip(processes, _outputs(processes, 100), strict=True):
+    for process, output in zip(processes, _outputs(processes, 300), strict=True):
         assert process.returncode == status, output
         lines = [line for line in output.splitlines() if line.startswith("jfed: error: ")]
         assert any(message in line for line in lines), output
@@ -203,6 +203,6 @@ def test_a_host_that_is_killed_ends_the_other(tmp_path, victim):
     _begun(processes, tmp_path / "run")
     os.kill(processes[victim].pid, signal.SIGKILL)
     began = time.monotonic()
-    _outputs(processes, 100)
+    _outputs(processes, 300)
     assert time.monotonic() - began < 60
     assert processes[1 - victim].returncode != 0
