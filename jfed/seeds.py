@@ -1,7 +1,9 @@
 """Independent streams of random numbers from one seed."""
 
 import zlib
+from typing import Any
 
+import jax
 import numpy as np
 
 from jfed.errors import check_integer
@@ -17,3 +19,8 @@ def check_seed(seed: int) -> int:
 def generator(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
     """A stream of its own for each purpose, and for each tuple of numbers (round, client, ...)."""
     return np.random.default_rng([check_seed(seed), zlib.crc32(purpose.encode()), *numbers])
+
+
+def is_key(x: Any) -> bool:
+    """Whether an array, or its shape and dtype, is of typed random keys."""
+    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)

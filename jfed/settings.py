@@ -13,6 +13,7 @@ from etils import epath
 
 from jfed.errors import RunFolderError, name_of
 from jfed.files import read_json, write_json
+from jfed.seeds import is_key
 
 CONFIG, _MADE_WITH = "config.json", "made_with"
 
@@ -34,13 +35,13 @@ def as_json(value: Any) -> Any:
         return {"partial": as_json([value.func, value.args, value.keywords])}
     if callable(value):
         name = name_of(value)
-        return f"{name} {digest(value)}" if "<" in name else name
+        return f"{name} {_digest(value)}" if "<" in name else name
     if isinstance(value, np.generic):
         return value.item()
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-def digest(function: Any) -> str:
+def _digest(function: Any) -> str:
     """Of a function's code, defaults and what it closes over; the same in every process."""
     return hashlib.sha256(repr(_contents(function, ())).encode()).hexdigest()[:12]
 
@@ -52,7 +53,7 @@ def _contents(value: Any, within: tuple[int, ...]) -> Any:
     inner = (*within, id(value))
     if isinstance(value, types.FunctionType):
         code = value.__code__
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        cells = map(_held, value.__closure__ or ())
         held = (code, value.__defaults__, value.__kwdefaults__, *cells)
         return (value.__qualname__, *(_contents(part, inner) for part in held))
     if isinstance(value, types.CodeType):
@@ -65,18 +66,20 @@ def _contents(value: Any, within: tuple[int, ...]) -> Any:
         return _contents(list(value.items()), inner)
     if isinstance(value, tuple | list):
         return tuple(_contents(part, inner) for part in value)
-    if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
+    if isinstance(value, jax.Array) and is_key(value):
+        return str(value.dtype), _contents(jax.random.key_data(value), inner)
+    if isinstance(value, np.ndarray | jax.Array):
         return str(value.dtype), value.shape, np.asarray(value).tobytes()
     if value is None or isinstance(value, str | bytes | int | float | complex):
         return value
     return name_of(value) if callable(value) else type(value).__qualname__
 
 
-def _is_filled(cell: Any) -> bool:
+def _held(cell: types.CellType) -> Any:
     try:
-        return cell.cell_contents is not cell
-    except ValueError:
-        return False
+        return cell.cell_contents
+    except ValueError:  # of a name that has no value yet
+        return None
 
 
 def write_settings(

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from jfed.errors import ConfigError, check_number, one_of
 from jfed.models.model import Params
+from jfed.seeds import is_key
 from jfed.tiers.parts import map_parts
 
 # From the learning rate, which may be a traced scalar.
@@ -80,7 +81,7 @@ def rekeyed(state: Any, key: Array) -> Any:
 
     def fresh(i: int, leaf: Array) -> Array:
         own = jax.random.fold_in(key, i)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if is_key(leaf):
             return own
         is_raw = leaf.dtype == raw.dtype and leaf.shape == raw.shape
         return jax.random.key_data(own) if is_raw else leaf

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jfed.errors import ConfigError, check_integer, one_of
+from jfed.seeds import is_key
 
 MAPPINGS = ("auto", "vmap", "map", "unroll", "debug")
 AXIS = "clients"  # the mesh axis that lanes and evaluation batches are spread over
@@ -115,6 +116,10 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), tree)
 
 
-def is_key(x: Any) -> bool:
-    """Whether an array is of typed random keys."""
-    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+def rows_here(array: jax.Array) -> dict[int, np.ndarray]:
+    """The rows of an array that lie on this host's devices, by number."""
+    found: dict[int, np.ndarray] = {}
+    for shard in array.addressable_shards:
+        first = shard.index[0].start or 0
+        found |= {first + i: np.asarray(row) for i, row in enumerate(np.asarray(shard.data))}
+    return found

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +21,7 @@ from jax._src import distributed  # the public part gives no access to the key-v
 
 from jfed import errors
 from jfed.errors import ConfigError, HostError, JfedError
+from jfed.settings import flat
 
 _T = TypeVar("_T")
 _PREFIX = "jfed/phases"
@@ -102,7 +103,7 @@ def same(what: str, values: Callable[[], Mapping[str, Any]]) -> None:
     """
     if distributed.global_state.client is None:
         return
-    found = [dict(_flat(told)) for told in gather(what, values)]
+    found = [flat(told) for told in gather(what, values)]
     for host, there in enumerate(found):
         for name in sorted(found[0].keys() | there.keys()):
             first, other = (values.get(name, "not set") for values in (found[0], there))
@@ -217,14 +218,6 @@ def _json_or_none(value: Any) -> Any:
     except (TypeError, ValueError):
         return None
     return value
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _end_if_stuck() -> None:

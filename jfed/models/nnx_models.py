@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from jfed.errors import ConfigError, calling, name_of
 from jfed.models.losses import Batch, Metrics, cross_entropy
 from jfed.models.model import Model, Params
+from jfed.seeds import is_key
 
 
 def from_nnx(create: Callable[[nnx.Rngs], nnx.Module]) -> Model:
@@ -67,7 +68,7 @@ def _rekeyed(streams: Any, key: Array) -> Any:
         structure,
         [
             jax.random.split(jax.random.fold_in(key, i), leaf.shape)
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            if is_key(leaf)
             else jnp.zeros(leaf.shape, leaf.dtype)  # how many numbers were drawn
             for i, leaf in enumerate(leaves)
         ],

@@ -23,13 +23,14 @@ from jfed.runs.assembly import Prepared
 from jfed.runs.checkpoints import CheckpointConfig, Checkpoints, in_tree_of
 from jfed.settings import as_json, differences, read_settings
 from jfed.simulation import loop
-from jfed.simulation.evaluation import EvaluationConfig
-from jfed.simulation.federation import Federation, as_tiers, evaluated_tiers
+from jfed.simulation.evaluation import EvaluationConfig, evaluated_tiers
+from jfed.simulation.federation import Federation
 from jfed.simulation.loop import Callback, Result
 from jfed.simulation.population import Sampler
 from jfed.simulation.records import Record
 from jfed.tiers import Tiers
 from jfed.tiers.communication import Traffic
+from jfed.tiers.tier import as_tiers
 
 _MADE_BY = {"made_by": "jfed.simulate"}  # tells such a folder from one of `jfed run`
 

@@ -15,6 +15,7 @@ from etils import epath
 
 from jfed.errors import RunFolderError, check_integer
 from jfed.files import absolute, is_local
+from jfed.seeds import is_key
 from jfed.simulation.federation import State
 from jfed.simulation.records import Record
 
@@ -191,20 +192,16 @@ class Checkpoints:
         )
 
 
-def _is_key(x: Any) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def _as_numpy(x: Any) -> np.ndarray:
     """An array on the host, all of it; of typed PRNG keys their data."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         x = x.addressable_data(0)  # every device of every host has all of it
-    return np.asarray(jax.random.key_data(x) if _is_key(x) else x)
+    return np.asarray(jax.random.key_data(x) if is_key(x) else x)
 
 
 def _keys(tree: Any) -> dict[str, str]:
     """The implementations of the typed PRNG keys in a tree, by name."""
-    return {n: str(jax.random.key_impl(leaf)) for n, leaf in _named(tree).items() if _is_key(leaf)}
+    return {n: str(jax.random.key_impl(leaf)) for n, leaf in _named(tree).items() if is_key(leaf)}
 
 
 def _named(tree: Any) -> dict[str, Any]:

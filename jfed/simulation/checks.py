@@ -15,6 +15,7 @@ from jfed.data import Dataset
 from jfed.errors import ConfigError, calling, name_of
 from jfed.models.losses import Batch, Metrics, by_name, training_loss
 from jfed.models.model import Params
+from jfed.seeds import is_key
 from jfed.simulation.evaluation import Measure
 from jfed.tiers.parts import is_like, map_parts
 from jfed.tiers.tier import Tier, check_extract
@@ -155,7 +156,7 @@ def check_algorithm(
 
     server = Server(like, call("server_init", like))
     memory = cut(call("memory_init", like))
-    if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(memory)):
+    if any(map(is_key, jax.tree.leaves(memory))):
         raise ConfigError(
             f"{_title(algorithm, 'memory_init')} must give arrays of numbers, as "
             f"jax.random.key_data(key) is, got {_shapes(memory)}."

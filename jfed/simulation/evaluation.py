@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from jfed.data.preprocessing import Images, gather
 from jfed.engine.devices import AXIS, EVERYWHERE, SPREAD
-from jfed.errors import check_integer, check_sequence
+from jfed.errors import ConfigError, check_integer, check_sequence
 from jfed.models.integration import check_solver
 from jfed.models.losses import Batch, Metrics, cross_entropy
 from jfed.models.model import Model, Moments, Params, Statistics
-from jfed.tiers import Iterations, Tier
+from jfed.tiers import Iterations, Tier, Tiers
 
 # Sums over the examples that count, by name.
 Measure = Callable[[Float[Array, "B classes"], Batch], dict[str, Any]]
@@ -51,6 +51,24 @@ class EvaluationConfig:
         check_integer("evaluation every", self.every, least=0)
         check_integer("evaluation batch_size", self.batch_size, least=1, most=10**6)
         check_integer("evaluation calibration_examples", self.calibration_examples, least=1)
+
+
+def evaluated_tiers(tiers: Tiers, evaluation: EvaluationConfig) -> tuple[Tier, ...]:
+    """The tiers that clients run, then others: those to be tested, other counts, other solvers."""
+    if tiers.at is None:
+        for name in ("iterations", "solvers"):
+            if given := getattr(evaluation, name):
+                raise ConfigError(f"evaluation {name} {given!r} need tiers of iteration counts.")
+        return (*tiers.members, *tiers.tested)
+    run = [tier.iterations for tier in tiers.members if tier.iterations is not None]
+    found = list(tiers.at([*run, *evaluation.iterations]))
+    counts = list(dict.fromkeys(tier.iterations for tier in found if any(tier.iterations or ())))
+    for solver in evaluation.solvers:
+        found += tiers.at(counts, solver)
+    first: dict[str, Tier] = {}
+    for tier in (*found, *tiers.tested):
+        first.setdefault(tier.name, tier)
+    return tuple(first.values())
 
 
 class Examples(NamedTuple):

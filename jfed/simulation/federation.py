@@ -11,7 +11,6 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array
 
-from jfed import tiers as tiers_lib
 from jfed.algorithms.aggregators import make_aggregator
 from jfed.algorithms.algorithm import Algorithm, Server
 from jfed.algorithms.averaging import fedavg
@@ -20,7 +19,15 @@ from jfed.algorithms.servers import ServerConfig, client_weights
 from jfed.data import Dataset, check_partition, class_counts
 from jfed.data.preprocessing import Augmentation, Images, channel_moments
 from jfed.engine import debug, hosts
-from jfed.engine.devices import EVERYWHERE, SPREAD, EngineConfig, make_mesh, put, to_host
+from jfed.engine.devices import (
+    EVERYWHERE,
+    SPREAD,
+    EngineConfig,
+    make_mesh,
+    put,
+    rows_here,
+    to_host,
+)
 from jfed.engine.faults import FaultConfig
 from jfed.engine.lanes import SCHEDULE, Inputs, Training
 from jfed.engine.memory import ClientMemory
@@ -39,13 +46,14 @@ from jfed.simulation.checks import (
     check_parts,
     check_training,
 )
-from jfed.simulation.evaluation import EvaluationConfig, Examples, in_batches
+from jfed.simulation.evaluation import EvaluationConfig, Examples, evaluated_tiers, in_batches
 from jfed.simulation.population import Sampler, make_population
 from jfed.simulation.programs import Plan, group_tiers, make_merged, programs
 from jfed.simulation.records import columns
 from jfed.simulation.under_way import UnderWay
-from jfed.tiers import Tier, Tiers
+from jfed.tiers import Tiers
 from jfed.tiers.communication import Traffic, traffic
+from jfed.tiers.tier import as_tiers
 
 
 class State(NamedTuple):
@@ -482,7 +490,7 @@ class Federation:
         assert self.memory is not None
         for work, schedule, group, rows in trained:
             hosts.wait_for(rows)
-            here = [_by_row(leaf) for leaf in jax.tree.leaves(rows)]
+            here = [rows_here(leaf) for leaf in jax.tree.leaves(rows)]
             for item, place in zip(work, self._places(work, schedule, group), strict=True):
                 if place in here[0]:
                     self.memory.put(item.client, number, [leaf[place] for leaf in here])
@@ -504,42 +512,3 @@ def _as_in(work: Sequence[Work], tiers: Sequence[int]) -> list[Work]:
     """Work with tiers numbered as in their program, in the order of its slots."""
     found = [item._replace(tier=tiers.index(item.tier)) for item in work]
     return sorted(found, key=lambda item: item.client)
-
-
-def _by_row(leaf: Array) -> dict[int, np.ndarray]:
-    """The rows of an array that lie on this host's devices, by number."""
-    found: dict[int, np.ndarray] = {}
-    for shard in leaf.addressable_shards:
-        first = shard.index[0].start or 0
-        found |= {first + i: np.asarray(row) for i, row in enumerate(np.asarray(shard.data))}
-    return found
-
-
-def as_tiers(tiers: Tiers | Model) -> Tiers:
-    """The tiers, or the one tier of a model; ConfigError for anything else."""
-    if isinstance(tiers, Model):
-        return tiers_lib.single(tiers)
-    if not isinstance(tiers, Tiers):
-        raise ConfigError(
-            f"tiers must be a Model, or Tiers as jfed.tiers.ode(config, ...) makes them, got "
-            f"{tiers!r}."
-        )
-    return tiers
-
-
-def evaluated_tiers(tiers: Tiers, evaluation: EvaluationConfig) -> tuple[Tier, ...]:
-    """The tiers that clients run, then others: those to be tested, other counts, other solvers."""
-    if tiers.at is None:
-        for name in ("iterations", "solvers"):
-            if given := getattr(evaluation, name):
-                raise ConfigError(f"evaluation {name} {given!r} need tiers of iteration counts.")
-        return (*tiers.members, *tiers.tested)
-    run = [tier.iterations for tier in tiers.members if tier.iterations is not None]
-    found = list(tiers.at([*run, *evaluation.iterations]))
-    counts = list(dict.fromkeys(tier.iterations for tier in found if any(tier.iterations or ())))
-    for solver in evaluation.solvers:
-        found += tiers.at(counts, solver)
-    first: dict[str, Tier] = {}
-    for tier in (*found, *tiers.tested):
-        first.setdefault(tier.name, tier)
-    return tuple(first.values())

@@ -130,6 +130,18 @@ def single(model: Model, name: str = "full") -> Tiers:
     return Tiers(model.init, (Tier(name, model),))
 
 
+def as_tiers(tiers: Tiers | Model) -> Tiers:
+    """The tiers, or the one tier of a model; ConfigError for anything else."""
+    if isinstance(tiers, Model):
+        return single(tiers)
+    if not isinstance(tiers, Tiers):
+        raise ConfigError(
+            f"tiers must be a Model, or Tiers as jfed.tiers.ode(config, ...) makes them, got "
+            f"{tiers!r}."
+        )
+    return tiers
+
+
 def check_ratio(ratio: float) -> float:
     """Returns the ratio as a float; ConfigError unless it is above 0 and at most 1."""
     number = check_number("ratio", ratio, above=0.0)

@@ -100,6 +100,8 @@ def test_functions_made_inside_of_others_tell_what_they_close_over():
     one, same, other = as_json([scaled(2.0), scaled(2.0), scaled(3.0)])
     assert one == same != other
     assert one.startswith(f"{__name__}.test_functions_made_inside")
+    keys = as_json([scaled(2.0, jax.random.key(n)) for n in (3, 4)])
+    assert keys[0] != keys[1]
     arrays = as_json([scaled(2.0, np.arange(n)) for n in (3, 4)])
     assert arrays[0] != arrays[1]
     assert as_json(lambda x: x + 1) != as_json(lambda x: x + 2)
