@@ -1,18 +1,28 @@
 """Algorithms: what clients and server do, as pure functions that the engine runs.
 
 `Algorithm` is the interface, `fedavg` its default instance, `local_training` the client's half of
-most. An algorithm of your own is a function that returns an `Algorithm`.
+most. The others are a short file each, by name in `AlgorithmConfig`. An algorithm of your own is a
+function that returns an `Algorithm`.
 """
 
 from jfed.algorithms.algorithm import Algorithm, Client, Merged, Server, one_each
 from jfed.algorithms.averaging import fedavg
+from jfed.algorithms.catalogue import ALGORITHMS, AlgorithmConfig, make_algorithm
 from jfed.algorithms.clients import ClientConfig, Codec, make_optimizer
+from jfed.algorithms.controls import scaffold
+from jfed.algorithms.dynamic_regularization import feddyn
+from jfed.algorithms.normalized_averaging import fednova
 from jfed.algorithms.optimizers import step_owned
+from jfed.algorithms.personal_leaves import fedbn, fedper, fedrep
+from jfed.algorithms.personal_models import ditto
+from jfed.algorithms.proximal import fedprox
 from jfed.algorithms.servers import ServerConfig
 from jfed.algorithms.training import Local, local_training
 
 __all__ = [
+    "ALGORITHMS",
     "Algorithm",
+    "AlgorithmConfig",
     "Client",
     "ClientConfig",
     "Codec",
@@ -20,9 +30,18 @@ __all__ = [
     "Merged",
     "Server",
     "ServerConfig",
+    "ditto",
     "fedavg",
+    "fedbn",
+    "feddyn",
+    "fednova",
+    "fedper",
+    "fedprox",
+    "fedrep",
     "local_training",
+    "make_algorithm",
     "make_optimizer",
     "one_each",
+    "scaffold",
     "step_owned",
 ]

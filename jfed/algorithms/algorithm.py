@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -32,6 +33,10 @@ class Server(NamedTuple):
     state: Any = ()
 
 
+def _all(tree: Any) -> Any:
+    return tree
+
+
 class Client(NamedTuple):
     """What a client knows in a round. Numbers are traced scalars.
 
@@ -44,6 +49,8 @@ class Client(NamedTuple):
       weight: of the client in the mean, see `ServerConfig.weights`.
       round: from 0.
       learning_rate: of this round, see `ClientConfig`.
+      own: `message -> message`, with zeros in what does not leave the client: entries that its tier
+        does not own, and personal leaves. The engine does so to what `client_final` returns.
     """
 
     sent: Any
@@ -54,6 +61,7 @@ class Client(NamedTuple):
     weight: Float[Array, ""]
     round: Int[Array, ""]
     learning_rate: Float[Array, ""]
+    own: Callable[[Any], Any] = _all
 
 
 class Merged(NamedTuple):
@@ -64,7 +72,8 @@ class Merged(NamedTuple):
         aggregator): for each global entry over the clients that own it, 0 where none does.
       owners: for each entry of the variables, how many clients that own it delivered.
       clients: how many delivered.
-      population: how many clients the federation has.
+      population: for each entry of the variables, how many clients of the federation own it, each
+        in its own tier.
       round: from 0.
       key: the server's own of this round.
     """
@@ -72,9 +81,21 @@ class Merged(NamedTuple):
     message: dict[str, Any]
     owners: Params
     clients: Float[Array, ""]
-    population: int
+    population: Params
     round: Int[Array, ""]
     key: Array
+
+    def per_client(self, part: str) -> Params:
+        """The mean of a part over all clients of the federation that own an entry.
+
+        Those who delivered nothing count as 0. Of weighted parts, the weighted mean is taken as the
+        mean of those who delivered.
+        """
+
+        def mean(merged: Array, delivered: Array, all_: Array) -> Array:
+            return merged * (delivered / jnp.maximum(all_, 1))
+
+        return jax.tree.map(mean, self.message[part], self.owners, self.population)
 
 
 def _nothing(variables: Params) -> Any:
@@ -105,6 +126,10 @@ class Algorithm:
       send: `server -> tree`, what a client gets.
       weights: of parts of the message that are not weighted by `client.weight`: `client -> scalar`
         by the part's name.
+      personal: `path -> bool` of leaves of the variables, such as "classifier/kernel", that never
+        leave a client: the engine takes them out of messages, and they are not counted as traffic.
+      personalise: `(sent, memory) -> params`, a client's own model, which is tested on its own
+        examples; None where all clients have the server's.
     """
 
     client_init: Callable[[Client, Any, Array], Any]
@@ -115,6 +140,8 @@ class Algorithm:
     memory_init: Callable[[Params], Any] = _nothing
     send: Callable[[Server], Any] = _variables
     weights: Mapping[str, Callable[[Client], Any]] = dataclasses.field(default_factory=dict)
+    personal: Callable[[str], bool] | None = None
+    personalise: Callable[[Any, Any], Params] | None = None
 
 
 def one_each(client: Client) -> Float[Array, ""]:

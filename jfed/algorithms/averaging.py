@@ -1,6 +1,5 @@
 """FedAvg (McMahan et al. 2017, arXiv 1602.05629, algorithm 1) with any server optimizer."""
 
-import functools
 from typing import Any
 
 import jax
@@ -8,45 +7,34 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jfed.algorithms.algorithm import Algorithm, Client, Merged, Server
-from jfed.algorithms.clients import OPTIMIZER, ClientConfig, make_optimizer
+from jfed.algorithms.clients import ClientConfig, make_optimizer
 from jfed.algorithms.optimizers import step_owned
-from jfed.algorithms.servers import SERVER_OPTIMIZER, ServerConfig, make_server_optimizer
+from jfed.algorithms.servers import ServerConfig, make_server_optimizer
+from jfed.algorithms.sharing import shared
 from jfed.algorithms.training import Correct, Local, local_training
 from jfed.models.model import Params
 
 
+@shared
 def fedavg(
-    client: ClientConfig | None = None,
-    server: ServerConfig | None = None,
-    *,
-    correct: Correct | None = None,
+    client: ClientConfig, server: ServerConfig, *, correct: Correct | None = None
 ) -> Algorithm:
     """Clients send what training added to their weights; the server steps along the mean.
 
-    Server SGD at rate 1 is the paper's average of weights; momentum, Adam, Yogi are those of Reddi
-    et al. 2021 (arXiv 2003.00295). Equal optimizers give the same object, whose programs are
-    compiled once in a process; with `correct`, each call makes another.
+    Server SGD at rate 1 is the paper's average of weights. With momentum it is FedAvgM (Hsu et al.
+    2019, arXiv 1909.06335); with Adagrad, Adam and Yogi it is FedAdagrad, FedAdam and FedYogi
+    (Reddi et al. 2021, arXiv 2003.00295, algorithm 2, where tau is `eps` and v_{-1} = tau^2;
+    Optax's second moments begin with 0, Yogi's with 1e-6, and Adam's and Yogi's are corrected for
+    it). Each entry is averaged over the clients that own it.
+
+    Equal optimizers (and the same `correct`) give the same object, whose programs are compiled once
+    in a process.
 
     Args:
       client: the clients' optimizer.
       server: the server's optimizer.
       correct: of the clients' gradients, see `local_training`.
     """
-    clients, servers = client or ClientConfig(), server or ServerConfig()
-    if correct is not None:
-        return _make(clients, servers, correct)
-    # What else they hold is none of the algorithm's, or data.
-    own = {name: getattr(clients, name) for name in OPTIMIZER}
-    of_server = {name: getattr(servers, name) for name in SERVER_OPTIMIZER}
-    return _made(ClientConfig(**own), ServerConfig(**of_server))
-
-
-@functools.lru_cache(maxsize=64)
-def _made(client: ClientConfig, server: ServerConfig) -> Algorithm:
-    return _make(client, server, None)
-
-
-def _make(client: ClientConfig, server: ServerConfig, correct: Correct | None) -> Algorithm:
     training = local_training(make_optimizer(client), correct=correct)
     optimizer = make_server_optimizer(server)
 

@@ -2,13 +2,19 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import optax
 from jaxtyping import Array
 
-from jfed.algorithms.optimizers import MakeOptimizer, optimizer_from, try_optimizer
+from jfed.algorithms.optimizers import (
+    Argument,
+    MakeOptimizer,
+    check_arguments,
+    optimizer_from,
+    try_optimizer,
+)
 from jfed.errors import calling, check_integer, check_number, check_type, name_of, one_of
 from jfed.models.model import Params
 
@@ -47,6 +53,8 @@ class ClientConfig:
         function from the round (from 0) to the learning rate, such as an Optax schedule, which
         takes the place of `learning_rate`.
       momentum: of optimizers that have one, from 0 to below 1; None leaves Optax's default.
+      optimizer_args: further arguments of a named optimizer, by Optax's names: a mapping, kept as
+        sorted pairs, in a command `b1=0.95 eps=0.001`.
       weight_decay: added to the gradient as weight_decay * params (an L2 penalty); 0 adds none to
         what the optimizer does by itself.
       clip_norm: gradients of a larger global norm are scaled down to it; None for no clipping.
@@ -64,6 +72,7 @@ class ClientConfig:
     learning_rate: float = 0.1
     schedule: str | Schedule = "constant"
     momentum: float | None = None
+    optimizer_args: tuple[Argument, ...] | Mapping[str, Any] = ()
     weight_decay: float = 0.0
     clip_norm: float | None = None
     codec: Codec | None = dataclasses.field(default=None, metadata={"flag": False})
@@ -85,18 +94,20 @@ class ClientConfig:
         if not callable(self.schedule):
             one_of("schedule", self.schedule, SCHEDULES)
         check_type("codec", self.codec, Codec, type(None))
+        arguments = check_arguments("optimizer_args", self.optimizer_args)
+        object.__setattr__(self, "optimizer_args", arguments)
         try_optimizer(make_optimizer(self), self.optimizer)
         if self.momentum is not None:
             object.__setattr__(self, "momentum", float(self.momentum))
 
 
 # The settings that make the optimizer.
-OPTIMIZER = ("optimizer", "momentum", "weight_decay", "clip_norm")
+OPTIMIZER = ("optimizer", "momentum", "optimizer_args", "weight_decay", "clip_norm")
 
 
 def make_optimizer(config: ClientConfig) -> MakeOptimizer:
     """The client's optimizer, clipping and weight decay included."""
-    maker = optimizer_from(config.optimizer, config.momentum)
+    maker = optimizer_from(config.optimizer, config.momentum, config.optimizer_args)  # type: ignore[arg-type]
 
     def make(learning_rate: Any) -> optax.GradientTransformation:
         parts = [maker(learning_rate)]
@@ -107,6 +118,15 @@ def make_optimizer(config: ClientConfig) -> MakeOptimizer:
         return optax.chain(*parts)
 
     return make
+
+
+def sgd_momentum(config: ClientConfig) -> float | None:
+    """The momentum of clients that do SGD, 0 for none; None if they do something else."""
+    arguments = dict(config.optimizer_args)
+    momentum = arguments.pop("momentum", config.momentum)
+    if config.optimizer != "sgd" or arguments.get("nesterov"):
+        return None
+    return float(momentum or 0)
 
 
 def learning_rate(config: ClientConfig, round_: int, rounds: int) -> float:

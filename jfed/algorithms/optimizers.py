@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jfed.errors import ConfigError, check_number, one_of
+from jfed.errors import ConfigError, check_number, check_sequence, one_of
 from jfed.models.model import Params
 from jfed.seeds import is_key
 from jfed.tiers.parts import map_parts
@@ -19,13 +19,30 @@ from jfed.tiers.parts import map_parts
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 
 
-def optimizer_from(optimizer: str | MakeOptimizer, momentum: float | None) -> MakeOptimizer:
+# Of an optimizer, by Optax's name of it: ("b1", 0.95).
+Argument = tuple[str, bool | int | float | str]
+
+
+def check_arguments(name: str, value: Any) -> tuple[Argument, ...]:
+    """Arguments of an optimizer, given as a mapping or as pairs, sorted by name."""
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else check_sequence(name, value)
+    for pair in pairs:
+        is_pair = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
+        if not (is_pair and isinstance(pair[1], bool | int | float | str)):
+            raise ConfigError(f"{name} must be names with numbers, as eps=0.001, got {pair!r}.")
+    if len({pair[0] for pair in pairs}) < len(pairs):
+        raise ConfigError(f"{name} must name each argument once, got {pairs!r}.")
+    return tuple(sorted(pairs))
+
+
+def optimizer_from(
+    optimizer: str | MakeOptimizer, momentum: float | None, arguments: Sequence[Argument] = ()
+) -> MakeOptimizer:
     """An optimizer, given by Optax's name or as a function, as a function of the learning rate."""
     if callable(optimizer):
-        if momentum is not None:
-            raise ConfigError(
-                f"momentum {momentum!r} goes with an optimizer's name; a function sets its own."
-            )
+        if momentum is not None or arguments:
+            told = f"momentum {momentum!r}" if momentum is not None else f"{dict(arguments)!r}"
+            raise ConfigError(f"{told} goes with an optimizer's name; a function sets its own.")
         return optimizer
     if not isinstance(optimizer, str):
         raise ConfigError(
@@ -34,13 +51,19 @@ def optimizer_from(optimizer: str | MakeOptimizer, momentum: float | None) -> Ma
         )
     makers = _named_optimizers()
     maker = makers[one_of("optimizer", optimizer, tuple(makers))]
+    own = tuple(inspect.signature(maker).parameters)[1:]  # the learning rate is the first
+    given: dict[str, Any] = {}
+    for name, value in arguments:
+        given[one_of(f"argument of optimizer {optimizer!r}", name, own)] = value
     if momentum is None:
-        return maker
+        return functools.partial(maker, **given)
     if check_number("momentum", momentum, least=0.0) >= 1:
         raise ConfigError(f"momentum must be from 0 to below 1, got {momentum!r}.")
-    if "momentum" not in inspect.signature(maker).parameters:
+    if "momentum" not in own:
         raise ConfigError(f"optimizer {optimizer!r} has no momentum, got momentum={momentum!r}.")
-    return functools.partial(maker, momentum=float(momentum))
+    if "momentum" in given:
+        raise ConfigError(f"momentum is given twice: {momentum!r} and {given['momentum']!r}.")
+    return functools.partial(maker, **given, momentum=float(momentum))
 
 
 def _named_optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:

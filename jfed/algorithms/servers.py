@@ -1,13 +1,19 @@
 """How the server is configured: how clients weigh, the aggregator, the optimizer."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
 
 from jfed.algorithms.aggregators import Aggregation
-from jfed.algorithms.optimizers import MakeOptimizer, optimizer_from, try_optimizer
+from jfed.algorithms.optimizers import (
+    Argument,
+    MakeOptimizer,
+    check_arguments,
+    optimizer_from,
+    try_optimizer,
+)
 from jfed.errors import ConfigError, calling, check_number, name_of, one_of
 
 WEIGHTS = ("examples", "count")
@@ -24,12 +30,15 @@ class ServerConfig(Aggregation):
         `optax.GradientTransformation`. "sgd" with learning rate 1 is FedAvg, "adam" is FedAdam.
       learning_rate: of the server.
       momentum: of optimizers that have one, from 0 to below 1 ("sgd" with momentum is FedAvgM).
+      optimizer_args: further arguments of a named optimizer, by Optax's names: a mapping, kept as
+        sorted pairs, in a command `eps=0.001 b1=0.9`.
     """
 
     weights: str | Callable[[int, int], Any] = "examples"
     optimizer: str | MakeOptimizer = "sgd"
     learning_rate: float = 1.0
     momentum: float | None = None
+    optimizer_args: tuple[Argument, ...] | Mapping[str, Any] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,8 +46,9 @@ class ServerConfig(Aggregation):
             one_of("weights", self.weights, WEIGHTS)
         rate = check_number("server learning_rate", self.learning_rate, above=0.0)
         object.__setattr__(self, "learning_rate", rate)  # which may be given as an array
-        maker = optimizer_from(self.optimizer, self.momentum)
-        try_optimizer(lambda _: maker(self.learning_rate), self.optimizer)
+        arguments = check_arguments("optimizer_args", self.optimizer_args)
+        object.__setattr__(self, "optimizer_args", arguments)
+        try_optimizer(lambda _: make_server_optimizer(self), self.optimizer)
         if self.momentum is not None:
             object.__setattr__(self, "momentum", float(self.momentum))
 
@@ -69,9 +79,18 @@ def client_weights(config: ServerConfig, examples: list[int]) -> list[float]:
 
 
 # The settings that make the optimizer.
-SERVER_OPTIMIZER = ("optimizer", "learning_rate", "momentum")
+SERVER_OPTIMIZER = ("optimizer", "learning_rate", "momentum", "optimizer_args")
 
 
 def make_server_optimizer(config: ServerConfig) -> optax.GradientTransformation:
     """The server's optimizer."""
-    return optimizer_from(config.optimizer, config.momentum)(config.learning_rate)
+    maker = optimizer_from(config.optimizer, config.momentum, config.optimizer_args)  # type: ignore[arg-type]
+    return maker(config.learning_rate)
+
+
+def check_plain(algorithm: str, config: ServerConfig) -> None:
+    """Raises ConfigError if a server has an optimizer, in an algorithm that has no use for it."""
+    plain = ServerConfig()
+    for name in SERVER_OPTIMIZER:
+        if (value := getattr(config, name)) != getattr(plain, name):
+            raise ConfigError(f"{algorithm} has no server optimizer, got {name} {value!r}.")

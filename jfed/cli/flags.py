@@ -9,6 +9,7 @@ the metadata `{"flag": False}`.
 import collections.abc
 import dataclasses
 import functools
+import json
 import os
 import types
 import typing
@@ -26,6 +27,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from jfed.algorithms.optimizers import Argument
 from jfed.errors import ConfigError
 from jfed.models.ode_nets import Iterations, ODENetConfig
 from jfed.models.presets import NetworkConfig
@@ -44,6 +46,17 @@ def parse_iterations(text: str) -> Iterations:
     return counts if len(counts) > 1 else counts[0]
 
 
+def parse_argument(text: str) -> Argument:
+    """Reads eps=0.001 as a name and a value: a number, true or false, or text."""
+    name, sign, value = text.partition("=")
+    if not (name and sign and value):
+        raise ConfigError(f"an optimizer's argument must look like eps=0.001, got {text!r}.")
+    try:
+        return name, json.loads(value.lower())
+    except json.JSONDecodeError:
+        return name, value
+
+
 def _iterations(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """Tyro's rule for an entry of iterations."""
     if info.type != Iterations:
@@ -54,6 +67,19 @@ def _iterations(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         instance_from_str=lambda args: parse_iterations(args[0]),
         is_instance=lambda x: isinstance(x, int | tuple),
         str_from_instance=lambda x: [tier_name(x)],
+    )
+
+
+def _argument(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Tyro's rule for an argument of an optimizer."""
+    if info.type != Argument:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NAME=VALUE",
+        instance_from_str=lambda args: parse_argument(args[0]),
+        is_instance=lambda x: isinstance(x, tuple),
+        str_from_instance=lambda x: ["=".join(map(str, x))],
     )
 
 
@@ -79,6 +105,7 @@ def parse(
     """
     registry = ConstructorRegistry()
     registry.primitive_rule(_iterations)
+    registry.primitive_rule(_argument)
     registry.struct_rule(functools.partial(_struct, _places(defaults), names))
     given = tyro.cli(
         type(defaults),
@@ -131,7 +158,7 @@ def _replaced(defaults: Any, given: Mapping[str, Any]) -> Any:
 
 
 # Kinds of values that no command line can give; of a path it gives the text.
-_NOT_GIVEN = (collections.abc.Callable, os.PathLike)
+_NOT_GIVEN = (collections.abc.Callable, collections.abc.Mapping, os.PathLike)
 
 
 def _without_functions(kind: Any) -> Any:

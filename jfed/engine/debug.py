@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jfed.algorithms.aggregators import Aggregator, Stack
-from jfed.algorithms.algorithm import Client
+from jfed.algorithms.algorithm import Algorithm, Client
 from jfed.data.preprocessing import gather
 from jfed.engine.faults import corrupt
-from jfed.engine.lanes import Inputs, Training
+from jfed.engine.lanes import Inputs, Training, only_own
 from jfed.engine.merging import Report, clip
 from jfed.engine.packing import Work
 from jfed.models.losses import Metrics, training_loss
@@ -47,6 +47,7 @@ class Sent(NamedTuple):
 
 def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Sent, Any]:
     """Trains one client that remembers `memory`; returns what it sends, and its new memory."""
+    memory = jax.tree.map(jnp.asarray, memory)
     tier, algorithm, variables = config.tiers[work.tier], config.algorithm, inputs.server.variables
     sent, remembered = (
         map_parts(lambda v: tier.extract(v, inputs.round), variables, tree)
@@ -61,6 +62,7 @@ def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Se
         weight=jnp.float32(work.weight),
         round=inputs.round,
         learning_rate=inputs.learning_rate,
+        own=lambda message: _own(tier, algorithm, variables, message),
     )
     key = jax.random.fold_in(jax.random.fold_in(inputs.key, inputs.round), work.client)
     begin, end, code, fault = (jax.random.fold_in(key, np.uint32(2**32 - i)) for i in (1, 2, 3, 4))
@@ -74,12 +76,12 @@ def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Se
         local, metrics = algorithm.client_step(client, local, data, loss_key)
         told.append(metrics)
     message, after = algorithm.client_final(client, local, end)
-    message = _own(tier, variables, message)
+    message = _own(tier, algorithm, variables, message)
     if config.codec is not None:
         message["update"] = config.codec.decode(config.codec.encode(message["update"], code))
     if config.faults is not None and config.faults.corrupts:
         message = corrupt(config.faults, message, jnp.int32(work.fault), fault)
-    message = _own(tier, variables, message)
+    message = _own(tier, algorithm, variables, message)
     if config.clip is not None:
         message["update"] = clip(message["update"], config.clip)
     metrics = jax.tree.map(lambda *m: sum(m[1:], start=m[0]), *told)
@@ -108,15 +110,14 @@ def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Se
     return sent, kept if counts else memory
 
 
-def _own(tier: Tier, variables: Params, message: dict[str, Any]) -> dict[str, Any]:
-    """A message with zeros in what the tier does not own of what it extracts."""
-    if tier.mask is None:
-        return message
+def _own(
+    tier: Tier, algorithm: Algorithm, variables: Params, message: dict[str, Any]
+) -> dict[str, Any]:
+    """A message with zeros in what does not leave the client."""
     shapes = tier.shapes(variables)
-    own = tier.mask(shapes, tier.setting)
 
     def keep(part: Params) -> Params:
-        return jax.tree.map(lambda u, o: jnp.where(o > 0, u, 0), part, own)
+        return only_own(tier, algorithm, part, tier.setting)
 
     return map_parts(keep, shapes, message)
 

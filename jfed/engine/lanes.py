@@ -28,7 +28,7 @@ from jfed.engine.merging import Delivered, Report, clip
 from jfed.engine.packing import Cohort, Lanes, Schedule
 from jfed.models.losses import Metrics, training_loss
 from jfed.models.model import Params
-from jfed.tiers.parts import is_like, map_parts
+from jfed.tiers.parts import is_like, map_parts, path_name
 from jfed.tiers.tier import Tier
 
 # What else than a step's number is folded into a client's key.
@@ -134,6 +134,7 @@ class _Trainer:
             weight=of.weight,
             round=self.inputs.round,
             learning_rate=self.inputs.learning_rate,
+            own=lambda message: self._own(message, slot),
         )
         return client, jax.random.fold_in(self.key, of.client)
 
@@ -196,12 +197,9 @@ class _Trainer:
         return message
 
     def _own(self, message: dict[str, Any], slot: Array) -> dict[str, Any]:
-        """A message with zeros in what the client's tier does not own."""
-        mask = self.tier.mask
-        if mask is None:
-            return message
-        own = mask(self.shapes, self.setting(slot))
-        keep = lambda part: jax.tree.map(lambda u, o: jnp.where(o > 0, u, 0), part, own)  # noqa: E731
+        """A message with zeros in what does not leave the client."""
+        setting = self.setting(slot)
+        keep = lambda part: only_own(self.tier, self.algorithm, part, setting)  # noqa: E731
         return map_parts(keep, self.shapes, message)
 
     def _remember(self, slot: Array, new: Any, memory: Any, counts: Array) -> Any:
@@ -240,6 +238,21 @@ class _Trainer:
             {name: jnp.zeros(slots) for name in weights},
             Report(told, nobody, nobody),
         )
+
+
+def only_own(tier: Tier, algorithm: Algorithm, part: Params, setting: Any) -> Params:
+    """A part like the tier's variables with zeros in what does not leave a client.
+
+    That is what its tier does not own, and leaves that the algorithm calls personal.
+    """
+    if tier.mask is not None:
+        own = tier.mask(part, setting)
+        part = jax.tree.map(lambda u, o: jnp.where(o > 0, u, 0), part, own)
+    if (personal := algorithm.personal) is None:
+        return part
+    return jax.tree_util.tree_map_with_path(
+        lambda path, u: jnp.zeros_like(u) if personal(path_name(path)) else u, part
+    )
 
 
 def _arrays(tree: Any) -> Any:

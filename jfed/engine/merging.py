@@ -127,14 +127,34 @@ def _owned(
     weights: Sequence[Float[Array, " _"]],
     round_: Round,
 ) -> Params:
-    """For each entry the sum of the weights of the clients that own it."""
+    """For each entry the sum of the weights, by slots, of the clients that own it."""
+    by_tier = [
+        jnp.zeros(len(group.tiers)).at[group.tier].add(weight)
+        for group, weight in zip(groups, weights, strict=True)
+    ]
+    return owned(variables, [group.tiers for group in groups], by_tier, round_)
+
+
+def owned(
+    variables: Params,
+    programs: Sequence[Sequence[Tier]],
+    weights: Sequence[Float[Array, " _"]],
+    round_: Round,
+) -> Params:
+    """For each global entry the sum of the weights of the tiers that own it.
+
+    Args:
+      variables: global ones; only shapes and dtypes matter.
+      programs: the tiers, by the program that they share.
+      weights: of the tiers of each program.
+      round_: from 0.
+    """
     found = []
-    for group, weight in zip(groups, weights, strict=True):
-        if group.tiers[0].mask is None:  # all tiers of the program own the same
-            found.append((group.tiers[0], weight.sum()))
+    for tiers, weight in zip(programs, weights, strict=True):
+        if tiers[0].mask is None:  # all tiers of the program own the same
+            found.append((tiers[0], weight.sum()))
         else:
-            by_tier = jnp.zeros(len(group.tiers)).at[group.tier].add(weight)
-            found += [(tier, by_tier[i]) for i, tier in enumerate(group.tiers)]
+            found += [(tier, weight[i]) for i, tier in enumerate(tiers)]
     return _sum(
         [jax.tree.map(lambda o, w=w: o * w, tier.owned(variables, round_)) for tier, w in found]
     )

@@ -7,6 +7,7 @@ from etils import epath
 
 from jfed import data as data_lib
 from jfed import tiers as tiers_lib
+from jfed.algorithms.catalogue import make_algorithm
 from jfed.engine.devices import EngineConfig, make_mesh
 from jfed.models.presets import NetworkConfig
 from jfed.reports.summary import Twin, find_twin
@@ -40,6 +41,7 @@ def set_up(config: RunConfig, memory_folder: epath.Path | None = None) -> Prepar
         population.clients, len(tiers.members), population.shares, seed=seed, idle=tiers.idle
     )
     make_mesh(config.engine.devices)
+    algorithm = make_algorithm(config.algorithm, config.client, config.server)
     data = data_lib.load(config.data, seed=seed)
     network = config.network.make(data.num_classes, data.image_shape[-1])
     partition = data_lib.partition(
@@ -53,6 +55,7 @@ def set_up(config: RunConfig, memory_folder: epath.Path | None = None) -> Prepar
         cohort=population.cohort,
         shares=population.shares,
         draw_tiers=population.draw_tiers,
+        algorithm=algorithm,
         client=config.client,
         server=config.server,
         evaluation=config.evaluation,

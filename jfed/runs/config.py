@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from jfed.algorithms.catalogue import AlgorithmConfig
 from jfed.algorithms.clients import ClientConfig
 from jfed.algorithms.servers import ServerConfig
 from jfed.data import DataConfig, PartitionConfig
@@ -68,6 +69,7 @@ class RunConfig:
       network: what they train.
       tiers: what of it those train that cannot afford all.
       rounds: how many.
+      algorithm: what clients and server do.
       client: local training.
       server: what is made of their updates.
       faults: clients that fail or attack.
@@ -83,6 +85,7 @@ class RunConfig:
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
     tiers: MethodConfig = dataclasses.field(default_factory=MethodConfig)
     rounds: int = 20
+    algorithm: AlgorithmConfig = dataclasses.field(default_factory=AlgorithmConfig)
     client: ClientConfig = dataclasses.field(default_factory=ClientConfig)
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
     faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
@@ -125,6 +128,10 @@ _SHORT_NAMES = {
     "server.optimizer": "server_optimizer",
     "server.learning_rate": "server_learning_rate",
     "server.momentum": "server_momentum",
+    "server.optimizer_args": "server_optimizer_args",
+    "algorithm.name": "algorithm",
+    "algorithm.alpha": "feddyn_alpha",
+    "algorithm.strength": "ditto_strength",
     "evaluation.every": "eval_every",
     "evaluation.iterations": "eval_iterations",
     "evaluation.solvers": "eval_solvers",

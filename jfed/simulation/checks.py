@@ -192,10 +192,10 @@ def check_algorithm(
             raise ConfigError(f"{title} must give a scalar, got {_shapes(weight)}.")
 
     def step(server: Server, *parts: Any) -> Any:
-        return algorithm.server_step(server, Merged(parts[0], parts[1], parts[2], 1, *parts[3:]))
+        return algorithm.server_step(server, Merged(*parts))
 
     with calling(_title(algorithm, "server_step"), parts=sorted(merged)):
-        stepped = jax.eval_shape(step, server, merged, like, real, number, key)
+        stepped = jax.eval_shape(step, server, merged, like, real, like, number, key)
     _check_same(_title(algorithm, "server_step"), "server", stepped, server)
     return Exchange(sent, message, metrics)
 

@@ -171,7 +171,9 @@ class Federation:
             self._metrics[group] = jax.tree.structure(found.metrics)
             trained |= dict.fromkeys(by_name(found.metrics.others))
             for tier in tiers:
-                self.traffic[tier.name] = traffic(tier, like, encode, (found.sent, found.message))
+                self.traffic[tier.name] = traffic(
+                    tier, like, encode, (found.sent, found.message), self.algorithm.personal
+                )
         tested = check_measure(self.evaluation.measure, data)
         self.columns = columns([tier.name for tier in self.evaluated], tuple(trained), tested)
         check_aggregator(make_aggregator(self.server), like, self.population.cohort)
@@ -227,7 +229,9 @@ class Federation:
             tuple(self.evaluated[i] for i in members) for members in group_tiers(self.evaluated)
         )
         measure = self.evaluation.measure
-        return Plan(trainings, tested, aggregator, len(self.population.partition), measure)
+        counts = np.bincount(self.population.tier, minlength=len(self.tiers.members)).tolist()
+        population = tuple(tuple(counts[i] for i in group.tiers) for group in self._groups)
+        return Plan(trainings, tested, aggregator, population, measure)
 
     def _place(self, data: Dataset) -> None:
         """Puts the images on the devices, once for the whole run."""
@@ -415,7 +419,9 @@ class Federation:
         server, counts = state.server, sum(one.counts for one in sent)
         if counts:
             message, owners = debug.merge(sent, plan.aggregator, server.variables)
-            merged = make_merged(plan, inputs.key, inputs.round, message, owners, counts)
+            merged = make_merged(
+                plan, server.variables, inputs.key, inputs.round, message, owners, counts
+            )
             server = self.algorithm.server_step(server, merged)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(server.variables)]
         return State(server, latest), jnp.stack(finite).all(), reports, [Load()]

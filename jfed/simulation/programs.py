@@ -19,7 +19,7 @@ from jaxtyping import Array
 from jfed.algorithms.aggregators import Aggregator
 from jfed.algorithms.algorithm import Merged, Server
 from jfed.engine.lanes import Training, make_trainer
-from jfed.engine.merging import Delivered, Group, merge
+from jfed.engine.merging import Delivered, Group, merge, owned
 from jfed.models.model import Params
 from jfed.simulation.evaluation import Measure, make_evaluator
 from jfed.tiers.tier import Tier
@@ -35,14 +35,14 @@ class Plan:
       trainings: one for each group of tiers that share a program.
       evaluated: the groups of tiers that are tested, likewise.
       aggregator: in place of the weighted mean.
-      population: how many clients the federation has.
+      population: how many clients of the federation are in each tier, by training.
       measure: further metrics of the evaluation.
     """
 
     trainings: tuple[Training, ...]
     evaluated: tuple[tuple[Tier, ...], ...]
     aggregator: Aggregator | None
-    population: int
+    population: tuple[tuple[int, ...], ...]
     measure: Measure | None
 
 
@@ -127,7 +127,7 @@ def make_server(plan: Plan) -> jax.stages.Wrapped:
         ]
         message, owners = merge(server.variables, groups, plan.aggregator, round_)
         clients = jnp.concatenate([d.report.delivered for d in delivered]).sum()
-        merged = make_merged(plan, key, round_, message, owners, clients)
+        merged = make_merged(plan, server.variables, key, round_, message, owners, clients)
         after = algorithm.server_step(server, merged)
         after = jax.tree.map(lambda new, old: jnp.where(clients > 0, new, old), after, server)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after.variables)]
@@ -137,8 +137,16 @@ def make_server(plan: Plan) -> jax.stages.Wrapped:
 
 
 def make_merged(
-    plan: Plan, key: Array, round_: Array, message: dict[str, Any], owners: Params, clients: Any
+    plan: Plan,
+    variables: Params,
+    key: Array,
+    round_: Array,
+    message: dict[str, Any],
+    owners: Params,
+    clients: Any,
 ) -> Merged:
     """What an algorithm's server gets; `key` belongs to the run."""
+    tiers = [training.tiers for training in plan.trainings]
+    population = owned(variables, tiers, [jnp.float32(n) for n in plan.population], round_)
     own_key = jax.random.fold_in(jax.random.fold_in(key, round_), _SERVER)
-    return Merged(message, owners, jnp.float32(clients), plan.population, round_, own_key)
+    return Merged(message, owners, jnp.float32(clients), population, round_, own_key)

@@ -1,5 +1,6 @@
 """What travels between server and clients, in bytes."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 from jfed.models.model import Params
 from jfed.tiers import Tier
-from jfed.tiers.parts import map_parts
+from jfed.tiers.parts import map_parts, path_name
 
 
 class Traffic(NamedTuple):
@@ -28,7 +29,11 @@ def tree_size(tree: Params) -> int:
 
 
 def traffic(
-    tier: Tier, variables: Params, encode: Any = None, exchange: tuple[Any, Any] | None = None
+    tier: Tier,
+    variables: Params,
+    encode: Any = None,
+    exchange: tuple[Any, Any] | None = None,
+    personal: Callable[[str], bool] | None = None,
 ) -> Traffic:
     """Bytes of one client of the tier. Of trees like its variables, what it owns travels.
 
@@ -39,10 +44,15 @@ def traffic(
         that owns a share of its variables, that share of the encoded bytes counts.
       exchange: what the server sends, and the parts of the message that it gets, as shapes; by
         default the variables, and an update of them.
+      personal: whether a leaf, by its path, does not travel.
     """
     shapes = tier.shapes(variables)
-    arrays = zip(_owned(tier, shapes), jax.tree.leaves(shapes), strict=True)
-    own = sum(count * x.dtype.itemsize for count, x in arrays)
+    arrays = zip(_owned(tier, shapes), jax.tree_util.tree_leaves_with_path(shapes), strict=True)
+    own = sum(
+        count * x.dtype.itemsize
+        for count, (path, x) in arrays
+        if personal is None or not personal(path_name(path))
+    )
 
     def size(tree: Any) -> int:
         return sum(jax.tree.leaves(map_parts(lambda _: own, shapes, tree, otherwise=tree_bytes)))

@@ -9,7 +9,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_rounds
 import pytest
+from numpy_rounds import COHORT, CONFIG, DATA, MODEL, PARTS, ROUNDS, check, run
 
 import jfed
 from jfed.algorithms import (
@@ -21,9 +23,6 @@ from jfed.algorithms import (
     make_optimizer,
     one_each,
 )
-from jfed.data import Dataset, Split
-from jfed.engine.packing import client_batches
-from jfed.seeds import generator
 from jfed.simulation.federation import Federation
 
 # What a user writes ------------------------------------------------------------------------------
@@ -54,8 +53,7 @@ def scaffold(config):
         return {name: jax.tree.map(jnp.subtract, *pair) for name, pair in pairs.items()}, own
 
     def server_step(server, merged):
-        part = lambda c, u, n: c + n / merged.population * u  # noqa: E731
-        control = jax.tree.map(part, server.state, merged.message["control"], merged.owners)
+        control = jax.tree.map(jnp.add, server.state, merged.per_client("control"))
         return Server(jax.tree.map(jnp.add, server.variables, merged.message["update"]), control)
 
     start = lambda client, memory: client.sent["variables"]  # noqa: E731
@@ -104,153 +102,40 @@ def personal_head(config, is_head):
     )
 
 
-# The same in NumPy -------------------------------------------------------------------------------
-
-RATE, SEED, ROUNDS, COHORT = 0.05, 5, 4, 3
-CONFIG = ClientConfig(epochs=2, batch_size=4, learning_rate=RATE)
-PARTS = tuple(np.sort(p) for p in np.split(np.random.default_rng(0).permutation(60), [5, 20, 38]))
-
-
-def _dataset():
-    rng = np.random.default_rng(0)
-    prototypes = rng.integers(40, 216, (3, 4, 4, 1))
-    labels = rng.integers(0, 3, 90).astype(np.int32)
-    images = (prototypes[labels] + rng.integers(-40, 41, (90, 4, 4, 1))).astype(np.uint8)
-    return Dataset(
-        "blobs", Split(images[:60], labels[:60]), Split(images[60:], labels[60:]), tuple("abc")
-    )
-
-
-DATA = _dataset()
-MODEL = jfed.models.Model(
-    lambda key: {"w": 0.1 * jax.random.normal(key, (16, 3)), "b": jnp.zeros(3)},
-    lambda params, images: images.reshape(images.shape[0], -1) @ params["w"] + params["b"][None],
-)
-IMAGES = DATA.train.images.astype(np.float64)
-X = ((IMAGES - IMAGES.mean()) / IMAGES.std()).reshape(60, -1)
-
-
-def _gradient(params, batch):
-    logits = X[batch] @ params["w"] + params["b"]
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
-    p[np.arange(len(batch)), DATA.train.labels[batch]] -= 1
-    return {"w": X[batch].T @ p / len(batch), "b": p.mean(0)}
-
-
-def _map(f, *trees):
-    return {k: f(*(tree[k] for tree in trees)) for k in trees[0]}
-
-
-def _batches(client, number):
-    rng = generator(SEED, "batches", number, client)
-    return [b[b >= 0] for b in client_batches(PARTS[client], CONFIG, rng)]
-
-
-def _rounds(train, params):
-    """FedAvg's rounds in which `train(params, client, number) -> params` is a client's training."""
-    for number in range(ROUNDS):
-        cohort = generator(SEED, "cohort", number).choice(4, COHORT, replace=False).tolist()
-        trained = {client: train(params, client, number) for client in cohort}
-        weights = np.array([len(PARTS[client]) for client in cohort])
-        stacks = {k: np.stack([trained[client][k] for client in cohort]) for k in params}
-        params = {k: np.average(stack, 0, weights) for k, stack in stacks.items()}
-        yield cohort, params
-
-
-def _start():
-    made = MODEL.init(jax.random.fold_in(jax.random.key(SEED), 0))
-    return {k: np.asarray(v, np.float64) for k, v in made.items()}
-
-
-def _run(algorithm, mapping="map", **options):
-    engine = jfed.EngineConfig(mapping=mapping, lanes=None if mapping == "debug" else 2)
-    quiet = jfed.EvaluationConfig(every=0, batch_size=30)
-    given = {"rounds": ROUNDS, "cohort": COHORT, "client": CONFIG, "seed": SEED}
-    given |= {"algorithm": algorithm, "engine": engine, "evaluation": quiet}
-    return jfed.simulate(DATA, PARTS, MODEL, **given | options)
-
-
-def _check(found, expected):
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=2e-4, atol=2e-5)
-
+# The tests ---------------------------------------------------------------------------------------
 
 MAPPINGS = pytest.mark.parametrize("mapping", ["map", "vmap", "debug"])
 
 
 @MAPPINGS
 def test_fedprox(mapping):
-    def train(params, client, number):
-        own = dict(params)
-        for batch in _batches(client, number):
-            pull = _map(lambda w, s: 0.5 * (w - s), own, params)
-            own = _map(lambda w, g, p: w - RATE * (g + p), own, _gradient(own, batch), pull)
-        return own
-
-    *_, (_, expected) = _rounds(train, _start())
-    _check(_run(fedprox(CONFIG, 0.5), mapping).variables, expected)
+    expected = numpy_rounds.fedprox(mu=0.5)
+    check(run(fedprox(CONFIG, 0.5), mapping).variables, expected)
 
 
 @MAPPINGS
 def test_scaffold(mapping):
-    zero = _map(np.zeros_like, _start())
-    state = {"c": zero, "own": dict.fromkeys(range(4), zero), "changes": []}
-
-    def train(params, client, number):
-        own, steps, y = state["own"][client], 0, dict(params)
-        for batch in _batches(client, number):
-            change = _map(lambda g, o, c: g - o + c, _gradient(y, batch), own, state["c"])
-            y, steps = _map(lambda w, g: w - RATE * g, y, change), steps + 1
-        new = _map(lambda o, c, x, w: o - c + (x - w) / (steps * RATE), own, state["c"], params, y)
-        state["changes"].append(_map(np.subtract, new, own))
-        state["own"] = state["own"] | {client: new}
-        return y
-
-    for _, params in _rounds(train, _start()):
-        expected = params
-        state["c"] = _map(lambda c, *u: c + sum(u) / 4, state["c"], *state["changes"])
-        state["changes"] = []
-    result = _run(scaffold(CONFIG), mapping)
-    _check(result.variables, expected)
+    expected, own = numpy_rounds.scaffold()
+    result = run(scaffold(CONFIG), mapping)
+    check(result.variables, expected)
     for client in range(4):
-        _check(result.memory(client), state["own"][client])
+        check(result.memory(client), own[client])
 
 
 @MAPPINGS
 def test_ditto(mapping):
-    personal = dict.fromkeys(range(4), _start())
-
-    def train(params, client, number):
-        own, v = dict(params), personal[client]
-        for batch in _batches(client, number):
-            own = _map(lambda w, g: w - RATE * g, own, _gradient(own, batch))
-            pull = _map(lambda x, w: 2.0 * (x - w), v, params)
-            v = _map(lambda x, g, p: x - RATE * (g + p), v, _gradient(v, batch), pull)
-        personal[client] = v
-        return own
-
-    *_, (_, expected) = _rounds(train, _start())
-    result = _run(ditto(CONFIG, 2.0), mapping)
-    _check(result.variables, expected)
+    expected, personal = numpy_rounds.ditto(strength=2.0)
+    result = run(ditto(CONFIG, 2.0), mapping)
+    check(result.variables, expected)
     for client in range(4):
-        _check(result.memory(client), personal[client])
+        check(result.memory(client), personal[client])
 
 
 @MAPPINGS
 def test_a_personal_head(mapping):
-    heads = dict.fromkeys(range(4), _start()["b"])
-
-    def train(params, client, number):
-        own = params | {"b": heads[client]}
-        for batch in _batches(client, number):
-            own = _map(lambda w, g: w - RATE * g, own, _gradient(own, batch))
-        heads[client] = own["b"]
-        return own | {"b": params["b"]}
-
-    *_, (_, expected) = _rounds(train, _start())
-    result = _run(personal_head(CONFIG, lambda path: path[0].key == "b"), mapping)
-    _check(result.variables, expected)
+    expected, heads = numpy_rounds.fedper()
+    result = run(personal_head(CONFIG, lambda path: path[0].key == "b"), mapping)
+    check(result.variables, expected)
     for client in range(4):
         np.testing.assert_allclose(result.memory(client)["b"], heads[client], rtol=2e-4, atol=2e-5)
 
@@ -262,11 +147,11 @@ def test_memory_is_the_same_after_a_kill(tmp_path):
         if record.round == 2:
             raise RuntimeError("enough")
 
-    whole = _run(scaffold(CONFIG), workdir=tmp_path / "whole")
+    whole = run(scaffold(CONFIG), workdir=tmp_path / "whole")
     options = {"workdir": tmp_path / "parts", "checkpoints": jfed.CheckpointConfig(every=1, keep=1)}
     with pytest.raises(jfed.CallbackError, match="enough"):
-        _run(scaffold(CONFIG), callbacks=[stop], **options)
-    parts = _run(scaffold(CONFIG), **options)
+        run(scaffold(CONFIG), callbacks=[stop], **options)
+    parts = run(scaffold(CONFIG), **options)
     jax.tree.map(np.testing.assert_array_equal, whole.variables, parts.variables)
     for client in range(4):
         jax.tree.map(np.testing.assert_array_equal, whole.memory(client), parts.memory(client))
@@ -288,9 +173,9 @@ def test_memory_survives_a_change_of_tier_and_belongs_to_its_entries():
         for mapping in ("map", "debug")
     ]  # fmt: skip
     for client in range(4):
-        _check(results[0].memory(client), results[1].memory(client))
+        check(results[0].memory(client), results[1].memory(client))
         assert np.abs(results[0].memory(client)["b"]).max() > 0
-    _check(results[0].variables, results[1].variables)
+    check(results[0].variables, results[1].variables)
 
 
 @pytest.fixture
@@ -350,7 +235,7 @@ def test_functions_that_do_not_fit_are_named_before_anything_compiles(
     algorithm, message, nothing_compiles
 ):
     with pytest.raises(jfed.ConfigError, match=message):
-        _run(algorithm)
+        run(algorithm)
 
 
 @pytest.mark.parametrize(
@@ -377,14 +262,14 @@ def test_functions_that_cannot_work_are_named_before_anything_compiles(
     options, message, nothing_compiles
 ):
     with pytest.raises(jfed.ConfigError, match=message):
-        _run(None, **options)
+        run(None, **options)
 
 
 @pytest.mark.parametrize("algorithm", [None, scaffold(CONFIG), personal_head(CONFIG, lambda p: 0)])
 def test_traffic_is_what_the_algorithm_sends(algorithm):
     """SCAFFOLD sends two trees like the 51 variables each way, the others one."""
     trees = 2 if algorithm is not None and algorithm.weights else 1
-    result = _run(algorithm)
+    result = run(algorithm)
     assert result.traffic == {"full": (trees * 4 * 51, trees * 4 * 51)}
     assert result.history[0].bytes_up == COHORT * trees * 4 * 51
 
@@ -414,7 +299,7 @@ def test_numbers_of_python_and_numpy_are_state_and_memory_too(mapping, tmp_path)
         memory_init=lambda variables: {"rounds": 0, "batches": np.zeros(())},
     )
     with jax.numpy_dtype_promotion("standard"):
-        result = _run(counting, mapping, cohort=4, workdir=tmp_path / "run")
+        result = run(counting, mapping, cohort=4, workdir=tmp_path / "run")
     for client, part in enumerate(PARTS):
         per_round = CONFIG.epochs * -(-len(part) // CONFIG.batch_size)
         memory = result.memory(client)
@@ -432,7 +317,7 @@ def test_a_client_whose_memory_is_not_finite_is_rejected(mapping):
             jnp.where(client.number == 1, jnp.nan, 1.0),
         ),
     )
-    result = _run(broken, mapping, cohort=4)
+    result = run(broken, mapping, cohort=4)
     assert [(r.delivered, r.rejected) for r in result.history] == [(3, 1)] * ROUNDS
     assert [float(result.memory(client)) for client in range(4)] == [1, 0, 1, 1]
 

@@ -20,10 +20,11 @@ FLAGS = """
     --no-unroll --dtype --conv
     --method --iterations --sharing --ratios --scaler --depths --distillation --able
     --rounds --seed
-    --epochs --steps --batch-size --optimizer --learning-rate --schedule --momentum --weight-decay
-    --clip-norm --mask-absent-classes --no-mask-absent-classes
-    --server-optimizer --server-learning-rate --server-momentum --weights --aggregator --trim
-    --krum-byzantine --krum-selected --clip-updates
+    --algorithm --mu --feddyn-alpha --ditto-strength --personal --head-share
+    --epochs --steps --batch-size --optimizer --learning-rate --schedule --momentum
+    --optimizer-args --weight-decay --clip-norm --mask-absent-classes --no-mask-absent-classes
+    --server-optimizer --server-learning-rate --server-momentum --server-optimizer-args
+    --weights --aggregator --trim --krum-byzantine --krum-selected --clip-updates
     --dropout --stragglers --straggler-steps --non-finite --exploding --explosion --hostile --attack
     --attack-noise --attack-scale
     --pad --flip --no-flip
@@ -62,6 +63,22 @@ def test_each_flag_says_what_it_does(help_text):
     # From where the setting is used, and what only that place can say.
     assert "scaled down to it; None for no clipping. (default: None)" in text
     assert "The last batch of an epoch holds what is left. (default: 16)" in text
+
+
+def test_algorithms_and_arguments_of_optimizers_become_settings():
+    args = "--preset smoke --algorithm fedper --personal own/* --server-optimizer adam"
+    args += " --server-optimizer-args eps=0.001 b1=0.9 --optimizer-args nesterov=true"
+    assert run_command.parse(args.split()).run == run_preset("smoke").replace(
+        algorithm="fedper",
+        personal=("own/*",),
+        server_optimizer="adam",
+        server_optimizer_args={"b1": 0.9, "eps": 0.001},
+        optimizer_args={"nesterov": True},
+    )
+    with pytest.raises(SystemExit):
+        run_command.parse("--server-optimizer-args eps".split())
+    with pytest.raises(ConfigError, match=r"must look like eps=0\.001, got 'eps'"):
+        flags.parse_argument("eps")
 
 
 def test_text_becomes_settings():

@@ -1,0 +1,35 @@
+"""One object for equal settings, so that an algorithm's programs are compiled once in a process."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec
+
+from jfed.algorithms.algorithm import Algorithm
+from jfed.algorithms.clients import OPTIMIZER, ClientConfig
+from jfed.algorithms.servers import SERVER_OPTIMIZER, ServerConfig
+
+_P = ParamSpec("_P")
+
+
+def shared(
+    make: Callable[Concatenate[ClientConfig, ServerConfig, _P], Algorithm],
+) -> Callable[..., Algorithm]:
+    """A maker of algorithms that gives the same object where optimizers and settings are equal.
+
+    What else the two configurations hold is the simulation's, or data; they may be left out.
+    """
+    made = functools.lru_cache(maxsize=64)(make)
+
+    @functools.wraps(make)
+    def equal(
+        client: ClientConfig | None = None, server: ServerConfig | None = None, **settings: Any
+    ) -> Algorithm:
+        clients, servers = client or ClientConfig(), server or ServerConfig()
+        own = ClientConfig(**{name: getattr(clients, name) for name in OPTIMIZER})
+        return made(
+            own,
+            ServerConfig(**{name: getattr(servers, name) for name in SERVER_OPTIMIZER}),
+            **settings,
+        )
+
+    return equal

@@ -1,0 +1,279 @@
+"""The algorithms in the box, against loops in NumPy, exact limits, and their papers' numbers."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import numpy_rounds
+import pytest
+from numpy_rounds import CONFIG, DATA, MODEL, PARTS, RATE, check, each, run
+
+import jfed
+from jfed.algorithms import AlgorithmConfig, ServerConfig, make_algorithm
+from jfed.algorithms.catalogue import ALGORITHMS
+from jfed.simulation.federation import Federation
+
+ENGINES = pytest.mark.parametrize("mapping", ["vmap", "debug"])
+COUNT = ServerConfig(weights="count")
+HEAD = ("b",)
+
+
+def make(name, client=CONFIG, server=None, **settings):
+    return make_algorithm(AlgorithmConfig(name, **settings), client, server or ServerConfig())
+
+
+def same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found.variables, expected.variables)
+
+
+@ENGINES
+def test_fedprox(mapping):
+    check(run(make("fedprox", mu=0.5), mapping).variables, numpy_rounds.fedprox(0.5))
+
+
+@ENGINES
+def test_scaffold_with_equal_weights_and_a_server_rate(mapping):
+    server = dataclasses.replace(COUNT, learning_rate=0.7)
+
+    def mean(params, trained):
+        return each(lambda *own: sum(own[1:]) / (len(own) - 1), params, *trained.values())
+
+    expected, controls = numpy_rounds.scaffold(0.7, mean)
+    result = run(make("scaffold", server=server), mapping, server=server)
+    check(result.variables, expected)
+    for client, control in controls.items():
+        check(result.memory(client), control)
+
+
+@ENGINES
+def test_feddyn(mapping):
+    expected, terms = numpy_rounds.feddyn(0.3)
+    result = run(make("feddyn", alpha=0.3), mapping, server=COUNT)
+    check(result.variables, expected)
+    for client, term in terms.items():
+        check(result.memory(client), term)
+
+
+@ENGINES
+@pytest.mark.parametrize("momentum", [None, 0.8])
+def test_fednova(mapping, momentum):
+    client = dataclasses.replace(CONFIG, momentum=momentum)
+    result = run(make("fednova", client), mapping, client=client)
+    check(result.variables, numpy_rounds.fednova(momentum or 0.0))
+
+
+@ENGINES
+def test_ditto_trains_both_models_with_momentum(mapping):
+    client = dataclasses.replace(CONFIG, momentum=0.5)
+    expected, personal = numpy_rounds.ditto(2.0, 0.5)
+    result = run(make("ditto", client, strength=2.0), mapping, client=client)
+    check(result.variables, expected)
+    for number, model in personal.items():
+        check(result.memory(number), model)
+
+
+@ENGINES
+@pytest.mark.parametrize("name", ["fedper", "fedbn"])
+def test_fedper_and_fedbn(mapping, name):
+    """Of another leaf, FedBN is FedPer."""
+    expected, heads = numpy_rounds.fedper()
+    result = run(make(name, personal=HEAD), mapping)
+    check(result.variables, expected)
+    for client, head in heads.items():
+        check(result.memory(client), {"b": head})
+    assert result.traffic == {"full": (4 * 48, 4 * 48)}
+
+
+@ENGINES
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_fedrep(mapping, share):
+    expected, heads = numpy_rounds.fedrep(share)
+    result = run(make("fedrep", personal=HEAD, head_share=share), mapping)
+    check(result.variables, expected)
+    for client, head in heads.items():
+        check(result.memory(client), {"b": head})
+
+
+def _adam(state, k, delta, b1=0.9, b2=0.999, eps=1e-8):
+    m, v, t = state.get(k, (0, 0, 0))
+    state[k] = m, v, t = b1 * m + (1 - b1) * delta, b2 * v + (1 - b2) * delta**2, t + 1
+    return m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+
+
+def _adagrad(state, k, delta, eps=1e-7, initial_accumulator_value=0.1):
+    state[k] = state.get(k, initial_accumulator_value) + delta**2
+    return delta / np.sqrt(state[k] + eps)
+
+
+def _yogi(state, k, delta, b1=0.9, b2=0.999, eps=1e-3):
+    m, v, t = state.get(k, (-1e-6, 1e-6, 0))  # of the gradient, -delta
+    m = b1 * m + (1 - b1) * delta
+    v, t = v - (1 - b2) * np.sign(v - delta**2) * delta**2, t + 1
+    state[k] = m, v, t
+    return m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+
+
+@jax.numpy_dtype_promotion("standard")  # Optax raises a float to an integer power
+@pytest.mark.parametrize(
+    ("optimizer", "rule", "settings"),
+    [
+        ("adam", _adam, {"b1": 0.8, "eps": 0.01}),
+        ("adagrad", _adagrad, {"initial_accumulator_value": 0.01, "eps": 0.001}),
+        ("yogi", _yogi, {"eps": 0.05, "b2": 0.9}),
+    ],
+)
+def test_fedopt_takes_arguments_of_the_servers_optimizer(optimizer, rule, settings):
+    server = ServerConfig(optimizer=optimizer, learning_rate=0.1, optimizer_args=settings)
+    result = run(make("fedavg", server=server), server=server)
+    check(result.variables, numpy_rounds.adaptive(rule, 0.1, **settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("fedprox", {"mu": 0.0}), ("feddyn", {"alpha": 0.0}), ("fedrep", {"personal": HEAD})],
+)
+def test_limits_that_are_fedavg(name, settings):
+    """To the bit, or nearly: XLA fuses other sums where a term is 0."""
+    if name == "fedrep":  # of which the head is all that trains, in no batch
+        settings = settings | {"head_share": 0.0}
+        expected = numpy_rounds.fedrep(0.0)[0]
+    else:
+        expected = run(make("fedavg")).variables
+    check(run(make(name, **settings)).variables, expected)
+
+
+def test_scaffolds_first_round_is_fedavgs_and_fednova_with_equal_steps_is():
+    once = {"rounds": 1, "cohort": 4}
+    same(run(make("scaffold"), **once), run(make("fedavg"), **once))
+    steps = dataclasses.replace(CONFIG, steps=7)
+    found = run(make("fednova", steps), client=steps).variables
+    check(found, run(make("fedavg", steps), client=steps).variables)
+
+
+def test_one_fednova_client_is_fedavg_whatever_its_steps():
+    check(run(make("fednova"), cohort=1).variables, run(make("fedavg"), cohort=1).variables)
+
+
+def test_feddyns_first_round_with_all_clients_is_fedprox_at_a_server_rate_of_two():
+    once, two = {"rounds": 1, "cohort": 4}, dataclasses.replace(COUNT, learning_rate=2.0)
+    found = run(make("feddyn", alpha=0.4), server=COUNT, **once)
+    prox = run(make("fedprox", server=two, mu=0.4), server=two, **once)
+    check(found.variables, prox.variables)
+
+
+def test_ditto_without_strength_is_local_training():
+    """Each client's own model is what it trains alone, whenever it is sampled."""
+    result = run(make("ditto", strength=0.0), cohort=4)
+    for client in range(4):
+        own = numpy_rounds.start()
+        for number in range(numpy_rounds.ROUNDS):
+            own = numpy_rounds.sgd(own, client, number)
+        check(result.memory(client), own)
+
+
+def test_a_ditto_as_strong_as_its_steps_are_long_begins_each_step_at_the_global_model():
+    """v - r (g(v) + (v - w) / r) = w - r g(v)."""
+    result = run(make("ditto", strength=1 / RATE), cohort=4, rounds=1)
+    for client in range(4):
+        own = sent = numpy_rounds.start()
+        for batch in numpy_rounds.batches(client, 0):
+            own = each(lambda w, g: w - RATE * g, sent, numpy_rounds.gradient(own, batch))
+        check(result.memory(client), own)
+
+
+def test_fedper_and_fedrep_clients_share_no_head():
+    result = run(make("fedper", personal=HEAD), cohort=4)
+    heads = np.stack([result.memory(client)["b"] for client in range(4)])
+    assert np.ptp(heads, axis=0).min() > 1e-3
+    np.testing.assert_array_equal(result.variables["b"], MODEL.init(jax.random.key(0))["b"])
+
+
+def test_entries_that_some_clients_own_have_the_mean_of_their_owners_controls():
+    """c stays the mean of c_i over the clients that own an entry, in every tier."""
+    narrow = jfed.models.Model(
+        lambda key: {"w": MODEL.init(key)["w"]},
+        lambda p, images: images.reshape(images.shape[0], -1) @ p["w"],
+    )
+    some = jfed.tiers.Tier("narrow", narrow, lambda variables, _: {"w": variables["w"]})
+    both = jfed.tiers.Tiers(MODEL.init, (some, jfed.tiers.Tier("full", MODEL)))
+    federation = Federation(
+        DATA, PARTS, both, rounds=3, cohort=3, client=CONFIG, algorithm=make("scaffold"),
+        engine=jfed.EngineConfig(mapping="debug"),
+    )  # fmt: skip
+    state = federation.start
+    for number in range(3):
+        state, _ = federation.round(state, number)
+    recall = federation.recall(state)
+    control, _ = state.server.state
+    rows = [recall(client) for client in range(4)]
+    owners = np.flatnonzero(federation.population.tier == 1)
+    assert len(owners) == 2
+    np.testing.assert_allclose(control["w"], np.mean([r["w"] for r in rows], 0), atol=1e-6)
+    mean = np.mean([rows[client]["b"] for client in owners], 0)
+    np.testing.assert_allclose(control["b"], mean, atol=1e-6)
+    assert np.abs(mean).max() > 1e-3
+
+
+def test_equal_settings_are_one_algorithm_and_others_another():
+    rates = [dataclasses.replace(CONFIG, learning_rate=rate) for rate in (0.1, 0.2)]
+    for name, settings in NEEDED.items():
+        assert len({make(name, rate, **settings) for rate in rates}) == 1, name
+    assert make("fedprox", mu=0.1) is not make("fedprox", mu=0.2)
+
+
+NEEDED = {name: {} for name in ALGORITHMS} | {
+    "fedprox": {"mu": 0.1},
+    "feddyn": {"alpha": 0.1},
+    "ditto": {"strength": 0.1},
+}
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: AlgorithmConfig("fedprx", mu=0.1), r"unknown algorithm 'fedprx'. Did you mean"),
+        (lambda: AlgorithmConfig("scaffold", mu=0.1), "'scaffold' has no mu, got mu 0.1.*fedprox"),
+        (lambda: AlgorithmConfig("fedprox"), "'fedprox' needs mu, got none"),
+        (lambda: make("fedprox", mu=-1.0), "mu must be a number, 0 or more, got -1"),
+        (lambda: make("feddyn", alpha=float("nan")), "alpha must be .*, got nan"),
+        (lambda: make("ditto", strength=-0.5), "strength must be .*, got -0.5"),
+        (lambda: make("fedrep", head_share=1.5), "head_share must be .*, got 1.5"),
+        (
+            lambda: make("feddyn", server=ServerConfig(momentum=0.9), alpha=0.1),
+            "feddyn has no server optimizer, got momentum 0.9",
+        ),
+        (
+            lambda: make("fednova", jfed.ClientConfig(optimizer="adam")),
+            "fednova needs clients with the optimizer 'sgd', .* got 'adam'",
+        ),
+        (
+            lambda: ServerConfig(optimizer="adam", optimizer_args={"esp": 0.1}),
+            r"unknown argument of optimizer 'adam' 'esp'. Did you mean 'eps'",
+        ),
+        (
+            lambda: jfed.ClientConfig(optimizer_args={"momentum": 0.1}, momentum=0.2),
+            "momentum is given twice: 0.2 and 0.1",
+        ),
+        (
+            lambda: jfed.ClientConfig(optimizer_args={"nesterov": None}),
+            r"as eps=0.001, got \('nesterov', None\)",
+        ),
+        (
+            lambda: jfed.ClientConfig(optimizer_args=(("nesterov", True), ("nesterov", False))),
+            "must name each argument once",
+        ),
+        (lambda: ServerConfig(optimizer_args={"momentum": "x"}), "'sgd' cannot be used"),
+    ],
+)
+def test_bad_settings_are_named(build, message):
+    with pytest.raises(jfed.ConfigError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(("personal", "what"), [(("nobody",), "none"), (("*",), "every leaf")])
+def test_patterns_that_name_no_leaf_or_all_are_refused_before_anything_compiles(
+    personal, what, monkeypatch
+):
+    monkeypatch.setattr(Federation, "compile", None)
+    with pytest.raises(jfed.ConfigError, match=f"names {what} of b, w"):
+        run(make("fedper", personal=personal))
