@@ -16,7 +16,7 @@ from jfed.cli.progress import Progress
 from jfed.engine import hosts
 from jfed.engine.hosts import HostsConfig
 from jfed.errors import JfedError
-from jfed.reports.summary import format_table
+from jfed.reports.summary import format_local, format_table
 from jfed.runs import folder, huge_pages
 from jfed.runs import running as runs
 from jfed.runs.assembly import set_up
@@ -124,6 +124,8 @@ def execute(args: list[str], *, restart: bool = False) -> None:
     if not hosts.is_first():
         return
     print(f"\n{format_table(table)}\nBytes are of one client in one round.\n")
+    if (local := result.history[-1].local) is not None:
+        print(f"{format_local(local)}\n")
     if finished:
         print(f"The run in {workdir} had finished already; nothing was changed.")
         return

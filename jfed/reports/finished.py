@@ -20,11 +20,19 @@ _SAME_ARM = ("seed", "data_dir", "devices", "lanes", "mapping")
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One evaluation: after which round, all bytes sent by then, test accuracy by tier."""
+    """One evaluation.
+
+    Attributes:
+      round: after which it was.
+      bytes_total: sent by then.
+      accuracies: on the test set, by tier.
+      local: mean accuracy of clients on examples of their own; None where that is not tested.
+    """
 
     round: int
     bytes_total: int
     accuracies: Mapping[str, float]
+    local: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +85,23 @@ class FinishedRun:
         """As `average`, at an earlier evaluation."""
         return float(np.mean([point.accuracies[tier["tier"]] for tier in self.trained]))
 
-    def bytes_to(self, target: float) -> int | None:
-        """All bytes sent until `average` was at least `target`, from 0 to 1; None if it never was.
+    @property
+    def local(self) -> Mapping[str, Any] | None:
+        """What `jfed.simulation.records.LocalEvaluation.summary` says of the last round."""
+        return self.summary.get("local")
 
-        Seen at the rounds that were evaluated.
+    def reaching(self, target: float, *, local: bool = False) -> Point | None:
+        """The first evaluation at which `average` was at least `target`; None if it never was.
+
+        Args:
+          target: from 0 to 1.
+          local: of the mean accuracy of clients on examples of their own instead.
         """
-        reached = (p.bytes_total for p in self.history if self.average_at(p) >= target)
-        return next(reached, None)
+        for point in self.history:
+            value = point.local if local else self.average_at(point)
+            if value is not None and value >= target:
+                return point
+        return None
 
 
 def read(folder: epath.PathLike, arm: str = "") -> FinishedRun:
@@ -115,7 +133,9 @@ def _points(metrics: str) -> tuple[Point, ...]:
         if found:
             sent = int(row["bytes_down_total"]) + int(row["bytes_up_total"])
             accuracies = {tier: float(accuracy) for tier, accuracy in found.items()}
-            points.append(Point(int(row["round"]), sent, accuracies))
+            local = row.get("local_accuracy_mean")
+            point = Point(int(row["round"]), sent, accuracies, float(local) if local else None)
+            points.append(point)
     return tuple(points)
 
 

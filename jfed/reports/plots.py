@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from jfed.simulation.records import Record
+from jfed.simulation.records import LocalEvaluation, Record
 
 
 def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
@@ -106,6 +106,23 @@ def classes_by_client(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(class_names) <= 20:
         figure.legend(loc="outside right upper", fontsize="small")
+    return figure
+
+
+def local_accuracy(local: LocalEvaluation, kind: str = "tier") -> Figure:
+    """Accuracy of every client on examples of its own, sorted, a colour for each tier."""
+    figure, axes = _axes("clients, by accuracy", "local accuracy")
+    order, names = np.argsort(local.accuracies, kind="stable"), np.asarray(local.tiers)
+    place = np.empty(len(order), int)
+    place[order] = np.arange(len(order))
+    values = np.asarray(local.accuracies)
+    for number, name in enumerate(sorted(set(local.tiers))):
+        own = names == name
+        axes.bar(place[own], values[own], width=1.0, color=f"C{number % 10}", label=name)
+    axes.axhline(values.mean(), color="black", linewidth=1, linestyle="--", label="mean")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(title=kind, fontsize="small")
     return figure
 
 

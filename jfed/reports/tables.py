@@ -12,7 +12,7 @@ from tabulate import tabulate
 from jfed import files
 from jfed.errors import ConfigError, check_number, one_of
 from jfed.reports import plots
-from jfed.reports.finished import FinishedRun
+from jfed.reports.finished import FinishedRun, Point
 
 _LEVEL = 0.05  # a star says that noise alone would give such a difference less often than this
 STYLES = ("simple", "github", "latex_booktabs")  # Tabulate's names
@@ -24,6 +24,7 @@ NOTE = (
 
 Groups = Mapping[str, Sequence[FinishedRun]]
 Measure = Callable[[FinishedRun], float | None]
+LOCAL = ("mean", "weighted", "worst", "p10", "std")
 _MEASURES: dict[str, Measure] = {"mean": lambda run: run.average, "worst": lambda run: run.worst}
 
 
@@ -32,7 +33,8 @@ def lines(runs: Sequence[FinishedRun], target: float | None = None) -> list[dict
 
     Args:
       runs: of any arms and seeds.
-      target: adds `bytes_to_target`, see `FinishedRun.bytes_to`.
+      target: adds `bytes_to_target` and `rounds_to_target`, see `FinishedRun.reaching`; with tests
+        of clients also the two of `local`.
     """
     found = []
     for run in runs:
@@ -45,8 +47,14 @@ def lines(runs: Sequence[FinishedRun], target: float | None = None) -> list[dict
             "jax": hardware["jax"],
             "commit": hardware["commit"],
         }
+        if run.local is not None:
+            about |= {f"local_{name}": round(run.local[name], 6) for name in LOCAL}
         if target is not None:
-            about |= {"target": target, "bytes_to_target": run.bytes_to(target)}
+            about |= {"target": target}
+            for kind in ("", "local_") if run.local is not None else ("",):
+                point = run.reaching(target, local=bool(kind))
+                about[f"{kind}bytes_to_target"] = point and point.bytes_total
+                about[f"{kind}rounds_to_target"] = point and point.round
         for tier in run.tiers:
             own = {"arm": run.arm, "seed": run.seed}
             own |= {name: tier[name] for name in ("kind", "tier", "trained")}
@@ -106,7 +114,7 @@ def arm_table(
       runs: of any arms and seeds.
       baseline: the arm whose mean and worst tier others' are compared with, where they have as many
         tiers; none by default.
-      target: accuracy from 0 to 1; adds the bytes that it took to get there.
+      target: accuracy from 0 to 1; adds the rounds and bytes that it took to get there.
       style: one of `STYLES`.
 
     Raises:
@@ -127,8 +135,12 @@ def arm_table(
             "upload [kB]": f"{np.mean([tier['bytes_up'] for tier in trained]) / 1e3:,.0f}",
             "all traffic [MB]": f"{np.mean([run.bytes_total for run in group]) / 1e6:,.1f}",
         }
+        local = [run.local for run in group if run.local is not None]
+        if any(run.local is not None for run in runs):
+            for name in ("mean", "worst"):
+                row[f"clients' {name} [%]"] = spread([own[name] for own in local]) if local else ""
         if target is not None:
-            row[f"MB to {100 * target:g} %"] = _bytes_to(group, target)
+            row |= _to_target(group, target)
         if baseline is not None:
             other = groups[one_of("baseline", baseline, tuple(groups))]
             same = len(other[0].trained) == len(group[0].trained)
@@ -177,11 +189,20 @@ def _format(rows: Sequence[Mapping[str, str]], style: str) -> str:
     return tabulate(rows, headers="keys", tablefmt=style, disable_numparse=True, stralign="right")
 
 
-def _bytes_to(group: Sequence[FinishedRun], target: float) -> str:
-    reached = [found for run in group if (found := run.bytes_to(target)) is not None]
-    if len(reached) < len(group):
-        return f"reached by {len(reached)} of {len(group)}"
-    return _spread(np.array(reached) / 1e6)
+def _to_target(group: Sequence[FinishedRun], target: float) -> dict[str, str]:
+    """Rounds and bytes that an arm took to a target, in columns."""
+    reached = [point for run in group if (point := run.reaching(target)) is not None]
+    places: dict[str, Callable[[Point], float]] = {
+        "rounds": lambda point: point.round,
+        "MB": lambda point: point.bytes_total / 1e6,
+    }
+    missing = f"reached by {len(reached)} of {len(group)}"
+    return {
+        f"{name} to {100 * target:g} %": (
+            missing if len(reached) < len(group) else _spread(np.array(list(map(place, reached))))
+        )
+        for name, place in places.items()
+    }
 
 
 def _compare(

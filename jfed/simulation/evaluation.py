@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jfed.data.preprocessing import Images, gather
 from jfed.engine.devices import AXIS, EVERYWHERE, SPREAD
-from jfed.errors import ConfigError, check_integer, check_sequence
+from jfed.errors import ConfigError, check_integer, check_number, check_sequence
 from jfed.models.integration import check_solver
 from jfed.models.losses import Batch, Metrics, cross_entropy
 from jfed.models.model import Model, Moments, Params, Statistics
@@ -35,6 +35,11 @@ class EvaluationConfig:
       calibration_examples: training examples that batch-norm statistics are measured on.
       measure: further metrics, `measure(logits, batch) -> {name: sum over the examples that count}`
         float32 scalars, recorded as means over the test set.
+      local_test: share of each client's examples that it does not train on, and is tested on itself
+        at every evaluation: its personal model where the algorithm has such, else the global one.
+        0: none.
+      finetune_epochs: that each client's model is trained on its own examples before these tests,
+        by the clients' optimizer at the first round's learning rate; what comes of it is not kept.
     """
 
     every: int = 1
@@ -43,6 +48,8 @@ class EvaluationConfig:
     batch_size: int = 250
     calibration_examples: int = 2000
     measure: Measure | None = None
+    local_test: float = 0.0
+    finetune_epochs: int = 0
 
     def __post_init__(self) -> None:
         check_sequence("evaluation iterations", self.iterations)
@@ -51,6 +58,12 @@ class EvaluationConfig:
         check_integer("evaluation every", self.every, least=0)
         check_integer("evaluation batch_size", self.batch_size, least=1, most=10**6)
         check_integer("evaluation calibration_examples", self.calibration_examples, least=1)
+        if check_number("local_test", self.local_test, least=0.0) >= 1:
+            raise ConfigError(f"local_test must be below 1, got {self.local_test!r}.")
+        if check_integer("finetune_epochs", self.finetune_epochs, least=0) and not self.local_test:
+            raise ConfigError(
+                f"finetune_epochs {self.finetune_epochs} need examples to test on: set local_test."
+            )
 
 
 def evaluated_tiers(tiers: Tiers, evaluation: EvaluationConfig) -> tuple[Tier, ...]:

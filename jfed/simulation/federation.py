@@ -38,6 +38,7 @@ from jfed.models.flops import forward_flops
 from jfed.models.losses import Metrics, by_name
 from jfed.models.model import Model, Params, initialise
 from jfed.seeds import check_seed, generator
+from jfed.simulation import local_tests
 from jfed.simulation.checks import (
     check_aggregator,
     check_algorithm,
@@ -47,6 +48,7 @@ from jfed.simulation.checks import (
     check_training,
 )
 from jfed.simulation.evaluation import EvaluationConfig, Examples, evaluated_tiers, in_batches
+from jfed.simulation.local_tests import Chunk, LocalTesting
 from jfed.simulation.population import Sampler, make_population
 from jfed.simulation.programs import Plan, group_tiers, make_merged, programs
 from jfed.simulation.records import columns
@@ -126,6 +128,9 @@ class Federation:
         self.key = jax.random.key(check_seed(seed))
         self.seed = seed
         examples = check_partition(partition, len(data.train))
+        self._tested: Any = None  # what each client is tested on, if anything
+        if share := self.evaluation.local_test:
+            examples, self._tested = local_tests.split(examples, share, seed=seed)
         self.population = make_population(
             examples,
             tiers=len(self.tiers.members),
@@ -175,7 +180,9 @@ class Federation:
                     tier, like, encode, (found.sent, found.message), self.algorithm.personal
                 )
         tested = check_measure(self.evaluation.measure, data)
-        self.columns = columns([tier.name for tier in self.evaluated], tuple(trained), tested)
+        local = [tier.name for tier in self.tiers.members] if self._tested else []
+        names = [tier.name for tier in self.evaluated]
+        self.columns = columns(names, tuple(trained), tested, local)
         check_aggregator(make_aggregator(self.server), like, self.population.cohort)
         self.population.sample(0)
         for number in (0, self.rounds - 1):
@@ -231,7 +238,13 @@ class Federation:
         measure = self.evaluation.measure
         counts = np.bincount(self.population.tier, minlength=len(self.tiers.members)).tolist()
         population = tuple(tuple(counts[i] for i in group.tiers) for group in self._groups)
-        return Plan(trainings, tested, aggregator, population, measure)
+        tuning = self.client if self.evaluation.finetune_epochs else None
+        local = tuple(
+            LocalTesting(t.tiers, self.algorithm, tuning, self.augmentation, self._mesh)
+            for t in trainings
+            if self._tested
+        )
+        return Plan(trainings, tested, aggregator, population, measure, local)
 
     def _place(self, data: Dataset) -> None:
         """Puts the images on the devices, once for the whole run."""
@@ -254,9 +267,24 @@ class Federation:
         key = jax.random.wrap_key_data(
             everywhere(jax.random.key_data(jax.random.fold_in(self.key, 1)))
         )
+        self._local = [self._chunks(group.tiers) for group in self._groups if self._tested]
         self._fixed = {"images": train, "present": present, "key": key}
         self._settings = everywhere(
             [jax.tree.map(np.int32, tier.setting) for tier in self.evaluated]
+        )
+
+    def _chunks(self, tiers: Sequence[int]) -> list[Chunk]:
+        """The clients of some tiers, to be tested on examples of their own."""
+        population = self.population
+        return local_tests.chunks(
+            np.flatnonzero(np.isin(population.tier, tiers)).tolist(),
+            lambda client: tiers.index(population.tier[client]),
+            population.partition,
+            self._tested,
+            client=self.client,
+            evaluation=self.evaluation,
+            mesh=self._mesh,
+            seed=self.seed,
         )
 
     @functools.cached_property
@@ -316,10 +344,10 @@ class Federation:
         """The programs, and the seconds that tracing and compiling them took."""
         began = time.perf_counter()
         if self.engine.mapping == "debug":
-            return programs(self._plan).compile(self._evaluations(self.start.server)), 0.0
+            return programs(self._plan).compile(self._evaluations(self.start)), 0.0
         start, shared = self.start, programs(self._plan)
         inputs = self._inputs(start.server, 0, 0.0)
-        arguments, delivered, tiers = self._evaluations(start.server), [], []
+        arguments, delivered, tiers = self._evaluations(start), [], []
         for i, group in enumerate(self._groups):
             schedule = self._put_schedule(pack([], group.packing))
             arguments[f"train {i}"] = (inputs, schedule, self._rows([], schedule, group, start))
@@ -360,6 +388,8 @@ class Federation:
             reports=reports,
             evaluations=self.evaluate(state) if self._due(number) else {},
             finite=finite,
+            local=self.test_locally(state, number) if self._due(number) else [],
+            tier_of=lambda client: self.tiers.members[self.population.tier[client]].name,
         )
         return state, under_way
 
@@ -430,13 +460,14 @@ class Federation:
         numbers = put((np.int32(number), np.float32(rate)), self._mesh, EVERYWHERE)
         return Inputs(server, *self._fixed.values(), *numbers)
 
-    def _evaluations(self, server: Server) -> dict[str, tuple[Any, ...]]:
-        """The arguments of the evaluation programs, each with the setting of its first tier."""
+    def _evaluations(self, state: State) -> dict[str, tuple[Any, ...]]:
+        """The arguments of all programs that test, each with the setting of its first tier."""
         groups, shared = group_tiers(self.evaluated), (self._calibration, self._test)
-        return {
-            f"evaluate {i}": (server.variables, self._settings[members[0]], *shared)
+        arguments = {
+            f"evaluate {i}": (state.server.variables, self._settings[members[0]], *shared)
             for i, members in enumerate(groups)
         }
+        return arguments | self._local_programs(state)
 
     def evaluate(self, state: State) -> dict[str, Metrics]:
         """Test metrics of each evaluated tier, arrays on the device, by name."""
@@ -448,6 +479,41 @@ class Federation:
                     state.server.variables, self._settings[member], self._calibration, self._test
                 )
         return {tier.name: found[tier.name] for tier in self.evaluated}
+
+    def _local_arguments(self, state: State, number: int, chunk: Chunk) -> tuple[Any, ...]:
+        """The arguments of the program that tests clients on examples of their own."""
+        rate = learning_rate(self.client, 0, self.rounds)  # of fine-tuning, in every round
+        rows: Any = ()
+        if self.memory is not None and self.algorithm.personalise is not None:
+            length = chunk.tested.client.shape[0]
+            places = range(len(chunk.clients)), length
+            rows = put(self.memory.rows(chunk.clients, state.latest, places), self._mesh, SPREAD)
+        return self._inputs(state.server, number, rate), chunk.tested, rows
+
+    def test_locally(self, state: State, number: int) -> list[tuple[Sequence[int], Metrics]]:
+        """Tests of clients on examples of their own: numbers, and arrays on the devices."""
+        found: list[tuple[Sequence[int], Metrics]] = []
+        for i, (testing, chunks) in enumerate(zip(self._plan.local, self._local, strict=True)):
+            norms = None
+            if testing.has_common_norms:
+                arguments = state.server.variables, self._calibration
+                norms = self._compiled[0][f"norms {i}"](*arguments)
+            for chunk in chunks:
+                given = self._local_arguments(state, number, chunk)
+                found.append((chunk.clients, self._compiled[0][f"local {i}"](*given, norms)))
+        return found
+
+    def _local_programs(self, state: State) -> dict[str, tuple[Any, ...]]:
+        """The arguments of the programs of `test_locally`."""
+        found: dict[str, tuple[Any, ...]] = {}
+        for i, (testing, chunks) in enumerate(zip(self._plan.local, self._local, strict=True)):
+            norms = None
+            if testing.has_common_norms:
+                found[f"norms {i}"] = state.server.variables, self._calibration
+                told = programs(self._plan).shapes(f"norms {i}", *found[f"norms {i}"])
+                norms = jax.tree.map(self._everywhere, told)
+            found[f"local {i}"] = *self._local_arguments(state, 0, chunks[0]), norms
+        return found
 
     def host_seconds(self, number: int) -> float:
         """Seconds of a round's work on the host: sampling, packing, sending the schedule."""

@@ -22,6 +22,7 @@ from jfed.engine.lanes import Training, make_trainer
 from jfed.engine.merging import Delivered, Group, merge, owned
 from jfed.models.model import Params
 from jfed.simulation.evaluation import Measure, make_evaluator
+from jfed.simulation.local_tests import LocalTesting, make_local_tester, make_measurer
 from jfed.tiers.tier import Tier
 
 _SERVER = np.uint32(2**32 - 5)  # folded into a round's key: the server's own
@@ -37,6 +38,7 @@ class Plan:
       aggregator: in place of the weighted mean.
       population: how many clients of the federation are in each tier, by training.
       measure: further metrics of the evaluation.
+      local: how clients are tested on examples of their own, by training; () where they are not.
     """
 
     trainings: tuple[Training, ...]
@@ -44,6 +46,7 @@ class Plan:
     aggregator: Aggregator | None
     population: tuple[tuple[int, ...], ...]
     measure: Measure | None
+    local: tuple[LocalTesting, ...] = ()
 
 
 class Programs:
@@ -56,6 +59,9 @@ class Programs:
         for i, tiers in enumerate(plan.evaluated):
             mesh = plan.trainings[0].mesh
             self._jitted[f"evaluate {i}"] = make_evaluator(tiers[0], mesh, plan.measure)
+        for i, testing in enumerate(plan.local):
+            self._jitted[f"local {i}"] = make_local_tester(testing)
+            self._jitted[f"norms {i}"] = make_measurer(testing)
         self._compiled: dict[Any, jax.stages.Compiled] = {}
 
     def shapes(self, name: str, *args: Any) -> Any:

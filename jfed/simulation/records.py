@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from etils import epath
 
 from jfed.errors import ConfigError
@@ -25,6 +26,46 @@ class Evaluation:
     accuracy: float
     loss: float
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalEvaluation:
+    """How clients do, each on test examples of its own, see `EvaluationConfig.local_test`.
+
+    Attributes:
+      clients: their numbers, ascending; those without a tier are left out.
+      tiers: the name of each one's tier.
+      accuracies: of each, from 0 to 1.
+      examples: that each was tested on.
+    """
+
+    clients: tuple[int, ...]
+    tiers: tuple[str, ...]
+    accuracies: tuple[float, ...]
+    examples: tuple[int, ...]
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Over clients: mean, mean by examples, worst, 10th percentile, standard deviation."""
+        values = np.asarray(self.accuracies)
+        return {
+            "mean": float(values.mean()),
+            "weighted": float(np.average(values, weights=self.examples)),
+            "worst": float(values.min()),
+            "p10": float(np.percentile(values, 10)),
+            "std": float(values.std()),
+        }
+
+    @property
+    def by_tier(self) -> dict[str, float]:
+        """Mean accuracy over the clients of each tier."""
+        names, values = np.asarray(self.tiers), np.asarray(self.accuracies)
+        return {name: float(values[names == name].mean()) for name in dict.fromkeys(self.tiers)}
+
+    def columns(self) -> dict[str, float]:
+        """As columns of `metrics.csv`."""
+        found = {f"local_accuracy_{name}": value for name, value in self.summary.items()}
+        return found | {f"local_accuracy_of_{name}": v for name, v in self.by_tier.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +94,7 @@ class Record:
       seconds: since the first round began; compiling happens before.
       evaluations: by tier name; empty in a round without evaluation.
       metrics: means over the examples trained on, of a loss's `Metrics.others`, by name.
+      local: how clients do on examples of their own, where that is tested.
     """
 
     round: int
@@ -73,35 +115,55 @@ class Record:
     seconds: float
     evaluations: dict[str, Evaluation] = dataclasses.field(default_factory=dict)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    local: LocalEvaluation | None = None
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Record":
         """The inverse of `dataclasses.asdict`."""
         evaluations = {name: Evaluation(**e) for name, e in fields["evaluations"].items()}
-        return cls(**fields | {"evaluations": evaluations})
+        local = fields["local"]
+        if local is not None:  # whose sequences JSON made lists
+            local = LocalEvaluation(**{name: tuple(values) for name, values in local.items()})
+        return cls(**fields | {"evaluations": evaluations, "local": local})
 
     def row(self) -> dict[str, Any]:
         """The record as flat columns."""
         flat = dataclasses.asdict(self)
-        del flat["evaluations"], flat["metrics"]
+        for name in _NESTED:
+            del flat[name]
         flat |= {f"train_{name}": value for name, value in self.metrics.items()}
         for name, evaluation in self.evaluations.items():
             measured = {"accuracy": evaluation.accuracy, "loss": evaluation.loss}
             measured |= evaluation.metrics
             flat |= {f"test_{what}_{name}": value for what, value in measured.items()}
-        return flat
+        return flat | (self.local.columns() if self.local else {})
+
+
+# The fields of a record that are several columns, or none.
+_NESTED = ("evaluations", "metrics", "local")
 
 
 def columns(
-    tiers: Sequence[str], trained: Sequence[str] = (), tested: Sequence[str] = ()
+    tiers: Sequence[str],
+    trained: Sequence[str] = (),
+    tested: Sequence[str] = (),
+    local: Sequence[str] = (),
 ) -> list[str]:
-    """The columns of `metrics.csv`, for evaluated tiers and names of `Record.metrics` and
-    `Evaluation.metrics`; ConfigError if two have one name.
+    """The columns of `metrics.csv`; ConfigError if two have one name.
+
+    Args:
+      tiers: that are evaluated.
+      trained: names of `Record.metrics`.
+      tested: names of `Evaluation.metrics`.
+      local: tiers of clients that are tested on examples of their own.
     """
-    own = [f.name for f in dataclasses.fields(Record) if f.name not in ("evaluations", "metrics")]
+    own = [f.name for f in dataclasses.fields(Record) if f.name not in _NESTED]
     train = [f"train_{name}" for name in trained]
     kinds = ("accuracy", "loss", *tested)
     found = own + train + [f"test_{what}_{tier}" for tier in tiers for what in kinds]
+    if local:
+        found += [f"local_accuracy_{what}" for what in ("mean", "weighted", "worst", "p10", "std")]
+        found += [f"local_accuracy_of_{tier}" for tier in local]
     if twice := sorted({name for name in found if found.count(name) > 1}):
         raise ConfigError(f"metrics.csv would have two columns {twice[0]!r}; rename the metric.")
     return found

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jaxtyping import Array
 from jfed.engine.merging import Report
 from jfed.engine.packing import Load, Work
 from jfed.models.losses import Metrics, by_name
+from jfed.simulation.local_tests import local_evaluation
 from jfed.simulation.records import Evaluation, Record
 from jfed.tiers.communication import Traffic
 
@@ -29,6 +30,9 @@ class UnderWay(NamedTuple):
       reports: of each program that trained, on the devices.
       evaluations: of each evaluated tier, on the devices.
       finite: whether all variables after the round are.
+      local: of each call that tests clients on examples of their own, their numbers, and metrics on
+        the devices.
+      tier_of: the name of a client's tier.
     """
 
     number: int
@@ -40,10 +44,12 @@ class UnderWay(NamedTuple):
     reports: Sequence[Report]
     evaluations: dict[str, Metrics]
     finite: Array | np.bool_
+    local: Sequence[tuple[Sequence[int], Metrics]] = ()
+    tier_of: Callable[[int], str] = str
 
     def ready(self) -> bool:
         """Whether all arrays have come."""
-        arrays = jax.tree.leaves((self.reports, self.evaluations, self.finite))
+        arrays = jax.tree.leaves((self.reports, self.evaluations, self.finite, self.local))
         return all(x.is_ready() for x in arrays if isinstance(x, jax.Array))  # type: ignore[attr-defined]
 
     def fetch(self, before: Record | None, began: float) -> Record:
@@ -55,7 +61,8 @@ class UnderWay(NamedTuple):
           before: the record of the round before, None for the first round.
           began: `time.perf_counter()` when the first round began.
         """
-        reports, evaluations = jax.device_get((self.reports, self.evaluations))
+        arrays = (self.reports, self.evaluations, self.local)
+        reports, evaluations, local = jax.device_get(arrays)
         sums = _sums([report.metrics for report in reports])
         examples = sums.get("examples", 0.0) or math.nan
         sent = sum(map(len, self.work))
@@ -80,6 +87,7 @@ class UnderWay(NamedTuple):
             # In their own order, which JAX does not keep.
             evaluations={name: _evaluation(evaluations[name]) for name in self.evaluations},
             metrics=_means([report.metrics for report in reports]),
+            local=local_evaluation(local, self.tier_of) if local else None,
         )
 
     def diverged(self) -> bool:

@@ -29,6 +29,7 @@ FLAGS = """
     --attack-noise --attack-scale
     --pad --flip --no-flip
     --eval-every --eval-iterations --eval-solvers --eval-batch-size --calibration-examples
+    --local-test --finetune-epochs
     --devices --lanes --mapping
     --preset --workdir --checkpoint-every --checkpoint-keep --tensorboard --no-tensorboard --wandb
     --cache --no-cache --cache-dir --huge-pages --no-huge-pages --distributed --no-distributed
