@@ -8,7 +8,8 @@ function that returns an `Algorithm`.
 from jfed.algorithms.algorithm import Algorithm, Client, Merged, Server, one_each
 from jfed.algorithms.averaging import fedavg
 from jfed.algorithms.catalogue import ALGORITHMS, AlgorithmConfig, make_algorithm
-from jfed.algorithms.clients import ClientConfig, Codec, make_optimizer
+from jfed.algorithms.clients import ClientConfig, make_optimizer
+from jfed.algorithms.codecs import Codec, CodecConfig, compressed
 from jfed.algorithms.controls import scaffold
 from jfed.algorithms.dynamic_regularization import feddyn
 from jfed.algorithms.normalized_averaging import fednova
@@ -26,10 +27,12 @@ __all__ = [
     "Client",
     "ClientConfig",
     "Codec",
+    "CodecConfig",
     "Local",
     "Merged",
     "Server",
     "ServerConfig",
+    "compressed",
     "ditto",
     "fedavg",
     "fedbn",

@@ -126,10 +126,13 @@ class Algorithm:
       send: `server -> tree`, what a client gets.
       weights: of parts of the message that are not weighted by `client.weight`: `client -> scalar`
         by the part's name.
+      parts: names of the parts of the message that are like the variables.
       personal: `path -> bool` of leaves of the variables, such as "classifier/kernel", that never
         leave a client: the engine takes them out of messages, and they are not counted as traffic.
       personalise: `(sent, memory) -> params`, a client's own model, which is tested on its own
         examples; None where all clients have the server's.
+      measured: whether the bytes that travel are measured on messages of the run, instead of
+        counted from shapes, see `jfed.algorithms.codecs`.
     """
 
     client_init: Callable[[Client, Any, Array], Any]
@@ -140,8 +143,10 @@ class Algorithm:
     memory_init: Callable[[Params], Any] = _nothing
     send: Callable[[Server], Any] = _variables
     weights: Mapping[str, Callable[[Client], Any]] = dataclasses.field(default_factory=dict)
+    parts: tuple[str, ...] = ("update",)
     personal: Callable[[str], bool] | None = None
     personalise: Callable[[Any, Any], Params] | None = None
+    measured: bool = False
 
 
 def one_each(client: Client) -> Float[Array, ""]:

@@ -1,12 +1,11 @@
-"""How clients are configured: their work in a round, their optimizer, what they send."""
+"""How clients are configured: their work in a round, and their optimizer."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import optax
-from jaxtyping import Array
 
 from jfed.algorithms.optimizers import (
     Argument,
@@ -16,25 +15,10 @@ from jfed.algorithms.optimizers import (
     try_optimizer,
 )
 from jfed.errors import calling, check_integer, check_number, check_type, name_of, one_of
-from jfed.models.model import Params
 
 _MANY = 10**6  # more epochs, steps, or examples in a batch than anyone means
 SCHEDULES = ("constant", "cosine", "step")
 Schedule = Callable[[int], Any]
-
-
-class Codec(NamedTuple):
-    """How an update travels.
-
-    Attributes:
-      encode: `encode(update, key) -> encoded`: from a tree like the parameters to any pytree of
-        arrays, whose bytes are what is counted as traffic.
-      decode: `decode(encoded) -> update`, what the server makes of it; by default nothing is to be
-        done, as after clipping or noise.
-    """
-
-    encode: Callable[[Params, Array], Any]
-    decode: Callable[[Any], Params] = lambda encoded: encoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +42,6 @@ class ClientConfig:
       weight_decay: added to the gradient as weight_decay * params (an L2 penalty); 0 adds none to
         what the optimizer does by itself.
       clip_norm: gradients of a larger global norm are scaled down to it; None for no clipping.
-      codec: what a client does to its update before it sends it, such as clipping or lossy
-        compression, see `Codec`; None sends it as it is.
       mask_absent_classes: set the logits of classes that a client has no example of to 0 in its
         loss, so that it does not unlearn them (the masked cross-entropy of HeteroFL, Diao et al.
         2021, section 3).
@@ -75,7 +57,6 @@ class ClientConfig:
     optimizer_args: tuple[Argument, ...] | Mapping[str, Any] = ()
     weight_decay: float = 0.0
     clip_norm: float | None = None
-    codec: Codec | None = dataclasses.field(default=None, metadata={"flag": False})
     mask_absent_classes: bool = False
 
     def __post_init__(self) -> None:
@@ -93,7 +74,6 @@ class ClientConfig:
             object.__setattr__(self, name, number)
         if not callable(self.schedule):
             one_of("schedule", self.schedule, SCHEDULES)
-        check_type("codec", self.codec, Codec, type(None))
         arguments = check_arguments("optimizer_args", self.optimizer_args)
         object.__setattr__(self, "optimizer_args", arguments)
         try_optimizer(make_optimizer(self), self.optimizer)

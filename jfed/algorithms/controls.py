@@ -72,4 +72,5 @@ def scaffold(client: ClientConfig, server: ServerConfig) -> Algorithm:
         memory_init=zeros,
         send=lambda server: {"variables": server.variables, "control": server.state[0]},
         weights={"control": one_each},
+        parts=("update", "control"),
     )

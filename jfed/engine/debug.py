@@ -65,7 +65,7 @@ def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Se
         own=lambda message: _own(tier, algorithm, variables, message),
     )
     key = jax.random.fold_in(jax.random.fold_in(inputs.key, inputs.round), work.client)
-    begin, end, code, fault = (jax.random.fold_in(key, np.uint32(2**32 - i)) for i in (1, 2, 3, 4))
+    begin, end, fault = (jax.random.fold_in(key, np.uint32(2**32 - i)) for i in (1, 2, 4))
     local, told = algorithm.client_init(client, remembered, begin), []
     for step, batch in enumerate(work.batches):
         data_key, loss_key = jax.random.split(jax.random.fold_in(key, step))
@@ -77,8 +77,6 @@ def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Se
         told.append(metrics)
     message, after = algorithm.client_final(client, local, end)
     message = _own(tier, algorithm, variables, message)
-    if config.codec is not None:
-        message["update"] = config.codec.decode(config.codec.encode(message["update"], code))
     if config.faults is not None and config.faults.corrupts:
         message = corrupt(config.faults, message, jnp.int32(work.fault), fault)
     message = _own(tier, algorithm, variables, message)

@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jfed.algorithms.algorithm import Algorithm, Client, Server
-from jfed.algorithms.clients import Codec
 from jfed.data.preprocessing import Augmentation, Images, gather
 from jfed.engine.devices import AXIS, EVERYWHERE, SPREAD
 from jfed.engine.faults import FaultConfig, corrupt
@@ -32,7 +31,7 @@ from jfed.tiers.parts import is_like, map_parts, path_name
 from jfed.tiers.tier import Tier
 
 # What else than a step's number is folded into a client's key.
-_BEGIN, _END, _CODEC, _FAULT = (np.uint32(2**32 - i) for i in (1, 2, 3, 4))
+_BEGIN, _END, _FAULT = (np.uint32(2**32 - i) for i in (1, 2, 4))
 
 
 _PLAIN = jax.tree.structure(Metrics(*[0.0] * 3))  # type: ignore[arg-type]  # of the cross-entropy
@@ -51,7 +50,6 @@ class Training:
       slots: the most clients in a round.
       stacked: keep every client's message by itself, for an aggregator that needs it.
       clip: the largest L2 norm of an update that counts as it is; longer ones are scaled down.
-      codec: how updates travel.
       faults: of clients whose `Work` has some; None compiles none in.
       metrics: the structure of what the algorithm's `client_step` tells, float32 scalars all.
     """
@@ -64,7 +62,6 @@ class Training:
     slots: int
     stacked: bool = False
     clip: float | None = None
-    codec: Codec | None = None
     faults: FaultConfig | None = None
     metrics: Any = _PLAIN
 
@@ -182,12 +179,8 @@ class _Trainer:
         return parts, weights, counts, self._remember(slot, remembered, memory, counts)
 
     def _as_sent(self, message: dict[str, Any], slot: Array, key: Array) -> dict[str, Any]:
-        """A message as the server gets it: encoded and decoded, corrupted, clipped."""
-        codec, faults = self.config.codec, self.config.faults
-        message = self._own(message, slot)
-        if codec is not None:
-            sent = codec.encode(message["update"], jax.random.fold_in(key, _CODEC))
-            message = message | {"update": codec.decode(sent)}
+        """A message as the server gets it: corrupted, clipped."""
+        faults, message = self.config.faults, self._own(message, slot)
         if faults is not None and faults.corrupts:
             fault_key = jax.random.fold_in(key, _FAULT)
             message = corrupt(faults, message, self.cohort.fault[slot], fault_key)

@@ -42,6 +42,16 @@ class Delivered(NamedTuple):
     weights: dict[str, Float[Array, " slots"]]
     report: Report
 
+    def of_one(self, shapes: Params) -> dict[str, Any]:
+        """The message, where one client alone delivered, of weight 1; `shapes` are of its tier."""
+
+        def first(part: Any) -> Any:
+            structures: list[Any] = [jax.tree.structure(tree) for tree in (part, shapes)]
+            is_stacked = structures[0] == structures[1] and not is_like(part, shapes)
+            return jax.tree.map(lambda x: x[0], part) if is_stacked else part
+
+        return {name: first(part) for name, part in self.parts.items()}
+
 
 class Group(NamedTuple):
     """Tiers that share a program, and what their clients delivered.

@@ -86,7 +86,7 @@ def summarise(
     for tier in federation.evaluated:
         shapes = tier.shapes(result.variables)
         # Of a tier that no client trains, what an update of it would take.
-        bytes_ = federation.traffic.get(tier.name) or traffic(tier, result.variables)
+        bytes_ = result.traffic.get(tier.name) or traffic(tier, result.variables)
         lines.append(
             TierSummary(
                 kind=federation.tiers.kind,

@@ -164,12 +164,13 @@ def load(workdir: epath.PathLike, tiers: Tiers | Model | None = None) -> Result:
         found, evaluation, engine = _rebuilt(settings, tiers)
         engine = EngineConfig(**summary["engine"]) if summary else engine
         seconds = float(summary["compile_seconds"]) if summary else 0.0
-        sent = {name: Traffic(*sizes) for name, sizes in settings["inputs"]["traffic"].items()}
+        names = list(settings["inputs"]["traffic"])
     except (KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(
             f"{str(path)!r} is damaged, or of another version of jfed: {error!r}."
         ) from error
-    variables, history = _latest(path)
+    variables, sizes, history = _latest(path)
+    sent = {n: Traffic(*map(int, row)) for n, row in zip(names, sizes, strict=True)}
     if found is None:
         return Result(history, variables, None, (), sent, seconds, engine)
     like = jax.eval_shape(found.init, jax.random.key(0))
@@ -205,10 +206,10 @@ def _rebuilt(
     return found, evaluation, engine
 
 
-def _latest(path: epath.Path) -> tuple[Any, tuple[Record, ...]]:
-    """The variables as they are stored, and the records, of the latest checkpoint."""
+def _latest(path: epath.Path) -> tuple[Any, Any, tuple[Record, ...]]:
+    """Variables and bytes of clients as they are stored, and records, of the latest checkpoint."""
     with contextlib.closing(Checkpoints(path / "checkpoints", CheckpointConfig())) as checkpoints:
         saved = checkpoints.latest(None, repair=False)
     if saved is None:
         raise RunFolderError(f"the run in {str(path)!r} has not saved any round yet.")
-    return saved.state["server"]["variables"], saved.history
+    return saved.state["server"]["variables"], saved.state["sizes"], saved.history

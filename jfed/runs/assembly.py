@@ -8,6 +8,7 @@ from etils import epath
 from jfed import data as data_lib
 from jfed import tiers as tiers_lib
 from jfed.algorithms.catalogue import make_algorithm
+from jfed.algorithms.codecs import with_codecs
 from jfed.engine.devices import EngineConfig, make_mesh
 from jfed.models.presets import NetworkConfig
 from jfed.reports.summary import Twin, find_twin
@@ -42,6 +43,7 @@ def set_up(config: RunConfig, memory_folder: epath.Path | None = None) -> Prepar
     )
     make_mesh(config.engine.devices)
     algorithm = make_algorithm(config.algorithm, config.client, config.server)
+    algorithm = with_codecs(algorithm, config.codec)
     data = data_lib.load(config.data, seed=seed)
     network = config.network.make(data.num_classes, data.image_shape[-1])
     partition = data_lib.partition(

@@ -18,6 +18,7 @@ from typing import Any
 
 from jfed.algorithms.catalogue import AlgorithmConfig
 from jfed.algorithms.clients import ClientConfig
+from jfed.algorithms.codecs import CodecConfig
 from jfed.algorithms.servers import ServerConfig
 from jfed.data import DataConfig, PartitionConfig
 from jfed.data.preprocessing import Augmentation
@@ -70,6 +71,7 @@ class RunConfig:
       tiers: what of it those train that cannot afford all.
       rounds: how many.
       algorithm: what clients and server do.
+      codec: how messages travel.
       client: local training.
       server: what is made of their updates.
       faults: clients that fail or attack.
@@ -86,6 +88,7 @@ class RunConfig:
     tiers: MethodConfig = dataclasses.field(default_factory=MethodConfig)
     rounds: int = 20
     algorithm: AlgorithmConfig = dataclasses.field(default_factory=AlgorithmConfig)
+    codec: CodecConfig = dataclasses.field(default_factory=CodecConfig)
     client: ClientConfig = dataclasses.field(default_factory=ClientConfig)
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
     faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
@@ -130,6 +133,8 @@ _SHORT_NAMES = {
     "server.momentum": "server_momentum",
     "server.optimizer_args": "server_optimizer_args",
     "algorithm.name": "algorithm",
+    "codec.up": "codec_up",
+    "codec.down": "codec_down",
     "algorithm.alpha": "feddyn_alpha",
     "algorithm.strength": "ditto_strength",
     "evaluation.every": "eval_every",

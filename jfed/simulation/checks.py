@@ -55,7 +55,7 @@ def check_model(tier: Tier, like: Params, data: Dataset) -> None:
 
 
 def check_training(tier: Tier, like: Params, config: ClientConfig, data: Dataset) -> None:
-    """Raises ConfigError if the loss is none, or the optimizer or the codec changes the tree.
+    """Raises ConfigError if the loss is none, or the optimizer changes the tree.
 
     Args:
       tier: with the model.
@@ -74,11 +74,6 @@ def check_training(tier: Tier, like: Params, config: ClientConfig, data: Dataset
     ):
         trained = jax.eval_shape(_optimizer_step(make_optimizer(config)), params, params)
     _check_tree("a step of training", trained, params, tier)
-    if config.codec is not None:
-        codec = config.codec
-        with calling(f"codec {name_of(codec.encode)}", tier=tier.name):
-            update = jax.eval_shape(lambda u, k: codec.decode(codec.encode(u, k)), params, _key())
-        _check_tree(f"codec {name_of(codec.encode)}", update, params, tier)
 
 
 def check_measure(measure: Measure | None, data: Dataset) -> tuple[str, ...]:
@@ -200,14 +195,12 @@ def check_algorithm(
     return Exchange(sent, message, metrics)
 
 
-def check_parts(message: Mapping[str, Any], client: ClientConfig, server: ServerConfig) -> None:
-    """Raises ConfigError if a message lacks the part that a codec or clipping is of."""
-    needs = {"codec": client.codec, "clip_updates": server.clip_updates}
-    for name, setting in needs.items():
-        if setting is not None and "update" not in message:
-            raise ConfigError(
-                f"{name} needs a part 'update' of the message, got {sorted(message)}."
-            )
+def check_parts(message: Mapping[str, Any], server: ServerConfig) -> None:
+    """Raises ConfigError if a message lacks the part that clipping is of."""
+    if server.clip_updates is not None and "update" not in message:
+        raise ConfigError(
+            f"clip_updates needs a part 'update' of the message, got {sorted(message)}."
+        )
 
 
 def check_aggregator(aggregator: Aggregator | None, like: Params, clients: int) -> None:

@@ -49,12 +49,14 @@ from jfed.simulation.checks import (
 )
 from jfed.simulation.evaluation import EvaluationConfig, Examples, evaluated_tiers, in_batches
 from jfed.simulation.local_tests import Chunk, LocalTesting
+from jfed.simulation.measured_traffic import Sizes, as_sizes, wire_bytes
 from jfed.simulation.population import Sampler, make_population
 from jfed.simulation.programs import Plan, group_tiers, make_merged, programs
 from jfed.simulation.records import columns
 from jfed.simulation.under_way import UnderWay
 from jfed.tiers import Tiers
 from jfed.tiers.communication import Traffic, traffic
+from jfed.tiers.parts import map_parts
 from jfed.tiers.tier import as_tiers
 
 
@@ -65,10 +67,12 @@ class State(NamedTuple):
       server: what the server keeps, on the devices. A round takes it over: a state is used once.
       latest: `[clients]` which round's row of memory each client has, see
         `jfed.engine.memory.ClientMemory`; () where clients remember nothing.
+      sizes: `[tiers, 2]` bytes of a client in a round, as last measured, or as counted from shapes.
     """
 
     server: Server
     latest: Any
+    sizes: Any
 
 
 class _Group(NamedTuple):
@@ -153,8 +157,8 @@ class Federation:
         self.engine = (engine or EngineConfig()).resolve(self.population.cohort)
         self._mesh = make_mesh(self.engine.devices)
         self._memory_folder = memory_folder
-        first = jax.eval_shape(self.algorithm.memory_init, like)
-        self.remembers = bool(jax.tree.leaves(first))
+        self._row_shapes = jax.eval_shape(self.algorithm.memory_init, like)
+        self.remembers = bool(jax.tree.leaves(self._row_shapes))
         if self.remembers and memory_folder is None and jax.process_count() > 1:
             raise ConfigError(
                 "client memory on several hosts needs a workdir that all of them see."
@@ -167,17 +171,16 @@ class Federation:
         self.traffic: dict[str, Traffic] = {}
         self._metrics: dict[tuple[int, ...], Any] = {}  # their structure, by program
         trained: dict[str, None] = {}
-        encode = self.client.codec and self.client.codec.encode
         for group in group_tiers(self.tiers.members):  # which differ in numbers only
             tiers = [self.tiers.members[i] for i in group]
             check_training(tiers[0], like, self.client, data)
             found = check_algorithm(tiers[0], like, self.algorithm, self.client, data)
-            check_parts(found.message, self.client, self.server)
+            check_parts(found.message, self.server)
             self._metrics[group] = jax.tree.structure(found.metrics)
             trained |= dict.fromkeys(by_name(found.metrics.others))
             for tier in tiers:
                 self.traffic[tier.name] = traffic(
-                    tier, like, encode, (found.sent, found.message), self.algorithm.personal
+                    tier, like, (found.sent, found.message), self.algorithm.personal
                 )
         tested = check_measure(self.evaluation.measure, data)
         local = [tier.name for tier in self.tiers.members] if self._tested else []
@@ -226,7 +229,6 @@ class Federation:
                 slots=group.packing.slots,
                 stacked=aggregator is not None,
                 clip=self.server.clip_updates,
-                codec=self.client.codec,
                 faults=self.population.faults,
                 metrics=self._metrics[group.tiers],
             )
@@ -320,16 +322,24 @@ class Federation:
     def start(self) -> State:
         """The state before the first round."""
         latest = ClientMemory.begin(len(self.population.partition)) if self.remembers else ()
-        return self.place(State(self._first[0], latest))
+        return self.place(State(self._first[0], latest, self._counted))
 
     @property
     def state_shapes(self) -> State:
         """Shapes and dtypes of the state."""
         latest = ClientMemory.begin(len(self.population.partition)) if self.remembers else ()
         variables = jax.eval_shape(self.tiers.init, self.key)
-        return State(
-            Server(variables, jax.eval_shape(self.algorithm.server_init, variables)), latest
-        )
+        server = Server(variables, jax.eval_shape(self.algorithm.server_init, variables))
+        return State(server, latest, self._counted)
+
+    @property
+    def _counted(self) -> Sizes:
+        return as_sizes([self.traffic[tier.name] for tier in self.tiers.members])
+
+    def traffic_of(self, state: State) -> dict[str, Traffic]:
+        """Bytes of a client in a round, by the name of its tier."""
+        names = [tier.name for tier in self.tiers.members]
+        return {n: Traffic(*map(int, row)) for n, row in zip(names, state.sizes, strict=True)}
 
     def place(self, state: State) -> State:
         """Puts a state on the devices."""
@@ -370,6 +380,8 @@ class Federation:
         rate = learning_rate(self.client, number, self.rounds)
         cohort = self.population.sample(number)
         by_tier = self.population.work(number, cohort)
+        if self.algorithm.measured and (number == 0 or self._due(number)):
+            state = state._replace(sizes=self._measure(state, number, rate, by_tier))
         work = [[w for i in group.tiers for w in by_tier[i]] for group in self._groups]
         work = [_as_in(items, g.tiers) for items, g in zip(work, self._groups, strict=True)]
         finite: Array | np.bool_ = np.bool_(True)
@@ -383,7 +395,7 @@ class Federation:
             clients=sum(map(len, cohort)),
             work=work,
             learning_rate=rate,
-            traffic=self._bytes(cohort, by_tier),
+            traffic=self._bytes(state, cohort, by_tier),
             load=functools.reduce(Load.plus, loads),
             reports=reports,
             evaluations=self.evaluate(state) if self._due(number) else {},
@@ -419,7 +431,7 @@ class Federation:
             for items, *_ in kept:
                 latest[[item.client for item in items]] = number
             self._forget_before(state)
-        return State(server, latest), finite, reports, loads
+        return State(server, latest, state.sizes), finite, reports, loads
 
     def _forget_before(self, state: State) -> None:
         """Drops rows that no checkpoint needs, since there is none: what a round began with."""
@@ -437,7 +449,7 @@ class Federation:
         for training, items in zip(plan.trainings, work, strict=True):
             told = []
             for item in items:
-                row = () if recall is None else recall(item.client)
+                row = self._row_shapes if recall is None else recall(item.client)
                 one, row = debug.train(training, inputs, item, row)
                 told.append(one)
                 if self.memory is not None:
@@ -454,7 +466,7 @@ class Federation:
             )
             server = self.algorithm.server_step(server, merged)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(server.variables)]
-        return State(server, latest), jnp.stack(finite).all(), reports, [Load()]
+        return State(server, latest, state.sizes), jnp.stack(finite).all(), reports, [Load()]
 
     def _inputs(self, server: Server, number: int, rate: float) -> Inputs:
         numbers = put((np.int32(number), np.float32(rate)), self._mesh, EVERYWHERE)
@@ -483,7 +495,7 @@ class Federation:
     def _local_arguments(self, state: State, number: int, chunk: Chunk) -> tuple[Any, ...]:
         """The arguments of the program that tests clients on examples of their own."""
         rate = learning_rate(self.client, 0, self.rounds)  # of fine-tuning, in every round
-        rows: Any = ()
+        rows: Any = () if self.algorithm.personalise is None else self._row_shapes
         if self.memory is not None and self.algorithm.personalise is not None:
             length = chunk.tested.client.shape[0]
             places = range(len(chunk.clients)), length
@@ -550,7 +562,7 @@ class Federation:
     def _rows(self, work: Sequence[Work], schedule: Schedule, group: _Group, state: State) -> Any:
         """The cohort's rows of memory, on the devices that train them."""
         if self.memory is None:
-            return ()
+            return self._row_shapes  # which has no leaves
         places = self._places(work, schedule, group), group.packing.rows * group.packing.devices
         rows = self.memory.rows([item.client for item in work], state.latest, places)
         return put(rows, self._mesh, SPREAD)
@@ -567,13 +579,56 @@ class Federation:
                 if place in here[0]:
                     self.memory.put(item.client, number, [leaf[place] for leaf in here])
 
-    def _bytes(self, cohort: Sequence[np.ndarray], done: Sequence[Sequence[Work]]) -> Traffic:
+    def _bytes(
+        self, state: State, cohort: Sequence[np.ndarray], done: Sequence[Sequence[Work]]
+    ) -> Traffic:
         """The model to the whole cohort, and an update from each client that did work."""
-        each = [self.traffic[tier.name] for tier in self.tiers.members]
-        return Traffic(
-            sum(len(c) * t.down for c, t in zip(cohort, each, strict=True)),
-            sum(len(work) * t.up for work, t in zip(done, each, strict=True)),
-        )
+        counts = [[len(c), len(work)] for c, work in zip(cohort, done, strict=True)]
+        return Traffic(*map(int, (np.asarray(counts, np.int64) * state.sizes).sum(0)))
+
+    def _measure(
+        self, state: State, number: int, rate: float, by_tier: Sequence[Sequence[Work]]
+    ) -> Sizes:
+        """Bytes of a client of each tier, of messages of this round: of the first of its clients.
+
+        That one trains for it alone; nothing of it is kept.
+        """
+        inputs = self._inputs(state.server, number, rate)
+        sent = to_host(self._send(state.server))
+        found = np.zeros_like(state.sizes)
+        for i, group in enumerate(self._groups):
+            for place, tier in enumerate(group.tiers):
+                if by_tier[tier]:
+                    client = by_tier[tier][0].client
+                else:
+                    client = int(np.flatnonzero(self.population.tier == tier)[0])
+                item = self.population.alone(number, client, place)
+                message = self._message(i, inputs, item, state)
+                member, like = self.tiers.members[tier], state.server.variables
+                shapes = member.shapes(like)
+                cut = map_parts(lambda v, m=member: m.extract(v, number), like, sent)
+                found[tier] = [
+                    wire_bytes(member, self.algorithm, shapes, tree) for tree in (cut, message)
+                ]
+        return found
+
+    @functools.cached_property
+    def _send(self) -> Callable[[Server], Any]:
+        return jax.jit(self.algorithm.send)
+
+    def _message(self, i: int, inputs: Inputs, item: Work, state: State) -> dict[str, Any]:
+        """What one client sends that trains alone by a program, cut to its tier, on the host."""
+        group, training = self._groups[i], self._plan.trainings[i]
+        if self.engine.mapping == "debug":
+            recall = self.recall(state)
+            row = self._row_shapes if recall is None else recall(item.client)
+            one, _ = debug.train(training, inputs, item, row)
+            like, tier = inputs.server.variables, training.tiers[item.tier]
+            return to_host(map_parts(lambda v: tier.extract(v, inputs.round), like, one.parts))
+        packed = pack([item], group.packing)
+        rows = self._rows([item], packed, group, state)
+        told, _ = self._compiled[0][f"train {i}"](inputs, self._put_schedule(packed), rows)
+        return to_host(told.of_one(training.tiers[0].shapes(inputs.server.variables)))
 
     def _due(self, number: int) -> bool:
         every = self.evaluation.every

@@ -40,7 +40,7 @@ class Result:
       variables: the global ones after the last round.
       tiers: as trained; None where `jfed.load` cannot know them.
       evaluated: the tiers that were tested, trained ones first.
-      traffic: bytes of one client in one round, by tier name.
+      traffic: bytes of one client in one round, by tier name; with codecs, as last measured.
       compile_seconds: how long tracing and compiling all programs took.
       engine: devices, lanes and mapping that were used.
       memory: what a client remembers after the last round, by its number; None where the algorithm
@@ -109,7 +109,7 @@ def make_result(federation: Federation, state: State, history: Sequence[Record])
         variables=state.server.variables,
         tiers=federation.tiers,
         evaluated=federation.evaluated,
-        traffic=federation.traffic,
+        traffic=federation.traffic_of(state),
         compile_seconds=federation.compile_seconds,
         engine=federation.engine,
         memory=federation.recall(state),

@@ -105,6 +105,12 @@ class Population:
             batches = batches[: straggler_batches(self.faults, len(batches))]
         return Work(client, tier, batches, len(examples), self.weights[client], fate.fault)
 
+    def alone(self, number: int, client: int, tier: int) -> Work:
+        """What a client would do in a round, of weight 1, where nothing goes wrong with it."""
+        examples = self.partition[client]
+        rng = generator(self.seed, "batches", number, client)
+        return Work(client, tier, client_batches(examples, self.client, rng), len(examples), 1.0)
+
     def most(self, tiers: Sequence[int]) -> int:
         """The most clients that train some of the tiers in one round."""
         able = self.tier < len(self.shares) - 1

@@ -31,7 +31,6 @@ def tree_size(tree: Params) -> int:
 def traffic(
     tier: Tier,
     variables: Params,
-    encode: Any = None,
     exchange: tuple[Any, Any] | None = None,
     personal: Callable[[str], bool] | None = None,
 ) -> Traffic:
@@ -40,8 +39,6 @@ def traffic(
     Args:
       tier: of the client.
       variables: global ones; only shapes and dtypes matter.
-      encode: of a `jfed.algorithms.clients.Codec`: what the part "update" is sent as. Of a tier
-        that owns a share of its variables, that share of the encoded bytes counts.
       exchange: what the server sends, and the parts of the message that it gets, as shapes; by
         default the variables, and an update of them.
       personal: whether a leaf, by its path, does not travel.
@@ -58,12 +55,7 @@ def traffic(
         return sum(jax.tree.leaves(map_parts(lambda _: own, shapes, tree, otherwise=tree_bytes)))
 
     sent, message = (shapes, {"update": shapes}) if exchange is None else exchange
-    up = {name: size(part) for name, part in message.items()}
-    if encode is not None:
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        encoded = tree_bytes(jax.eval_shape(encode, shapes, key))
-        up["update"] = round(encoded * own / tree_bytes(shapes))
-    return Traffic(down=size(sent), up=sum(up.values()))
+    return Traffic(down=size(sent), up=sum(map(size, message.values())))
 
 
 def owned_size(tier: Tier, variables: Params) -> int:

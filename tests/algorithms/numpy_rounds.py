@@ -63,12 +63,16 @@ def average(params, trained):
     return {k: np.average(stack, 0, weights) for k, stack in stacks.items()}
 
 
+def cohort(number):
+    """The clients of a round."""
+    return generator(SEED, "cohort", number).choice(4, COHORT, replace=False).tolist()
+
+
 def rounds(train, serve=average):
     """The last model where `train(params, client, number)` is what a client returns."""
     params = start()
     for number in range(ROUNDS):
-        cohort = generator(SEED, "cohort", number).choice(4, COHORT, replace=False).tolist()
-        params = serve(params, {client: train(params, client, number) for client in cohort})
+        params = serve(params, {client: train(params, client, number) for client in cohort(number)})
     return params
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jfed.algorithms import Client, ClientConfig, Codec, local_training, make_optimizer
+from jfed.algorithms import Client, ClientConfig, local_training, make_optimizer
 from jfed.algorithms.clients import learning_rate
 from jfed.algorithms.optimizers import rekeyed
 from jfed.data.preprocessing import Augmentation, Images, augment, channel_moments, gather
@@ -224,8 +224,3 @@ def test_optimizers_go_by_optax_name_or_function():
         ClientConfig(optimizer=optax.sgd, momentum=0.9)
     with pytest.raises(ConfigError, match=r"Did you mean 'adam'"):
         ClientConfig(optimizer="adm")
-
-
-def test_a_codec_decodes_nothing_by_default():
-    sent = {"w": jnp.arange(3.0)}
-    assert Codec(lambda update, key: update).decode(sent) is sent

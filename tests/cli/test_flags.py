@@ -20,7 +20,7 @@ FLAGS = """
     --no-unroll --dtype --conv
     --method --iterations --sharing --ratios --scaler --depths --distillation --able
     --rounds --seed
-    --algorithm --mu --feddyn-alpha --ditto-strength --personal --head-share
+    --algorithm --mu --feddyn-alpha --ditto-strength --personal --head-share --codec-up --codec-down
     --epochs --steps --batch-size --optimizer --learning-rate --schedule --momentum
     --optimizer-args --weight-decay --clip-norm --mask-absent-classes --no-mask-absent-classes
     --server-optimizer --server-learning-rate --server-momentum --server-optimizer-args

@@ -17,12 +17,14 @@ from jfed.algorithms import (
     Codec,
     Server,
     ServerConfig,
+    compressed,
     fedavg,
     local_training,
     make_optimizer,
     one_each,
     step_owned,
 )
+from jfed.algorithms.codecs import named
 from jfed.data import Dataset, Split
 from jfed.data.preprocessing import Augmentation, Images
 from jfed.engine.devices import EngineConfig, make_mesh
@@ -135,10 +137,9 @@ def _largest(stack):
 
 def _rounded(update, key):
     noisy = jax.tree.map(lambda u: 512 * u + jax.random.uniform(key, u.shape), update)
-    return jax.tree.map(lambda u: jnp.floor(u).astype(jnp.int16), noisy)
+    return jax.tree.map(lambda u: jnp.floor(u) / 512, noisy)
 
 
-ROUNDED = Codec(_rounded, lambda sent: jax.tree.map(lambda u: u.astype(jnp.float32) / 512, sent))
 MOMENTUM = ClientConfig(epochs=2, batch_size=4, momentum=0.9, learning_rate=0.05)
 WILD = FaultConfig(non_finite=0.2, exploding=0.2, explosion=10.0, hostile=0.34, attack="noise")
 AGGREGATORS = {
@@ -161,7 +162,12 @@ CASES = {
         "server": ServerConfig(momentum=0.9),
     },
     "absent classes": {"client": dataclasses.replace(MOMENTUM, mask_absent_classes=True)},
-    "codec": {"client": dataclasses.replace(MOMENTUM, codec=ROUNDED)},
+    "codecs": {
+        "algorithm": compressed(fedavg(MOMENTUM), Codec(_rounded), named(("bfloat16",))),
+    },
+    "codec with feedback": {
+        "algorithm": compressed(_remembering(MOMENTUM), named(("topk:0.3", "int4"))),
+    },
     "clipping": {
         "client": dataclasses.replace(MOMENTUM, weight_decay=0.3),
         "server": ServerConfig(aggregator="norm-clipping", clip_updates=0.2),
@@ -298,7 +304,8 @@ def _trainer(work, client, devices=1, lanes=1, mapping="map", *, model=WIDE, ima
         jnp.int32(of_inputs.get("round", 0)),
         jnp.float32(client.learning_rate),
     )
-    return make_trainer(config), (inputs, pack(work, packing), ())
+    nothing = jax.eval_shape(algorithm.memory_init, variables)  # which has no leaves
+    return make_trainer(config), (inputs, pack(work, packing), nothing)
 
 
 def _train(*args, **kwargs):
@@ -540,21 +547,20 @@ def test_gradients_are_not_summed_over_devices(devices):
 
 
 def test_a_codec_sees_a_clients_whole_update_and_has_a_key_of_its_own():
-    """Scaled to one of two norms at random; the server's half doubles it."""
+    """Scaled to one of two norms at random."""
     norms = [0.5, 3.0]
 
-    def encode(update, key):
-        scale = jnp.where(jax.random.bernoulli(key), *norms) / optax.tree.norm(update)
-        return {"sent": update * scale}
+    def apply(update, key):
+        return update * jnp.where(jax.random.bernoulli(key), *norms) / optax.tree.norm(update)
 
-    config = ClientConfig(batch_size=4, codec=Codec(encode, lambda sent: 2 * sent["sent"]))
-    work = _work(config)
+    config = ClientConfig(batch_size=4)
+    work, algorithm = _work(config), compressed(fedavg(config), Codec(apply))
 
     def total(work):
-        return _train(work, config, 2, codec=config.codec, slots=5, steps=20).parts["update"]
+        return _train(work, config, 2, algorithm=algorithm, slots=5, steps=20).parts["update"]
 
     alone = [total([item]) for item in work]
-    found = [float(jnp.linalg.norm(a)) / w.weight / 2 for a, w in zip(alone, work, strict=True)]
+    found = [float(jnp.linalg.norm(a)) / w.weight for a, w in zip(alone, work, strict=True)]
     assert all(min(abs(f - n) for n in norms) < 1e-4 for f in found)
     assert len({round(f, 3) for f in found}) == 2
     np.testing.assert_allclose(total(work), sum(alone), rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax._src.array import ArrayImpl
 
 import jfed
-from jfed.algorithms import Codec
+from jfed.algorithms import Codec, compressed, fedavg
 from jfed.data import Dataset, Split
 from jfed.engine.faults import NON_FINITE, draw_fate, hostile_clients
 from jfed.engine.packing import client_batches
@@ -617,14 +617,17 @@ def _doubling(learning_rate):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"codec": Codec(lambda u, key: u["w"])}, r"codec .*lambda.* in tier 'full' makes"),
-        ({"codec": Codec(lambda update: update)}, r"codec .*lambda.* cannot be used"),
-        ({"optimizer": _doubling}, r"optimizer .*_doubling.* of tier 'full' cannot be used"),
+        (Codec(lambda u, key: u["w"]), r"codec .*lambda.* makes .* of .*must stay"),
+        (Codec(lambda update: update), r"codec .*lambda.* cannot be used"),
+        (_doubling, r"optimizer .*_doubling.* of tier 'full' cannot be used"),
     ],
 )
 def test_what_changes_the_tree_is_refused(changes, message):
+    options = {"client": jfed.ClientConfig(optimizer=changes)}
+    if isinstance(changes, Codec):
+        options = {"algorithm": compressed(fedavg(), changes)}
     with pytest.raises(ConfigError, match=message):
-        jfed.simulate(DATA, PARTS, MODEL, rounds=1, client=jfed.ClientConfig(**changes))
+        jfed.simulate(DATA, PARTS, MODEL, rounds=1, **options)
 
 
 def test_out_of_memory_names_what_to_lower():
