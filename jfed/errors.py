@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import functools
+import importlib
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -119,6 +120,16 @@ def check_number(
     if wrong_type or not math.isfinite(number) or number <= above or number < least:
         raise ConfigError(f"{name} must be a number, {bound}, got {value!r}.")
     return number
+
+
+def optional(module: str, extra: str) -> Any:
+    """Imports what an extra of jfed installs; ConfigError if it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"{module} is not installed: pip install 'jfed[{extra}]' ({error})."
+        ) from error
 
 
 def name_of(function: Any) -> str:

@@ -16,6 +16,7 @@ from jfed.algorithms.normalized_averaging import fednova
 from jfed.algorithms.optimizers import step_owned
 from jfed.algorithms.personal_leaves import fedbn, fedper, fedrep
 from jfed.algorithms.personal_models import ditto
+from jfed.algorithms.privacy import PrivacyConfig, private
 from jfed.algorithms.proximal import fedprox
 from jfed.algorithms.servers import ServerConfig
 from jfed.algorithms.training import Local, local_training
@@ -30,6 +31,7 @@ __all__ = [
     "CodecConfig",
     "Local",
     "Merged",
+    "PrivacyConfig",
     "Server",
     "ServerConfig",
     "compressed",
@@ -45,6 +47,7 @@ __all__ = [
     "make_algorithm",
     "make_optimizer",
     "one_each",
+    "private",
     "scaffold",
     "step_owned",
 ]

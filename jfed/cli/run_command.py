@@ -15,7 +15,7 @@ from jfed.cli.process import start_devices, terminable
 from jfed.cli.progress import Progress
 from jfed.engine import hosts
 from jfed.engine.hosts import HostsConfig
-from jfed.errors import JfedError
+from jfed.errors import JfedError, optional
 from jfed.reports.summary import format_local, format_table
 from jfed.runs import folder, huge_pages
 from jfed.runs import running as runs
@@ -23,7 +23,7 @@ from jfed.runs.assembly import set_up
 from jfed.runs.checkpoints import CheckpointConfig
 from jfed.runs.compiled import keep_compiled
 from jfed.runs.config import RUN_PRESETS, RunConfig, run_preset, short_name
-from jfed.runs.writers import TensorBoardWriter, WandbWriter, optional
+from jfed.runs.writers import TensorBoardWriter, WandbWriter
 from jfed.settings import as_json
 from jfed.simulation.records import Writer
 
@@ -124,6 +124,8 @@ def execute(args: list[str], *, restart: bool = False) -> None:
     if not hosts.is_first():
         return
     print(f"\n{format_table(table)}\nBytes are of one client in one round.\n")
+    if (epsilon := result.history[-1].epsilon) is not None:
+        print(f"Clients are ({epsilon:.3g}, {config.privacy.delta:g})-differentially private.\n")
     if (local := result.history[-1].local) is not None:
         print(f"{format_local(local)}\n")
     if finished:

@@ -149,6 +149,7 @@ def to_json(
         "test_examples": len(data.test),
         "tiers": [_line(line) for line in table],
         "local": _local(last.local),
+        "epsilon": last.epsilon if last.epsilon != math.inf else None,
         "bytes_down_total": last.bytes_down_total,
         "bytes_up_total": last.bytes_up_total,
         "seconds": last.seconds,

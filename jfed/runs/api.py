@@ -11,6 +11,7 @@ from etils import epath
 from jfed import files
 from jfed.algorithms.algorithm import Algorithm
 from jfed.algorithms.clients import ClientConfig
+from jfed.algorithms.privacy import PrivacyConfig
 from jfed.algorithms.servers import ServerConfig
 from jfed.data import Dataset
 from jfed.data.preprocessing import Augmentation
@@ -52,6 +53,7 @@ def simulate(
     augmentation: Augmentation | None = None,
     engine: EngineConfig | None = None,
     faults: FaultConfig | None = None,
+    privacy: PrivacyConfig | None = None,
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     workdir: epath.PathLike | None = None,
@@ -89,6 +91,7 @@ def simulate(
       augmentation: of training images.
       engine: how clients are spread over devices.
       faults: clients that fail or attack, simulated.
+      privacy: of the clients, see `jfed.algorithms.PrivacyConfig`; none by default.
       seed: of everything random.
       callbacks: functions, each called with the record of every round, in order, as soon as it is
         known. If one raises, the round under way is still recorded, and not told. Rounds of an
@@ -122,6 +125,7 @@ def simulate(
         "augmentation": Augmentation() if augmentation is None else augmentation,
         "engine": EngineConfig() if engine is None else engine,
         "faults": FaultConfig() if faults is None else faults,
+        "privacy": PrivacyConfig() if privacy is None else privacy,
         "seed": seed,
     }
     if workdir is None:

@@ -64,6 +64,7 @@ def set_up(config: RunConfig, memory_folder: epath.Path | None = None) -> Prepar
         augmentation=config.augmentation,
         engine=config.engine,
         faults=config.faults,
+        privacy=config.privacy,
         seed=seed,
         memory_folder=memory_folder,
     )

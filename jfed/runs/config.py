@@ -19,6 +19,7 @@ from typing import Any
 from jfed.algorithms.catalogue import AlgorithmConfig
 from jfed.algorithms.clients import ClientConfig
 from jfed.algorithms.codecs import CodecConfig
+from jfed.algorithms.privacy import PrivacyConfig
 from jfed.algorithms.servers import ServerConfig
 from jfed.data import DataConfig, PartitionConfig
 from jfed.data.preprocessing import Augmentation
@@ -74,6 +75,7 @@ class RunConfig:
       codec: how messages travel.
       client: local training.
       server: what is made of their updates.
+      privacy: of the clients.
       faults: clients that fail or attack.
       augmentation: of training images.
       evaluation: when and how the global model is tested.
@@ -91,6 +93,7 @@ class RunConfig:
     codec: CodecConfig = dataclasses.field(default_factory=CodecConfig)
     client: ClientConfig = dataclasses.field(default_factory=ClientConfig)
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+    privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
     faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
@@ -133,6 +136,7 @@ _SHORT_NAMES = {
     "server.momentum": "server_momentum",
     "server.optimizer_args": "server_optimizer_args",
     "algorithm.name": "algorithm",
+    **{f"privacy.{field.name}": f"dp_{field.name}" for field in dataclasses.fields(PrivacyConfig)},
     "codec.up": "codec_up",
     "codec.down": "codec_down",
     "algorithm.alpha": "feddyn_alpha",

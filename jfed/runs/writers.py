@@ -1,13 +1,12 @@
 """Records for TensorBoard and Weights & Biases: optional `jfed.simulation.records.Writer`s."""
 
-import importlib
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from jfed.errors import ConfigError
+from jfed.errors import optional
 from jfed.files import write_text
 from jfed.simulation.records import Record
 
@@ -67,13 +66,3 @@ class WandbWriter:
 
 def _numbers(record: Record) -> dict[str, Any]:
     return {name: value for name, value in record.row().items() if name != "round"}
-
-
-def optional(module: str, extra: str) -> Any:
-    """Imports what an extra of jfed installs; ConfigError if it is not there."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"{module} is not installed: pip install 'jfed[{extra}]' ({error})."
-        ) from error

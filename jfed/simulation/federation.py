@@ -1,5 +1,6 @@
 """A federation set up on its devices, and one round of it."""
 
+import concurrent.futures
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,14 @@ from jfed.algorithms.aggregators import make_aggregator
 from jfed.algorithms.algorithm import Algorithm, Server
 from jfed.algorithms.averaging import fedavg
 from jfed.algorithms.clients import ClientConfig, learning_rate
+from jfed.algorithms.privacy import (
+    Accountant,
+    PrivacyConfig,
+    check_server,
+    most_drawn,
+    poisson,
+    private,
+)
 from jfed.algorithms.servers import ServerConfig, client_weights
 from jfed.data import Dataset, check_partition, class_counts
 from jfed.data.preprocessing import Augmentation, Images, channel_moments
@@ -33,7 +42,7 @@ from jfed.engine.lanes import SCHEDULE, Inputs, Training
 from jfed.engine.memory import ClientMemory
 from jfed.engine.merging import Report
 from jfed.engine.packing import Load, Packing, Schedule, Work, capacity, load, pack
-from jfed.errors import ConfigError, check_integer, check_type
+from jfed.errors import ConfigError, check_integer, check_type, name_of
 from jfed.models.flops import forward_flops
 from jfed.models.losses import Metrics, by_name
 from jfed.models.model import Model, Params, initialise
@@ -107,6 +116,7 @@ class Federation:
         augmentation: Augmentation | None = None,
         engine: EngineConfig | None = None,
         faults: FaultConfig | None = None,
+        privacy: PrivacyConfig | None = None,
         seed: int = 0,
         memory_folder: epath.Path | None = None,
     ) -> None:
@@ -119,6 +129,7 @@ class Federation:
             ("augmentation", augmentation, Augmentation),
             ("engine", engine, EngineConfig),
             ("faults", faults, FaultConfig),
+            ("privacy", privacy, PrivacyConfig),
         ):
             check_type(name, value, kind, type(None))
         self.rounds = check_integer("rounds", rounds, least=1)
@@ -135,6 +146,11 @@ class Federation:
         self._tested: Any = None  # what each client is tested on, if anything
         if share := self.evaluation.local_test:
             examples, self._tested = local_tests.split(examples, share, seed=seed)
+        self._spent: Callable[[int], float] | None = None
+        if privacy is not None and privacy.clip is not None:
+            if sampler is not None:
+                raise ConfigError(f"dp_clip draws clients itself, got sampler {name_of(sampler)}.")
+            cohort, sampler = self._be_private(privacy, len(examples), cohort)
         self.population = make_population(
             examples,
             tiers=len(self.tiers.members),
@@ -166,6 +182,29 @@ class Federation:
         self._groups = self._make_groups(data, like)
         self._place(data)
 
+    def _be_private(
+        self, config: PrivacyConfig, clients: int, cohort: int | None
+    ) -> tuple[int, Sampler | None]:
+        """Makes the algorithm private; returns who is drawn: at most how many, and by what."""
+        check_server(self.server)
+        cohort = check_integer("cohort", cohort or clients, least=1, most=clients)
+        accountant, share = Accountant(config, clients, cohort), cohort / clients
+        noise = accountant.noise(self.rounds)
+        assert config.clip is not None
+        self.algorithm = private(
+            self.algorithm,
+            clip=config.clip,
+            noise=noise,
+            share=share,
+            quantile=config.quantile,
+            count_noise=cohort / 20,
+        )
+        self._spent = functools.partial(accountant.epsilon, noise)
+        if config.sampling == "fixed":
+            return cohort, None
+        draw = poisson(share)
+        return most_drawn(clients, share), lambda number, rng: draw(clients, rng)
+
     def _check(self, data: Dataset, like: Params) -> None:
         """Checks what clients and server do, and tells what travels and what is recorded."""
         self.traffic: dict[str, Traffic] = {}
@@ -185,7 +224,7 @@ class Federation:
         tested = check_measure(self.evaluation.measure, data)
         local = [tier.name for tier in self.tiers.members] if self._tested else []
         names = [tier.name for tier in self.evaluated]
-        self.columns = columns(names, tuple(trained), tested, local)
+        self.columns = columns(names, tuple(trained), tested, local, self._spent is not None)
         check_aggregator(make_aggregator(self.server), like, self.population.cohort)
         self.population.sample(0)
         for number in (0, self.rounds - 1):
@@ -194,6 +233,11 @@ class Federation:
     def _make_groups(self, data: Dataset, like: Params) -> list[_Group]:
         """Which tiers train together, and on what."""
         devices, groups = self._mesh.size, []
+
+        def room(even: int) -> int:
+            """Rows of memory of a device: a few more than an even share leave packing free."""
+            return even + max(2, even // 4)
+
         lanes = (self.engine.lanes or 1) * devices
         for members in group_tiers(self.tiers.members):
             tiers = [self.tiers.members[i] for i in members]
@@ -209,8 +253,7 @@ class Federation:
                 batch_size=self.client.batch_size,
                 steps=capacity(self.population.steps(), self.population.cohort, lanes, costs),
                 slots=slots,
-                # Twice as many as an even share leaves packing nearly free.
-                rows=min(slots, 2 * -(-slots // devices)) if self.remembers else slots,
+                rows=min(slots, room(-(-slots // devices))) if self.remembers else slots,
                 costs=costs,
             )
             groups.append(_Group(members, packing))
@@ -387,7 +430,7 @@ class Federation:
         finite: Array | np.bool_ = np.bool_(True)
         reports: list[Report] = []
         loads = [Load()]
-        if any(work):
+        if any(work) or self.algorithm.always:
             run = self._debug if self.engine.mapping == "debug" else self._train
             state, finite, reports, loads = run(state, number, rate, work)
         under_way = UnderWay(
@@ -401,6 +444,7 @@ class Federation:
             evaluations=self.evaluate(state) if self._due(number) else {},
             finite=finite,
             local=self.test_locally(state, number) if self._due(number) else [],
+            epsilon=self._spent(number + 1) if self._spent and self._due(number) else None,
             tier_of=lambda client: self.tiers.members[self.population.tier[client]].name,
         )
         return state, under_way
@@ -571,13 +615,17 @@ class Federation:
         self, number: int, trained: Sequence[tuple[Sequence[Work], Schedule, _Group, Any]]
     ) -> None:
         """Keeps the rows that this host's devices have trained, of each program."""
-        assert self.memory is not None
+        memory = self.memory
+        assert memory is not None
+        kept: list[tuple[int, int, list[np.ndarray]]] = []
         for work, schedule, group, rows in trained:
             hosts.wait_for(rows)
             here = [rows_here(leaf) for leaf in jax.tree.leaves(rows)]
             for item, place in zip(work, self._places(work, schedule, group), strict=True):
                 if place in here[0]:
-                    self.memory.put(item.client, number, [leaf[place] for leaf in here])
+                    kept.append((item.client, number, [leaf[place] for leaf in here]))
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:  # most of it waits for the disk
+            list(pool.map(lambda row: memory.put(*row), kept))
 
     def _bytes(
         self, state: State, cohort: Sequence[np.ndarray], done: Sequence[Sequence[Work]]

@@ -135,7 +135,8 @@ def make_server(plan: Plan) -> jax.stages.Wrapped:
         clients = jnp.concatenate([d.report.delivered for d in delivered]).sum()
         merged = make_merged(plan, server.variables, key, round_, message, owners, clients)
         after = algorithm.server_step(server, merged)
-        after = jax.tree.map(lambda new, old: jnp.where(clients > 0, new, old), after, server)
+        if not algorithm.always:
+            after = jax.tree.map(lambda new, old: jnp.where(clients > 0, new, old), after, server)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after.variables)]
         return after, jnp.stack(finite).all()
 

@@ -95,6 +95,8 @@ class Record:
       evaluations: by tier name; empty in a round without evaluation.
       metrics: means over the examples trained on, of a loss's `Metrics.others`, by name.
       local: how clients do on examples of their own, where that is tested.
+      epsilon: spent since the first round, where clients are private; None in a round without
+        evaluation.
     """
 
     round: int
@@ -116,6 +118,7 @@ class Record:
     evaluations: dict[str, Evaluation] = dataclasses.field(default_factory=dict)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     local: LocalEvaluation | None = None
+    epsilon: float | None = None
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Record":
@@ -136,11 +139,13 @@ class Record:
             measured = {"accuracy": evaluation.accuracy, "loss": evaluation.loss}
             measured |= evaluation.metrics
             flat |= {f"test_{what}_{name}": value for what, value in measured.items()}
+        if self.epsilon is not None:
+            flat["epsilon"] = self.epsilon
         return flat | (self.local.columns() if self.local else {})
 
 
 # The fields of a record that are several columns, or none.
-_NESTED = ("evaluations", "metrics", "local")
+_NESTED = ("evaluations", "metrics", "local", "epsilon")
 
 
 def columns(
@@ -148,6 +153,7 @@ def columns(
     trained: Sequence[str] = (),
     tested: Sequence[str] = (),
     local: Sequence[str] = (),
+    is_private: bool = False,
 ) -> list[str]:
     """The columns of `metrics.csv`; ConfigError if two have one name.
 
@@ -156,11 +162,14 @@ def columns(
       trained: names of `Record.metrics`.
       tested: names of `Evaluation.metrics`.
       local: tiers of clients that are tested on examples of their own.
+      is_private: whether clients are.
     """
     own = [f.name for f in dataclasses.fields(Record) if f.name not in _NESTED]
     train = [f"train_{name}" for name in trained]
     kinds = ("accuracy", "loss", *tested)
     found = own + train + [f"test_{what}_{tier}" for tier in tiers for what in kinds]
+    if is_private:
+        found.append("epsilon")
     if local:
         found += [f"local_accuracy_{what}" for what in ("mean", "weighted", "worst", "p10", "std")]
         found += [f"local_accuracy_of_{tier}" for tier in local]

@@ -33,6 +33,7 @@ class UnderWay(NamedTuple):
       local: of each call that tests clients on examples of their own, their numbers, and metrics on
         the devices.
       tier_of: the name of a client's tier.
+      epsilon: spent by then.
     """
 
     number: int
@@ -46,6 +47,7 @@ class UnderWay(NamedTuple):
     finite: Array | np.bool_
     local: Sequence[tuple[Sequence[int], Metrics]] = ()
     tier_of: Callable[[int], str] = str
+    epsilon: float | None = None
 
     def ready(self) -> bool:
         """Whether all arrays have come."""
@@ -88,6 +90,7 @@ class UnderWay(NamedTuple):
             evaluations={name: _evaluation(evaluations[name]) for name in self.evaluations},
             metrics=_means([report.metrics for report in reports]),
             local=local_evaluation(local, self.tier_of) if local else None,
+            epsilon=self.epsilon,
         )
 
     def diverged(self) -> bool:

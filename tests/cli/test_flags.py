@@ -21,6 +21,7 @@ FLAGS = """
     --method --iterations --sharing --ratios --scaler --depths --distillation --able
     --rounds --seed
     --algorithm --mu --feddyn-alpha --ditto-strength --personal --head-share --codec-up --codec-down
+    --dp-clip --dp-noise --dp-epsilon --dp-delta --dp-sampling --dp-accountant --dp-quantile
     --epochs --steps --batch-size --optimizer --learning-rate --schedule --momentum
     --optimizer-args --weight-decay --clip-norm --mask-absent-classes --no-mask-absent-classes
     --server-optimizer --server-learning-rate --server-momentum --server-optimizer-args

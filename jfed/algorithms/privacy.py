@@ -1,0 +1,322 @@
+"""User-level central differential privacy: DP-FedAvg (McMahan et al. 2018, arXiv 1710.06963).
+
+What the server learns of a round is the sum of clipped messages with Gaussian noise; all that
+follows is made of it, so any algorithm whose messages are like the variables can be private. What
+it costs is told by the package `dp-accounting`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jfed.algorithms.algorithm import Algorithm, Client, Merged, Server, one_each
+from jfed.algorithms.servers import ServerConfig
+from jfed.errors import ConfigError, check_number, check_share, one_of, optional
+from jfed.models.model import Params
+
+SAMPLINGS = ("poisson", "fixed")
+ACCOUNTANTS = ("rdp", "pld")
+_NOISE, _COUNT = (np.uint32(i) for i in (1, 2))  # folded into the server's key
+_BELOW = "below"  # the part of a message that tells whether it was short enough
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivacyConfig:
+    """How private the clients are. None: not given.
+
+    Attributes:
+      clip: the L2 norm that a client's message is scaled down to; None for no privacy at all.
+      noise: the standard deviation of the noise on the sum of messages, in units of `clip`.
+      epsilon: in place of `noise`: the least noise that keeps to this after all rounds.
+      delta: of the guarantee, above 0 and below 1; less than one over the number of clients.
+      sampling: "poisson": each client takes part with the probability cohort / clients. "fixed":
+        a cohort is drawn without replacement.
+      accountant: "rdp" (Renyi) or "pld" (privacy loss distributions; tighter, Poisson only).
+      quantile: adapt `clip`, which is then its first value, to this quantile of the messages' norms
+        (Andrew et al. 2021, arXiv 1905.03871); the noise on their count is a twentieth of the
+        cohort, and its price is in epsilon.
+    """
+
+    clip: float | None = None
+    noise: float | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    sampling: str = "poisson"
+    accountant: str = "rdp"
+    quantile: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of("dp_sampling", self.sampling, SAMPLINGS)
+        one_of("dp_accountant", self.accountant, ACCOUNTANTS)
+        given = {name: getattr(self, name) for name in ("noise", "epsilon", "delta", "quantile")}
+        if self.clip is None:
+            for name, value in given.items():
+                if value is not None:
+                    raise ConfigError(f"dp_{name} {value!r} needs dp_clip, got none.")
+            return
+        check_number("dp_clip", self.clip, above=0.0)
+        if (self.noise is None) == (self.epsilon is None):
+            raise ConfigError(
+                f"dp_clip needs one of dp_noise and dp_epsilon, got {self.noise!r} and "
+                f"{self.epsilon!r}."
+            )
+        if self.noise is not None:
+            check_number("dp_noise", self.noise, least=0.0)
+        if self.epsilon is not None:
+            check_number("dp_epsilon", self.epsilon, above=0.0)
+        if self.delta is None:
+            raise ConfigError("dp_clip needs dp_delta, such as 1e-5, got none.")
+        if not 0 < check_share("dp_delta", self.delta) < 1:
+            raise ConfigError(f"dp_delta must be above 0 and below 1, got {self.delta!r}.")
+        if self.quantile is not None and not 0 < check_share("dp_quantile", self.quantile) < 1:
+            raise ConfigError(f"dp_quantile must be above 0 and below 1, got {self.quantile!r}.")
+        if self.sampling == "fixed" and self.accountant == "pld":
+            raise ConfigError("dp_accountant 'pld' cannot do dp_sampling 'fixed'; use 'rdp'.")
+
+
+@functools.lru_cache(maxsize=64)
+def private(
+    algorithm: Algorithm,
+    *,
+    clip: float,
+    noise: float,
+    share: float,
+    quantile: float | None = None,
+    count_noise: float = 0.0,
+) -> Algorithm:
+    """An algorithm that gets of its clients' messages a noisy sum alone.
+
+    All parts of a message together are scaled down to the norm `clip`, every client counts once,
+    and the server gets (sum + noise) / (share * owners), where `owners` is how many clients of the
+    federation own an entry, so that nothing depends on who took part. The factor that scales is
+    rounded down to 8 bits, so that the levels of a codec before it stay evenly spaced.
+
+    Tiers of unequal clients: a client that owns a part of the entries sends zeros in all others, so
+    that it changes the sum by at most `clip` like any other, and all are as private. Each entry
+    gets the same noise; where few own it, its mean is noisier.
+
+    Args:
+      algorithm: with messages of parts that are like the variables.
+      clip: see `PrivacyConfig`.
+      noise: likewise. Where the clip adapts, of the whole: the messages get
+        (noise^-2 - (2 count_noise)^-2)^(-1/2) (Andrew et al., theorem 1).
+      share: of the clients that takes part in a round, on average.
+      quantile: see `PrivacyConfig`. In each round clip <- clip exp(-0.2 (below - quantile)), with
+        `below` the noisy share of messages that were short enough.
+      count_noise: the standard deviation of the noise on the count of these.
+
+    Raises:
+      ConfigError: the count needs more noise than there is.
+    """
+    scale = noise
+    if quantile is not None and noise > 0:
+        rest = noise**-2 - (2 * count_noise) ** -2 if count_noise else -1.0
+        if rest <= 0:
+            raise ConfigError(
+                f"dp_quantile needs a count noise above {noise / 2:g}, got {count_noise:g}; lower "
+                "dp_noise, or raise the cohort."
+            )
+        scale = rest**-0.5
+
+    def own(client: Client) -> Client:
+        return client._replace(sent=client.sent["sent"])
+
+    def client_final(client: Client, local: Any, key: Array) -> tuple[dict[str, Any], Any]:
+        message, memory = algorithm.client_final(own(client), local, key)
+        if unlike := sorted(set(message) - set(algorithm.parts)):
+            raise ConfigError(f"parts {unlike} of the message are not like the variables: no clip.")
+        message, bound = client.own(message), client.sent["clip"]
+        norm = _norm(message)
+        message = jax.tree.map(lambda u: u * _shorter(norm, bound), message)
+        if quantile is not None:
+            message |= {_BELOW: jnp.where(norm <= bound, 0.5, -0.5)}
+        return message, memory
+
+    def server_step(server: Server, merged: Merged) -> Server:
+        state, bound = server.state
+        expected = jax.tree.map(lambda n: share * n, merged.population)
+        parts = dict(merged.message)
+        below = parts.pop(_BELOW, None)
+
+        def noisy(mean: Array, count: Array, whole: Array, key: Array) -> Array:
+            total = mean * count + scale * bound * jax.random.normal(key, mean.shape)
+            return jnp.where(whole > 0, total / jnp.where(whole > 0, whole, 1), 0)
+
+        keys = _keys(jax.random.fold_in(merged.key, _NOISE), parts)
+        message = {
+            name: jax.tree.map(noisy, part, merged.owners, expected, keys[name])
+            for name, part in parts.items()
+        }
+        known = merged._replace(message=message, owners=expected)
+        after = algorithm.server_step(server._replace(state=state), known)
+        if below is not None and quantile is not None:
+            clients = share * _most(merged.population)
+            drawn = jax.random.normal(jax.random.fold_in(merged.key, _COUNT))
+            found = (below * merged.clients + count_noise * drawn) / clients + 0.5
+            bound = bound * jnp.exp(-0.2 * (found - quantile))
+        return Server(after.variables, (after.state, bound))
+
+    def send(server: Server) -> Any:
+        state, bound = server.state
+        return {"sent": algorithm.send(server._replace(state=state)), "clip": bound}
+
+    personal = algorithm.personalise
+    return dataclasses.replace(
+        algorithm,
+        client_init=lambda client, *rest: algorithm.client_init(own(client), *rest),
+        client_step=lambda client, *rest: algorithm.client_step(own(client), *rest),
+        client_final=client_final,
+        server_step=server_step,
+        server_init=lambda variables: (algorithm.server_init(variables), jnp.float32(clip)),
+        send=send,
+        weights=dict.fromkeys((*algorithm.parts, *([_BELOW] if quantile else [])), one_each),
+        personalise=personal and (lambda sent, memory: personal(sent["sent"], memory)),
+        always=True,
+    )
+
+
+def _norm(message: dict[str, Any]) -> Float[Array, ""]:
+    """L2 norm of all parts together; relative to the largest entry, whose square may overflow."""
+    leaves = jax.tree.leaves(message)
+    largest = jnp.stack([jnp.abs(u).max() for u in leaves]).max()
+    unit = jnp.where(largest > 0, largest, 1)
+    squares = [jnp.square(u / unit).sum() for u in leaves]
+    return unit * jnp.sqrt(functools.reduce(jnp.add, squares))
+
+
+def _shorter(norm: Float[Array, ""], bound: Float[Array, ""]) -> Float[Array, ""]:
+    """The factor that brings a norm down to the bound, rounded down to 8 bits of mantissa."""
+    factor = jnp.minimum(bound / jnp.where(norm > 0, norm, 1), 1)
+    bits = jax.lax.bitcast_convert_type(factor, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _keys(key: Array, tree: Any) -> Any:
+    """A key for each leaf."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
+
+
+def _most(population: Params) -> Float[Array, ""]:
+    """How many clients a federation has: of the entries that all own."""
+    return jnp.stack([leaf.max() for leaf in jax.tree.leaves(population)]).max()
+
+
+class Accountant:
+    """What a run has cost, by `dp-accounting`.
+
+    Neighbours are federations that differ in one client: by its removal under Poisson sampling,
+    by its replacement under a fixed cohort, which changes a sum by twice the clip.
+
+    Args:
+      config: with a clip.
+      clients: of the federation, who can be sampled.
+      cohort: of a round, on average.
+    """
+
+    def __init__(self, config: PrivacyConfig, clients: int, cohort: int) -> None:
+        self._config, self._clients, self._cohort = config, clients, cohort
+        self._library = optional("dp_accounting", "privacy")
+
+    def epsilon(self, noise: float, rounds: int) -> float:
+        """After so many rounds, at the configured delta; infinite without noise."""
+        if rounds == 0 or noise == 0:
+            return math.inf if rounds else 0.0
+        with _quiet():
+            accountant = self._fresh()
+            accountant.compose(self._event(noise, rounds))
+            return float(accountant.get_epsilon(self._config.delta))
+
+    def noise(self, rounds: int) -> float:
+        """The configured noise, or the least that keeps to the configured epsilon.
+
+        Raises:
+          ConfigError: no noise does.
+        """
+        if self._config.noise is not None:
+            return float(self._config.noise)
+        library, target = self._library, self._config.epsilon
+        try:
+            with _quiet():
+                found = library.calibrate_dp_mechanism(
+                    self._fresh,
+                    lambda noise: self._event(noise, rounds),
+                    target,
+                    self._config.delta,
+                    library.LowerEndpointAndGuess(1e-3, 1.0),
+                )
+        except (ValueError, library.mechanism_calibration.NoBracketIntervalFoundError) as error:
+            raise ConfigError(
+                f"dp_epsilon {target!r} cannot be reached in {rounds} rounds with dp_delta "
+                f"{self._config.delta!r}: {error}."
+            ) from error
+        return float(found)
+
+    def _fresh(self) -> Any:
+        relation = self._library.NeighboringRelation
+        poisson = self._config.sampling == "poisson"
+        kind = relation.ADD_OR_REMOVE_ONE if poisson else relation.REPLACE_ONE
+        if self._config.accountant == "pld":
+            return optional("dp_accounting.pld", "privacy").PLDAccountant(kind)
+        return optional("dp_accounting.rdp", "privacy").RdpAccountant(neighboring_relation=kind)
+
+    def _event(self, noise: float, rounds: int) -> Any:
+        library = self._library
+        if self._config.sampling == "poisson":
+            share = self._cohort / self._clients
+            one = library.PoissonSampledDpEvent(share, library.GaussianDpEvent(noise))
+        else:
+            one = library.SampledWithoutReplacementDpEvent(
+                self._clients, self._cohort, library.GaussianDpEvent(noise / 2)
+            )
+        return library.SelfComposedDpEvent(one, rounds)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's warnings of orders that it leaves out."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def check_server(config: ServerConfig) -> None:
+    """Raises ConfigError if a server does what would break the guarantee."""
+    if config.weights != "count":
+        raise ConfigError(
+            f"dp_clip needs weights 'count', got {config.weights!r}: a client's number of examples "
+            "is its secret."
+        )
+    if config.aggregator != "mean":
+        raise ConfigError(
+            f"dp_clip needs the aggregator 'mean', got {config.aggregator!r}: noise is for sums."
+        )
+
+
+def poisson(share: float) -> Callable[[int, np.random.Generator], np.ndarray]:
+    """A sampler's draw `(clients, rng) -> numbers`, each with the same probability."""
+
+    def draw(clients: int, rng: np.random.Generator) -> np.ndarray:
+        return np.flatnonzero(rng.random(clients) < share)
+
+    return draw
+
+
+def most_drawn(clients: int, share: float) -> int:
+    """How many of the clients a Poisson draw may have, but for a chance of 1e-12."""
+    from scipy.stats import binom  # half a second to import, which each command would take
+
+    return int(min(clients, max(1, binom.isf(1e-12, clients, share))))

@@ -1,0 +1,280 @@
+"""Differential privacy: what one client can change, the noise, and what it costs."""
+
+import dataclasses
+import functools
+
+import dp_accounting
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_rounds
+import pytest
+from numpy_rounds import CONFIG, DATA, MODEL, PARTS, each
+
+import jfed
+from jfed.algorithms import AlgorithmConfig, CodecConfig, PrivacyConfig, ServerConfig, private
+from jfed.algorithms.catalogue import make_algorithm
+from jfed.algorithms.codecs import with_codecs
+from jfed.algorithms.privacy import Accountant, most_drawn, poisson
+from jfed.simulation.federation import Federation
+
+COUNT = ServerConfig(weights="count")
+NARROW = jfed.models.Model(
+    lambda key: {"w": MODEL.init(key)["w"]},
+    lambda p, images: images.reshape(images.shape[0], -1) @ p["w"],
+)
+UNEQUAL = jfed.tiers.Tiers(
+    MODEL.init,
+    (
+        jfed.tiers.Tier("narrow", NARROW, lambda variables, _: {"w": variables["w"]}),
+        jfed.tiers.Tier("full", MODEL),
+    ),
+)
+CLIP = 0.05
+
+
+def _federation(algorithm, tiers=MODEL, **options):
+    given = {"rounds": 30, "client": CONFIG, "server": COUNT, "seed": 5, "faults": None}
+    given |= {"engine": jfed.EngineConfig(devices=1, mapping="map", lanes=1)}
+    given |= {"evaluation": jfed.EvaluationConfig(every=0, batch_size=30)}
+    return Federation(DATA, PARTS, tiers, algorithm=algorithm, **given | options)
+
+
+def _flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(tree))])
+
+
+@functools.cache
+def _after(name, codecs, tiers, without, rounds=2):
+    """The server after rounds of all clients but one in the last; and how many own each entry."""
+    settings = {"ditto": {"strength": 1.0}, "fedprox": {"mu": 0.1}, "feddyn": {"alpha": 0.1}}
+    algorithm = make_algorithm(AlgorithmConfig(name, **settings.get(name, {})), CONFIG, COUNT)
+    algorithm = private(
+        with_codecs(algorithm, CodecConfig(codecs)), clip=CLIP, noise=0.0, share=1.0
+    )
+
+    def sampler(number, rng):
+        return [c for c in range(4) if number < rounds - 1 or c != without]
+
+    federation = _federation(algorithm, tiers, sampler=sampler)
+    state = federation.start
+    for number in range(rounds):
+        state, _ = federation.round(state, number)
+    full = (federation.population.tier == len(federation.tiers.members) - 1).sum()
+    owners = {"b": np.full(3, full), "w": np.full((16, 3), 4)}
+    return jax.device_get(state.server), _flat(owners)
+
+
+@pytest.mark.parametrize("tiers", [MODEL, UNEQUAL], ids=["equal", "unequal"])
+@pytest.mark.parametrize(
+    ("name", "codecs"),
+    [
+        ("fedavg", ()),
+        ("fedavg", ("int2",)),
+        ("fedprox", ("topk:0.3", "int4")),
+        ("scaffold", ("sign",)),
+        ("ditto", ()),
+    ],
+    ids=str,
+)
+def test_no_client_changes_the_sum_by_more_than_the_clip(name, codecs, tiers):
+    """Of all parts of its message together, whatever its tier owns and its codec makes of it."""
+    whole, owners = _after(name, codecs, tiers, None)
+    changed = []
+    for client in range(4):
+        without, _ = _after(name, codecs, tiers, client)
+        # The mean's denominators are fixed, so sums differ by the means' difference times those.
+        change = [(_flat(whole.variables) - _flat(without.variables)) * owners]
+        if name == "scaffold":
+            controls = [_flat(server.state[0][0]) for server in (whole, without)]
+            change.append((controls[0] - controls[1]) * owners)
+        changed.append(np.linalg.norm(np.concatenate(change)))
+    assert max(changed) <= CLIP * (1 + 1e-4)
+    assert min(changed) > 0.9 * CLIP  # all are longer than that here
+
+
+def _noises(algorithm, tiers=MODEL, rounds=30, **options):
+    """What rounds add to the variables of clients that learn nothing."""
+    client = jfed.ClientConfig(batch_size=30, learning_rate=1e-12)
+    federation = _federation(algorithm, tiers, client=client, **options)
+    state, found = federation.start, []
+    for number in range(rounds):
+        before = jax.device_get(state.server.variables)
+        state, _ = federation.round(state, number)
+        after = jax.device_get(state.server.variables)
+        found.append(jax.tree.map(np.subtract, after, before))
+    return jax.tree.map(lambda *x: np.stack(x), *found)
+
+
+def test_noise_has_the_deviation_it_should_have_and_is_new_every_round():
+    config = jfed.ClientConfig(learning_rate=1e-12)
+    shared = make_algorithm(AlgorithmConfig(), config, COUNT)
+    found = _noises(private(shared, clip=2.0, noise=3.0, share=0.5), cohort=2)
+    values = np.concatenate([found["b"].reshape(30, -1), found["w"].reshape(30, -1)], 1)
+    # The mean is over an expected two clients. 1530 values: a deviation known to 1.8 %.
+    assert values.std() == pytest.approx(2.0 * 3.0 / 2, rel=0.08)
+    assert abs(values.mean()) < 5 * 3 / np.sqrt(values.size)
+    assert np.abs(np.corrcoef(values) - np.eye(30)).max() < 0.6
+
+
+def test_entries_that_few_own_get_the_noise_of_all_over_fewer_clients():
+    config = jfed.ClientConfig(learning_rate=1e-12)
+    shared = make_algorithm(AlgorithmConfig(), config, COUNT)
+    algorithm = private(shared, clip=1.0, noise=1.0, share=1.0)
+    found = _noises(algorithm, UNEQUAL, rounds=60)
+    assert found["w"].std() == pytest.approx(1 / 4, rel=0.1)
+    assert found["b"].std() == pytest.approx(1 / 2, rel=0.2)  # 180 values
+
+
+def test_a_round_without_clients_has_noise_too():
+    shared = make_algorithm(AlgorithmConfig(), CONFIG, COUNT)
+    algorithm = private(shared, clip=1.0, noise=1.0, share=0.5)
+    found = _noises(algorithm, rounds=2, sampler=lambda number, rng: [])
+    assert found["w"].std() == pytest.approx(1 / 2, rel=0.4)
+
+
+def test_the_clip_follows_a_quantile_of_the_norms(monkeypatch):
+    """Without noise, of norms that hardly change: the first step by hand, and where it ends."""
+    client = dataclasses.replace(CONFIG, learning_rate=1e-4)
+    monkeypatch.setattr(numpy_rounds, "RATE", 1e-4)
+    start = numpy_rounds.start()
+    moved = [numpy_rounds.sgd(start, number, 0) for number in range(4)]
+    norms = sorted(np.linalg.norm(_flat(each(np.subtract, own, start))) for own in moved)
+    first = 1.01 * norms[0]
+    shared = make_algorithm(AlgorithmConfig(), client, COUNT)
+    algorithm = private(shared, clip=first, noise=0.0, share=1.0, quantile=0.5)
+    federation = _federation(algorithm, cohort=4, client=client)
+    state, bounds = federation.start, []
+    for number in range(30):
+        state, _ = federation.round(state, number)
+        bounds.append(float(state.server.state[1]))
+    assert bounds[0] == pytest.approx(first * np.exp(-0.2 * (0.25 - 0.5)))
+    assert norms[1] * np.exp(-0.06) < bounds[-1] < norms[2] * np.exp(0.06)
+
+
+@pytest.mark.parametrize(("accountant", "expected"), [("rdp", 2.1014), ("pld", 1.8282)])
+def test_epsilon_of_a_known_case(accountant, expected):
+    """10,000 clients, 1 % a round, noise 1.0, 1,000 rounds: figures of dp-accounting 0.6."""
+    config = PrivacyConfig(clip=1.0, noise=1.0, delta=1e-5, accountant=accountant)
+    assert Accountant(config, 10_000, 100).epsilon(1.0, 1000) == pytest.approx(expected, rel=1e-3)
+
+
+def test_epsilon_of_full_participation_is_that_of_gaussians():
+    """Everybody in each round: n Gaussians of noise z are one of noise z / sqrt(n)."""
+    config = PrivacyConfig(clip=1.0, noise=4.0, delta=1e-5, accountant="pld")
+    found = Accountant(config, 50, 50).epsilon(4.0, 16)
+    exact = dp_accounting.get_epsilon_gaussian(1.0, 1e-5)
+    assert found == pytest.approx(exact, rel=1e-3)
+
+
+def test_a_fixed_cohort_is_accounted_for_by_replacement():
+    config = PrivacyConfig(clip=1.0, noise=1.0, delta=1e-5, sampling="fixed")
+    found = Accountant(config, 10_000, 100).epsilon(1.0, 1000)
+    assert found == pytest.approx(20.987, rel=1e-3)  # dp-accounting 0.6
+
+
+def test_the_noise_of_an_epsilon_keeps_to_it():
+    config = PrivacyConfig(clip=1.0, epsilon=3.0, delta=1e-5)
+    accountant = Accountant(config, 1000, 50)
+    noise = accountant.noise(200)
+    assert 2.98 < accountant.epsilon(noise, 200) <= 3.0
+    assert accountant.epsilon(0.98 * noise, 200) > 3.0
+
+
+def test_poisson_draws_each_client_alike_and_its_bound_holds():
+    draws = [poisson(0.2)(50, np.random.default_rng(i)) for i in range(2000)]
+    counts = np.bincount(np.concatenate(draws), minlength=50) / 2000
+    assert np.abs(counts - 0.2).max() < 5 * np.sqrt(0.16 / 2000)
+    sizes = np.array(list(map(len, draws)))
+    assert sizes.var() == pytest.approx(50 * 0.16, rel=0.2)
+    assert sizes.max() < most_drawn(50, 0.2) < 50
+    assert most_drawn(7, 1.0) == 7
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "fixed"])
+def test_a_run_tells_epsilon_in_its_columns_summary_and_records(sampling, tmp_path):
+    privacy = PrivacyConfig(clip=0.1, noise=1.0, delta=1e-3, sampling=sampling)
+    evaluation = jfed.EvaluationConfig(every=2)
+    options = {"rounds": 3, "cohort": 2, "client": CONFIG, "server": COUNT, "privacy": privacy}
+    result = jfed.simulate(
+        DATA, PARTS, MODEL, evaluation=evaluation, workdir=tmp_path / "run", **options
+    )
+    told = [record.epsilon for record in result.history]
+    accountant = Accountant(privacy, 4, 2)
+    assert told == [None, accountant.epsilon(1.0, 2), accountant.epsilon(1.0, 3)]
+    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    column = lines[0].split(",").index("epsilon")
+    assert [line.split(",")[column] for line in lines[1:]] == ["", *map(str, told[1:])]
+    assert jfed.load(tmp_path / "run", MODEL).history == result.history
+    sizes = [record.clients for record in result.history]
+    assert (sizes == [2, 2, 2]) == (sampling == "fixed")
+
+
+def test_private_lanes_equal_the_debug_engine():
+    privacy = PrivacyConfig(clip=0.1, noise=0.3, delta=1e-3, quantile=0.4)
+    results = [
+        jfed.simulate(
+            DATA, PARTS, UNEQUAL, rounds=3, client=CONFIG, server=COUNT, privacy=privacy, seed=2,
+            engine=jfed.EngineConfig(mapping=mapping),
+        )
+        for mapping in ("vmap", "debug")
+    ]  # fmt: skip
+    numpy_rounds.check(results[0].variables, results[1].variables)
+    assert not jnp.allclose(results[0].variables["w"], numpy_rounds.start()["w"], atol=0.01)
+
+
+OK = {"clip": 1.0, "noise": 1.0, "delta": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clip": None}, "dp_noise 1.0 needs dp_clip, got none"),
+        ({"clip": 0.0}, "dp_clip must be a number, above 0, got 0"),
+        ({"noise": None}, "needs one of dp_noise and dp_epsilon, got None and None"),
+        ({"epsilon": 2.0}, "needs one of dp_noise and dp_epsilon, got 1.0 and 2.0"),
+        ({"noise": -1.0}, "dp_noise must be a number, 0 or more, got -1"),
+        ({"delta": None}, "needs dp_delta, such as 1e-5, got none"),
+        ({"delta": 1.0}, "dp_delta must be above 0 and below 1, got 1.0"),
+        ({"quantile": 0.0}, "dp_quantile must be above 0 and below 1, got 0.0"),
+        ({"sampling": "posson"}, "unknown dp_sampling 'posson'. Did you mean 'poisson'"),
+        ({"sampling": "fixed", "accountant": "pld"}, "'pld' cannot do dp_sampling 'fixed'"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_quoted(changes, message):
+    with pytest.raises(jfed.ConfigError, match=message):
+        PrivacyConfig(**OK | changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"server": ServerConfig()}, "needs weights 'count', got 'examples'"),
+        (
+            {"server": ServerConfig(weights="count", aggregator="median")},
+            "needs the aggregator 'mean', got 'median'",
+        ),
+        ({"sampler": lambda number, rng: [0]}, "dp_clip draws clients itself, got sampler"),
+        ({"algorithm": "fednova"}, r"parts \['trained'\] of the message are not like the var"),
+        (
+            {"privacy": PrivacyConfig(clip=1.0, epsilon=1e-9, delta=1e-12)},
+            "dp_epsilon 1e-09 cannot be reached in 30 rounds",
+        ),
+        (
+            {"privacy": PrivacyConfig(**OK, quantile=0.5)},
+            "dp_quantile needs a count noise above 0.5, got 0.2",
+        ),
+    ],
+)
+def test_what_breaks_the_guarantee_is_refused_before_anything_compiles(
+    options, message, monkeypatch
+):
+    monkeypatch.setattr(Federation, "compile", None)
+    given = {"server": COUNT, "client": CONFIG, "privacy": PrivacyConfig(**OK), "rounds": 30}
+    given |= options
+    if isinstance(given.get("algorithm"), str):
+        config = AlgorithmConfig(given["algorithm"])
+        given["algorithm"] = make_algorithm(config, CONFIG, given["server"])
+    with pytest.raises(jfed.ConfigError, match=message):
+        jfed.simulate(DATA, PARTS, MODEL, **given)
