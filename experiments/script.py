@@ -30,7 +30,7 @@ def main(
     arms: Callable[[str], study.Arms],
     *,
     baseline: str | None = None,
-    target: Mapping[str, float] | None = None,
+    target: Mapping[str, float] | Callable[[FinishedRun], float] | None = None,
 ) -> None:
     """Runs an experiment.
 
@@ -38,7 +38,7 @@ def main(
       script: its `__file__`.
       arms: by scale, "cpu", "full" or "smoke".
       baseline: see `jfed.reports.tables.arm_table`.
-      target: likewise, by scale.
+      target: likewise; or by scale.
     """
     name = pathlib.Path(script).stem
 
@@ -60,7 +60,8 @@ def main(
           output: of the table when all is done; results/NAME_SCALE.csv beside the script where not
             given, but nowhere for smoke.
         """
-        folder, goal = workdir / scale, target[scale] if target else None
+        folder = workdir / scale
+        goal = target[scale] if isinstance(target, Mapping) else target
         end = table_of(script, scale, output)
         told = {"command": f"python experiments/{name}.py --scale {scale} --seeds {seeds}"}
 

@@ -30,6 +30,10 @@ ARMS = {
     "communication": ["ResNet-digits", "ODENet-digits"],
     "nefl_protocol": ["NeFL-D", "ode", "ode, fewer FLOPs"],
     "depth_transfer": ["fixed horizon/mixed"],
+    "algorithms": [
+        "digits, Dirichlet 0.5, mixed/FedAvg",
+        "digits, Dirichlet 0.5, mixed/FedPer",
+    ],
 }
 
 
@@ -51,7 +55,7 @@ def load(name, monkeypatch):
     return module
 
 
-HEAVY = ("ablation", "communication", "flexible", "nefl_protocol", "rivals")
+HEAVY = ("ablation", "algorithms", "communication", "flexible", "nefl_protocol", "rivals")
 
 
 @pytest.mark.parametrize(

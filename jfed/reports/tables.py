@@ -24,11 +24,21 @@ NOTE = (
 
 Groups = Mapping[str, Sequence[FinishedRun]]
 Measure = Callable[[FinishedRun], float | None]
+# An accuracy from 0 to 1, for all runs or for each.
+Target = float | Callable[[FinishedRun], float]
 LOCAL = ("mean", "weighted", "worst", "p10", "std")
 _MEASURES: dict[str, Measure] = {"mean": lambda run: run.average, "worst": lambda run: run.worst}
 
 
-def lines(runs: Sequence[FinishedRun], target: float | None = None) -> list[dict[str, Any]]:
+def goal_of(run: FinishedRun, target: Target) -> float:
+    """The target of a run; ConfigError unless it is above 0 and at most 1."""
+    goal = target(run) if callable(target) else target
+    if check_number("target", goal, above=0.0) > 1:
+        raise ConfigError(f"target must be above 0 and at most 1, got {goal!r}.")
+    return goal
+
+
+def lines(runs: Sequence[FinishedRun], target: Target | None = None) -> list[dict[str, Any]]:
     """One line for each run and evaluated tier: all that a table is made of.
 
     Args:
@@ -50,9 +60,9 @@ def lines(runs: Sequence[FinishedRun], target: float | None = None) -> list[dict
         if run.local is not None:
             about |= {f"local_{name}": round(run.local[name], 6) for name in LOCAL}
         if target is not None:
-            about |= {"target": target}
+            about |= {"target": goal_of(run, target)}
             for kind in ("", "local_") if run.local is not None else ("",):
-                point = run.reaching(target, local=bool(kind))
+                point = run.reaching(goal_of(run, target), local=bool(kind))
                 about[f"{kind}bytes_to_target"] = point and point.bytes_total
                 about[f"{kind}rounds_to_target"] = point and point.round
         for tier in run.tiers:
@@ -105,7 +115,7 @@ def arm_table(
     runs: Sequence[FinishedRun],
     *,
     baseline: str | None = None,
-    target: float | None = None,
+    target: Target | None = None,
     style: str = "simple",
 ) -> str:
     """One line for each arm.
@@ -114,15 +124,13 @@ def arm_table(
       runs: of any arms and seeds.
       baseline: the arm whose mean and worst tier others' are compared with, where they have as many
         tiers; none by default.
-      target: accuracy from 0 to 1; adds the rounds and bytes that it took to get there.
+      target: adds the rounds and bytes that it took to get there.
       style: one of `STYLES`.
 
     Raises:
       ConfigError: no such arm or style, a target outside of 0 to 1, an arm with a seed twice.
     """
     groups, rows = by_arm(runs), []
-    if target is not None and check_number("target", target, above=0.0) > 1:
-        raise ConfigError(f"target must be above 0 and at most 1, got {target!r}.")
     for arm, group in groups.items():
         trained = [tier for run in group for tier in run.trained]
         row = {
@@ -140,7 +148,7 @@ def arm_table(
             for name in ("mean", "worst"):
                 row[f"clients' {name} [%]"] = spread([own[name] for own in local]) if local else ""
         if target is not None:
-            row |= _to_target(group, target)
+            row |= _to_target(group, goal_of(group[0], target))
         if baseline is not None:
             other = groups[one_of("baseline", baseline, tuple(groups))]
             same = len(other[0].trained) == len(group[0].trained)
@@ -230,7 +238,7 @@ def text(
     runs: Sequence[FinishedRun],
     *,
     baseline: str | None = None,
-    target: float | None = None,
+    target: Target | None = None,
     style: str = "simple",
 ) -> str:
     """Both tables of every section, and what they mean; arguments as of `arm_table`."""

@@ -1,5 +1,6 @@
 """What the settings of a run make: its network, its tiers, and the federation."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -33,6 +34,10 @@ class Prepared(NamedTuple):
     twin: Twin | None = None
 
 
+# A study's arms follow each other with the same data, which take long to decode.
+_load = functools.lru_cache(maxsize=1)(data_lib.load)
+
+
 def set_up(config: RunConfig, memory_folder: epath.Path | None = None) -> Prepared:
     """Loads the data, deals it out, builds the model, and checks everything; compiles nothing."""
     population, seed = config.population, config.seed
@@ -44,7 +49,7 @@ def set_up(config: RunConfig, memory_folder: epath.Path | None = None) -> Prepar
     make_mesh(config.engine.devices)
     algorithm = make_algorithm(config.algorithm, config.client, config.server)
     algorithm = with_codecs(algorithm, config.codec)
-    data = data_lib.load(config.data, seed=seed)
+    data = _load(config.data, seed=seed)
     network = config.network.make(data.num_classes, data.image_shape[-1])
     partition = data_lib.partition(
         config.partition, data.train.labels, population.clients, seed=seed

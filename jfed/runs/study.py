@@ -163,7 +163,8 @@ def _end_with_parent() -> None:
 def _run_job(config: RunConfig, path: pathlib.Path) -> str | None:
     """Does one run; returns how it diverged, if it did."""
     try:
-        runs.run(path, as_json(config), functools.partial(set_up, config))
+        memory = files.absolute(path) / "memory"
+        runs.run(path, as_json(config), functools.partial(set_up, config, memory))
     except DivergedError as error:
         return str(error)
     return None
