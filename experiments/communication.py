@@ -2,8 +2,9 @@
 
     python experiments/communication.py --scale cpu
 
-trains the three networks in the same federation, IID, and tells, beside the bytes of an upload, how
-many were sent until the mean accuracy of the tiers was 40 % (70 % at `--scale full`), as seen at
+trains the three networks in the same federation, IID, plain and with codecs (8 bits in both
+directions; 4 bits up and 8 down; 5 % of the entries in 8 bits up, with error feedback, and 8 down),
+and tells, beside the bytes of an upload, how many were sent until the mean accuracy of the tiers was 40 % (70 % at `--scale full`), as seen at
 the rounds that are evaluated: every second one, on 2,000 test images (every tenth, on all). The
 ODENets run mixed iteration counts, so a round of theirs does other work than one of the ResNet;
 FLOPs stand beside. It writes `experiments/results/communication_cpu.csv`. Expected there, over 3
@@ -32,15 +33,29 @@ _LAYERS: dict[str, dict[str, tuple[int, ...]]] = {
 _TARGET = {"cpu": 0.4, "full": 0.7, "smoke": 0.05}
 
 
+# What goes up and what comes down.
+_CODECS: dict[str, dict[str, tuple[str, ...]]] = {
+    "": {},
+    ", int8": {"codec_up": ("int8",), "codec_down": ("int8",)},
+    ", int4": {"codec_up": ("int4",), "codec_down": ("int8",)},
+    ", topk": {"codec_up": ("topk:0.05", "int8"), "codec_down": ("int8",)},
+}
+
+
 def arms(scale: str) -> Arms:
-    """The ResNet and its two ODENets, of each number of layers."""
+    """The ResNet and its two ODENets, of each number of layers, plain and with each codec."""
     found: dict[str, RunConfig] = {}
     for layers, counts in _LAYERS[scale].items():
         base = _BASE[scale].replace(iterations=counts)
-        found[f"ResNet-{layers}"] = base.replace(model=f"resnet-{layers}", iterations=None)
-        found[f"ODENet-{layers}"] = base.replace(model=f"odenet-{layers}")
+        networks = {
+            f"ResNet-{layers}": base.replace(model=f"resnet-{layers}", iterations=None),
+            f"ODENet-{layers}": base.replace(model=f"odenet-{layers}"),
+        }
         if scale != "smoke":
-            found[f"dsODENet-{layers}"] = base.replace(model=f"dsodenet-{layers}")
+            networks[f"dsODENet-{layers}"] = base.replace(model=f"dsodenet-{layers}")
+        for name, network in networks.items():
+            for codec, settings in list(_CODECS.items())[: 2 if scale == "smoke" else None]:
+                found[name + codec] = network.replace(**settings)
     return found
 
 

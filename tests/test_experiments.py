@@ -27,7 +27,9 @@ ARMS = {
     "flexible": ["IID/mixed", "IID/only 1", "IID/ResNet"],
     "ablation": ["default", "proportional horizon"],
     "rivals": ["ode", "full ResNet"],
-    "communication": ["ResNet-digits", "ODENet-digits"],
+    "communication": [
+        f"{net}-digits{codec}" for net in ("ResNet", "ODENet") for codec in ("", ", int8")
+    ],
     "nefl_protocol": ["NeFL-D", "ode", "ode, fewer FLOPs"],
     "depth_transfer": ["fixed horizon/mixed"],
     "algorithms": [
