@@ -4,13 +4,12 @@
 
 trains the three networks in the same federation, IID, plain and with codecs (8 bits in both
 directions; 4 bits up and 8 down; 5 % of the entries in 8 bits up, with error feedback, and 8 down),
-and tells, beside the bytes of an upload, how many were sent until the mean accuracy of the tiers was 40 % (70 % at `--scale full`), as seen at
-the rounds that are evaluated: every second one, on 2,000 test images (every tenth, on all). The
-ODENets run mixed iteration counts, so a round of theirs does other work than one of the ResNet;
-FLOPs stand beside. It writes `experiments/results/communication_cpu.csv`. Expected there, over 3
-seeds: 143.9 +- 12.5 MB with ResNet-20, 90.7 +- 20.8 with ODENet-20, 49.4 +- 10.3 with dsODENet-20,
-whose final accuracies are 47.1, 46.6 and 44.0 %. `--scale full` is the preset `cifar10-flexible`,
-but IID, with networks of 32, 56 and 110 layers, for an accelerator; not run yet. Bytes of other
+and tells, beside the bytes of an upload, how many were sent until the mean accuracy of the tiers
+was 40 % (70 % at `--scale full`), as seen at the rounds that are evaluated: every second one, on
+2,000 test images (every tenth, on all). The ODENets run mixed iteration counts, so a round of
+theirs does other work than one of the ResNet; FLOPs stand beside. It writes
+`experiments/results/communication_cpu.csv`. `--scale full` is the preset `cifar10-flexible`, but
+IID, with networks of 32, 56 and 110 layers, for an accelerator; not run yet. Bytes of other
 networks: `jfed models`.
 """
 
