@@ -1,6 +1,5 @@
 """A federation set up on its devices, and one round of it."""
 
-import concurrent.futures
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -27,14 +26,13 @@ from jfed.algorithms.privacy import (
 from jfed.algorithms.servers import ServerConfig, client_weights
 from jfed.data import Dataset, check_partition, class_counts
 from jfed.data.preprocessing import Augmentation, Images, channel_moments
-from jfed.engine import debug, hosts
+from jfed.engine import debug
 from jfed.engine.devices import (
     EVERYWHERE,
     SPREAD,
     EngineConfig,
     make_mesh,
     put,
-    rows_here,
     to_host,
 )
 from jfed.engine.faults import FaultConfig
@@ -56,6 +54,7 @@ from jfed.simulation.checks import (
     check_parts,
     check_training,
 )
+from jfed.simulation.client_rows import ClientRows, Trained
 from jfed.simulation.evaluation import EvaluationConfig, Examples, evaluated_tiers, in_batches
 from jfed.simulation.local_tests import Chunk, LocalTesting
 from jfed.simulation.measured_traffic import Sizes, as_sizes, wire_bytes
@@ -172,13 +171,13 @@ class Federation:
         self._check(data, like)
         self.engine = (engine or EngineConfig()).resolve(self.population.cohort)
         self._mesh = make_mesh(self.engine.devices)
-        self._memory_folder = memory_folder
-        self._row_shapes = jax.eval_shape(self.algorithm.memory_init, like)
-        self.remembers = bool(jax.tree.leaves(self._row_shapes))
-        if self.remembers and memory_folder is None and jax.process_count() > 1:
-            raise ConfigError(
-                "client memory on several hosts needs a workdir that all of them see."
-            )
+        self._rows = ClientRows(
+            jax.eval_shape(self.algorithm.memory_init, like),
+            lambda: jax.tree.map(jnp.asarray, self.algorithm.memory_init(self._variables)),
+            len(examples),
+            memory_folder,
+            self._mesh,
+        )
         self._groups = self._make_groups(data, like)
         self._place(data)
 
@@ -233,11 +232,6 @@ class Federation:
     def _make_groups(self, data: Dataset, like: Params) -> list[_Group]:
         """Which tiers train together, and on what."""
         devices, groups = self._mesh.size, []
-
-        def room(even: int) -> int:
-            """Rows of memory of a device: a few more than an even share leave packing free."""
-            return even + max(2, even // 4)
-
         lanes = (self.engine.lanes or 1) * devices
         for members in group_tiers(self.tiers.members):
             tiers = [self.tiers.members[i] for i in members]
@@ -246,6 +240,7 @@ class Federation:
                 flops = [forward_flops(t.bound(), t.shapes(like), data.image_shape) for t in tiers]
                 costs = tuple(float(max(n, 1)) for n in flops)
             slots = max(1, self.population.most(members))
+            even = -(-slots // devices)  # a few more rows of memory than that leave packing free
             packing = Packing(
                 devices=devices,
                 lanes=lanes,
@@ -253,7 +248,7 @@ class Federation:
                 batch_size=self.client.batch_size,
                 steps=capacity(self.population.steps(), self.population.cohort, lanes, costs),
                 slots=slots,
-                rows=min(slots, room(-(-slots // devices))) if self.remembers else slots,
+                rows=min(slots, even + max(2, even // 4)) if self._rows.remember else slots,
                 costs=costs,
             )
             groups.append(_Group(members, packing))
@@ -333,47 +328,35 @@ class Federation:
         )
 
     @functools.cached_property
-    def _first(self) -> tuple[Server, ClientMemory | None]:
-        """What the server and every client begin with, on the host."""
-        variables = initialise(self.tiers.init, jax.random.fold_in(self.key, 0))
-        server = to_host(Server(variables, self.algorithm.server_init(variables)))
-        if not self.remembers:
-            return server, None
-        row = to_host(jax.tree.map(jnp.asarray, self.algorithm.memory_init(variables)))
-        clients = len(self.population.partition)
-        return server, ClientMemory(row, clients, self._memory_folder)
+    def _variables(self) -> Params:
+        """What the global variables begin with."""
+        return initialise(self.tiers.init, jax.random.fold_in(self.key, 0))
+
+    @functools.cached_property
+    def _first(self) -> Server:
+        """What the server begins with, on the host."""
+        return to_host(Server(self._variables, self.algorithm.server_init(self._variables)))
 
     @property
     def memory(self) -> ClientMemory | None:
         """What clients remember, on the host; None where the algorithm keeps nothing of theirs."""
-        return self._first[1]
+        return self._rows.memory
 
     def recall(self, state: State) -> Callable[[int], Any] | None:
         """What each client remembers in a state, by its number."""
-        memory, latest = self.memory, state.latest
-        if memory is None:
-            return None
-
-        def of(client: int) -> Any:
-            check_integer("client", client, least=0, most=len(latest) - 1)
-            rows = memory.rows([client], latest, ([0], 1))
-            return jax.tree.map(lambda x: x[0], rows)
-
-        return of
+        return self._rows.recall(state.latest)
 
     @property
     def start(self) -> State:
         """The state before the first round."""
-        latest = ClientMemory.begin(len(self.population.partition)) if self.remembers else ()
-        return self.place(State(self._first[0], latest, self._counted))
+        return self.place(State(self._first, self._rows.begin(), self._counted))
 
     @property
     def state_shapes(self) -> State:
         """Shapes and dtypes of the state."""
-        latest = ClientMemory.begin(len(self.population.partition)) if self.remembers else ()
         variables = jax.eval_shape(self.tiers.init, self.key)
         server = Server(variables, jax.eval_shape(self.algorithm.server_init, variables))
-        return State(server, latest, self._counted)
+        return State(server, self._rows.begin(), self._counted)
 
     @property
     def _counted(self) -> Sizes:
@@ -403,7 +386,8 @@ class Federation:
         arguments, delivered, tiers = self._evaluations(start), [], []
         for i, group in enumerate(self._groups):
             schedule = self._put_schedule(pack([], group.packing))
-            arguments[f"train {i}"] = (inputs, schedule, self._rows([], schedule, group, start))
+            rows = self._rows.packed([], schedule, group.packing, start.latest)
+            arguments[f"train {i}"] = (inputs, schedule, rows)
             told, _ = shared.shapes(f"train {i}", *arguments[f"train {i}"])
             delivered.append(jax.tree.map(self._everywhere, told))
             tiers.append(schedule.cohort.tier)
@@ -458,50 +442,34 @@ class Federation:
             packed = pack(items, group.packing)
             loads.append(load(items, packed, group.packing))
             schedule = self._put_schedule(packed)
-            rows = self._rows(items, packed, group, state)
+            rows = self._rows.packed(items, packed, group.packing, state.latest)
             told, rows = self._compiled[0][f"train {i}"](inputs, schedule, rows)
             delivered.append(told)
             tiers.append(schedule.cohort.tier)
-            kept.append((items, packed, group, rows))
+            kept.append(Trained(items, packed, group.packing, rows))
         reports = [told.report for told in delivered]
         server, finite = self._compiled[0]["server"](
             state.server, delivered, tiers, inputs.round, inputs.key
         )
-        latest = state.latest
-        if self.memory is not None:
-            latest = latest.copy()
-            # Another host may need these rows in the next round.
-            hosts.agree("remembering", lambda: self._remember(number, kept))
-            for items, *_ in kept:
-                latest[[item.client for item in items]] = number
-            self._forget_before(state)
+        latest = self._rows.keep(number, state.latest, kept)
         return State(server, latest, state.sizes), finite, reports, loads
-
-    def _forget_before(self, state: State) -> None:
-        """Drops rows that no checkpoint needs, since there is none: what a round began with."""
-        if self.memory is not None and self._memory_folder is None:
-            self.memory.forget(state.latest)
 
     def _debug(
         self, state: State, number: int, rate: float, work: Sequence[Sequence[Work]]
     ) -> tuple[State, Array, list[Report], list[Load]]:
         """A round by the debug engine."""
         inputs, plan = self._inputs(state.server, number, rate), self._plan
-        sent, reports, latest, recall = [], [], state.latest, self.recall(state)
-        if self.memory is not None:
-            latest = latest.copy()
+        sent: list[debug.Sent] = []
+        reports, rows = [], {}
         for training, items in zip(plan.trainings, work, strict=True):
             told = []
             for item in items:
-                row = self._row_shapes if recall is None else recall(item.client)
-                one, row = debug.train(training, inputs, item, row)
+                before = self._rows.row(item.client, state.latest)
+                one, rows[item.client] = debug.train(training, inputs, item, before)
                 told.append(one)
-                if self.memory is not None:
-                    self.memory.put(item.client, number, row)
-                    latest[item.client] = number
             sent += told
             reports.append(debug.report(told))
-        self._forget_before(state)
+        latest = self._rows.keep_rows(number, state.latest, rows)
         server, counts = state.server, sum(one.counts for one in sent)
         if counts:
             message, owners = debug.merge(sent, plan.aggregator, server.variables)
@@ -539,11 +507,9 @@ class Federation:
     def _local_arguments(self, state: State, number: int, chunk: Chunk) -> tuple[Any, ...]:
         """The arguments of the program that tests clients on examples of their own."""
         rate = learning_rate(self.client, 0, self.rounds)  # of fine-tuning, in every round
-        rows: Any = () if self.algorithm.personalise is None else self._row_shapes
-        if self.memory is not None and self.algorithm.personalise is not None:
-            length = chunk.tested.client.shape[0]
-            places = range(len(chunk.clients)), length
-            rows = put(self.memory.rows(chunk.clients, state.latest, places), self._mesh, SPREAD)
+        rows: Any = ()
+        if self.algorithm.personalise is not None:
+            rows = self._rows.some(chunk.clients, len(chunk.tested.client), state.latest)
         return self._inputs(state.server, number, rate), chunk.tested, rows
 
     def test_locally(self, state: State, number: int) -> list[tuple[Sequence[int], Metrics]]:
@@ -590,43 +556,6 @@ class Federation:
         sharding = jax.sharding.NamedSharding(self._mesh, EVERYWHERE)
         return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
 
-    def _places(self, work: Sequence[Work], schedule: Schedule, group: _Group) -> list[int]:
-        """Where the rows of clients lie in the array that is spread over devices."""
-        packing, found = group.packing, []
-        lane_of = {}
-        for lane, slots in enumerate(np.asarray(schedule.lanes.slot)):
-            lane_of.update(dict.fromkeys(slots.tolist(), lane))
-        slot_of = {item.client: slot for slot, item in enumerate(work)}
-        for item in work:
-            slot = slot_of[item.client]
-            device = lane_of[slot] // (packing.lanes // packing.devices)
-            found.append(device * packing.rows + int(schedule.cohort.row[slot]))
-        return found
-
-    def _rows(self, work: Sequence[Work], schedule: Schedule, group: _Group, state: State) -> Any:
-        """The cohort's rows of memory, on the devices that train them."""
-        if self.memory is None:
-            return self._row_shapes  # which has no leaves
-        places = self._places(work, schedule, group), group.packing.rows * group.packing.devices
-        rows = self.memory.rows([item.client for item in work], state.latest, places)
-        return put(rows, self._mesh, SPREAD)
-
-    def _remember(
-        self, number: int, trained: Sequence[tuple[Sequence[Work], Schedule, _Group, Any]]
-    ) -> None:
-        """Keeps the rows that this host's devices have trained, of each program."""
-        memory = self.memory
-        assert memory is not None
-        kept: list[tuple[int, int, list[np.ndarray]]] = []
-        for work, schedule, group, rows in trained:
-            hosts.wait_for(rows)
-            here = [rows_here(leaf) for leaf in jax.tree.leaves(rows)]
-            for item, place in zip(work, self._places(work, schedule, group), strict=True):
-                if place in here[0]:
-                    kept.append((item.client, number, [leaf[place] for leaf in here]))
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:  # most of it waits for the disk
-            list(pool.map(lambda row: memory.put(*row), kept))
-
     def _bytes(
         self, state: State, cohort: Sequence[np.ndarray], done: Sequence[Sequence[Work]]
     ) -> Traffic:
@@ -668,13 +597,12 @@ class Federation:
         """What one client sends that trains alone by a program, cut to its tier, on the host."""
         group, training = self._groups[i], self._plan.trainings[i]
         if self.engine.mapping == "debug":
-            recall = self.recall(state)
-            row = self._row_shapes if recall is None else recall(item.client)
+            row = self._rows.row(item.client, state.latest)
             one, _ = debug.train(training, inputs, item, row)
             like, tier = inputs.server.variables, training.tiers[item.tier]
             return to_host(map_parts(lambda v: tier.extract(v, inputs.round), like, one.parts))
         packed = pack([item], group.packing)
-        rows = self._rows([item], packed, group, state)
+        rows = self._rows.packed([item], packed, group.packing, state.latest)
         told, _ = self._compiled[0][f"train {i}"](inputs, self._put_schedule(packed), rows)
         return to_host(told.of_one(training.tiers[0].shapes(inputs.server.variables)))
 
