@@ -10,6 +10,10 @@ import time
 import pytest
 
 import jfed
+from jfed.algorithms.catalogue import make_algorithm
+from jfed.algorithms.codecs import with_codecs
+from jfed.algorithms.privacy import check_server
+from jfed.cli import run_command
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
@@ -35,6 +39,22 @@ def test_the_simulation_runs():
 def test_the_algorithm_runs():
     names = _run(ALGORITHM, ("rounds=5", "rounds=1"), ("(1, 2))", "(0, 1))"))
     assert isinstance(names["fedprox"](names["config"], 0.1), jfed.algorithms.Algorithm)
+
+
+COMMANDS = [
+    line.partition("#")[0].split()
+    for line in re.findall(r"^jfed run .*", README, re.MULTILINE)
+    if "..." not in line
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_commands_are_settings_that_work_together(command):
+    run = run_command.parse(command[2:]).run
+    algorithm = make_algorithm(run.algorithm, run.client, run.server)
+    assert isinstance(with_codecs(algorithm, run.codec), jfed.algorithms.Algorithm)
+    if run.privacy.clip is not None:
+        check_server(run.server)
 
 
 @pytest.mark.slow

@@ -215,7 +215,8 @@ def run(algorithm, mapping="map", **options):
     quiet = jfed.EvaluationConfig(every=0, batch_size=30)
     given = {"rounds": ROUNDS, "cohort": COHORT, "client": CONFIG, "seed": SEED}
     given |= {"algorithm": algorithm, "engine": engine, "evaluation": quiet}
-    return jfed.simulate(DATA, PARTS, MODEL, **given | options)
+    partition = options.pop("partition", PARTS)
+    return jfed.simulate(DATA, partition, MODEL, **given | options)
 
 
 def check(found, expected):

@@ -150,6 +150,28 @@ def test_scaffolds_first_round_is_fedavgs_and_fednova_with_equal_steps_is():
     check(found, run(make("fedavg", steps), client=steps).variables)
 
 
+def test_of_a_single_client_scaffold_and_fedper_are_fedavg():
+    """Its control variate is the server's, and its model the only one, head included."""
+    alone = {"partition": [np.arange(60)], "cohort": 1}
+    expected = run(make("fedavg"), **alone)
+    check(run(make("scaffold"), **alone).variables, expected.variables)
+    found = run(make("fedper", personal=HEAD), **alone)
+    check(found.memory(0), expected.variables)
+    check({"w": found.variables["w"]}, {"w": expected.variables["w"]})
+
+
+def test_a_fedprox_as_strong_as_its_steps_are_long_begins_each_step_at_what_was_sent():
+    """w - r (g(w) + (w - s) / r) = s - r g(w)."""
+    found = run(make("fedprox", mu=1 / RATE), rounds=1, cohort=4).variables
+    trained = {}
+    for client in range(4):
+        own = sent = numpy_rounds.start()
+        for batch in numpy_rounds.batches(client, 0):
+            own = each(lambda w, g: w - RATE * g, sent, numpy_rounds.gradient(own, batch))
+        trained[client] = own
+    check(found, numpy_rounds.average(numpy_rounds.start(), trained))
+
+
 def test_one_fednova_client_is_fedavg_whatever_its_steps():
     check(run(make("fednova"), cohort=1).variables, run(make("fedavg"), cohort=1).variables)
 

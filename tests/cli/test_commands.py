@@ -38,6 +38,24 @@ def run_folder(tmp_path_factory, cache_folder):
     return folder
 
 
+def test_an_algorithm_codecs_privacy_and_tests_of_clients_go_together(tmp_path, capsys):
+    flags = "--preset smoke --rounds 2 --iterations 1 --algorithm ditto --ditto-strength 0.5"
+    flags += " --local-test 0.2 --codec-up topk:0.5 int8 --codec-down bfloat16 --weights count"
+    flags += " --dp-clip 0.5 --dp-noise 2 --dp-delta 0.01 --seed 1 --workdir"
+    assert main(["run", *flags.split(), str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"Clients are \([0-9.]+, 0.01\)-differentially private", said)
+    assert re.search(r"Accuracy of clients on examples of their own: mean [0-9.]+%", said)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["epsilon"] > 0
+    assert set(summary["local"]["by_tier"]) == {"1"}
+    tier = summary["tiers"][0]
+    assert tier["bytes_up"] < 2 * tier["parameters"]  # half of the entries, a byte each, and where
+    assert (tmp_path / "run" / "local_accuracy.png").exists()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "clients' worst [%]" in capsys.readouterr().out
+
+
 def test_run_writes_its_folder(run_folder, cache_folder):
     assert any(cache_folder.iterdir())
     config = json.loads((run_folder / "config.json").read_text())
