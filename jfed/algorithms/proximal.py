@@ -18,7 +18,8 @@ def fedprox(client: ClientConfig, server: ServerConfig, *, mu: float) -> Algorit
 
     Where a client owns a part of the entries, the norm is over that part. The paper's server
     samples clients by their share of the examples and averages them alike; here who is sampled and
-    how clients weigh are settings of the simulation.
+    how clients weigh are settings of the simulation. After three rounds of plain SGD equal to
+    PFLlib's (d832e76) to 1e-7 of the weights' change.
 
     Args:
       client: the clients' optimizer.

@@ -385,8 +385,9 @@ class Federation:
         inputs = self._inputs(start.server, 0, 0.0)
         arguments, delivered, tiers = self._evaluations(start), [], []
         for i, group in enumerate(self._groups):
-            schedule = self._put_schedule(pack([], group.packing))
-            rows = self._rows.packed([], schedule, group.packing, start.latest)
+            packed = pack([], group.packing)
+            schedule = self._put_schedule(packed)
+            rows = self._rows.packed([], packed, group.packing, start.latest)
             arguments[f"train {i}"] = (inputs, schedule, rows)
             told, _ = shared.shapes(f"train {i}", *arguments[f"train {i}"])
             delivered.append(jax.tree.map(self._everywhere, told))

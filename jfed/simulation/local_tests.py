@@ -131,12 +131,13 @@ def make_local_tester(config: LocalTesting) -> jax.stages.Wrapped:
         def one(given: tuple[Tested, Any]) -> Metrics:
             return testing.one(inputs, given[0], given[1], statistics)
 
-        return jax.lax.map(one, (tested, memory))
+        found = jax.lax.map(one, (tested, memory))
+        return jax.tree.map(lambda m: jax.lax.all_gather(m, AXIS, tiled=True), found)
 
     specs = (EVERYWHERE, SPREAD, SPREAD, EVERYWHERE)
     # Unchecked for the reason given in `jfed.engine.lanes.make_trainer`.
     return jax.jit(
-        jax.shard_map(test, mesh=config.mesh, in_specs=specs, out_specs=SPREAD, check_vma=False)
+        jax.shard_map(test, mesh=config.mesh, in_specs=specs, out_specs=EVERYWHERE, check_vma=False)
     )
 
 

@@ -91,6 +91,31 @@ def test_two_processes_equal_one_with_as_many_devices(tmp_path):
     assert (tmp_path / "two" / "summary.json").exists()
 
 
+@pytest.mark.slow
+def test_two_processes_have_client_memory_codecs_and_tests_of_clients(tmp_path):
+    """As one process with as many devices; then the last round anew, from a checkpoint."""
+    flags = "--rounds 3 --cohort 4 --algorithm ditto --ditto-strength 1 --local-test 0.2"
+    flags += " --codec-up topk:0.5 --codec-down bfloat16 --checkpoint-every 1 --workdir"
+    processes = _start_both([*flags.split(), tmp_path / "two"])
+    processes.append(_start([*flags.split(), tmp_path / "one"], 4))
+    _finish(processes)
+    two, one = _metrics(tmp_path / "two"), _metrics(tmp_path / "one")
+    for a, b in zip(two, one, strict=True):
+        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-3)
+        assert float(a["bytes_up"]) == pytest.approx(float(b["bytes_up"]), rel=0.02)
+        local = float(a["local_accuracy_mean"]), float(b["local_accuracy_mean"])
+        assert local[0] == pytest.approx(local[1], abs=0.1)
+    assert len(list((tmp_path / "two" / "memory").glob("*.row"))) >= 4
+    (tmp_path / "two" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "3")
+    _finish(_start_both([*flags.split(), tmp_path / "two"]))
+    again = _metrics(tmp_path / "two")
+    assert [row["train_loss"] for row in again] == [row["train_loss"] for row in two]
+    assert [row["local_accuracy_mean"] for row in again] == [
+        row["local_accuracy_mean"] for row in two
+    ]
+
+
 def test_a_process_number_without_distributed_is_refused(capsys):
     assert main(["run", "--process-id", "1"]) == 2
     assert "process_id 1 goes with --distributed" in capsys.readouterr().err
