@@ -11,8 +11,8 @@ import pytest
 
 import jfed
 from jfed.algorithms.catalogue import make_algorithm
-from jfed.algorithms.codecs import with_codecs
-from jfed.algorithms.privacy import check_server
+from jfed.algorithms.codecs import compressed
+from jfed.algorithms.privacy import check_guarantee
 from jfed.cli import run_command
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
@@ -52,9 +52,10 @@ COMMANDS = [
 def test_commands_are_settings_that_work_together(command):
     run = run_command.parse(command[2:]).run
     algorithm = make_algorithm(run.algorithm, run.client, run.server)
-    assert isinstance(with_codecs(algorithm, run.codec), jfed.algorithms.Algorithm)
+    algorithm = compressed(algorithm, run.codec.up, run.codec.down)
+    assert isinstance(algorithm, jfed.algorithms.Algorithm)
     if run.privacy.clip is not None:
-        check_server(run.server)
+        check_guarantee(run.privacy, run.server, run.population.clients, attacks=False)
 
 
 @pytest.mark.slow

@@ -133,7 +133,8 @@ class Algorithm:
         examples; None where all clients have the server's.
       measured: whether the bytes that travel are measured on messages of the run, instead of
         counted from shapes, see `jfed.algorithms.codecs`.
-      always: whether the server steps in a round too in which nobody delivers.
+      is_private: whether clients are, see `jfed.algorithms.privacy`: then the server steps also in
+        a round in which nobody delivers.
     """
 
     client_init: Callable[[Client, Any, Array], Any]
@@ -148,7 +149,7 @@ class Algorithm:
     personal: Callable[[str], bool] | None = None
     personalise: Callable[[Any, Any], Params] | None = None
     measured: bool = False
-    always: bool = False
+    is_private: bool = False
 
 
 def one_each(client: Client) -> Float[Array, ""]:

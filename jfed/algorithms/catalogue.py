@@ -52,6 +52,8 @@ class AlgorithmConfig:
     head_share: float | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.personal, list):
+            object.__setattr__(self, "personal", tuple(self.personal))
         own = _settings(one_of("algorithm", self.name, ALGORITHMS))
         for name, value in self.given().items():
             if name not in own:

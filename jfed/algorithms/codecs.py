@@ -5,9 +5,11 @@ The bytes that travel are those of `jfed.algorithms.messages.to_bytes`, measured
 run.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +29,8 @@ from jfed.errors import (
 )
 from jfed.models.model import Params
 
-_SENT = np.uint32(2**32 - 7)  # folded into a client's last key: of its codec
+# Folded into a client's last key, and into the server's: of their codecs.
+_UP, _DOWN = (np.uint32(2**32 - i) for i in (7, 10))
 
 
 class Codec(NamedTuple):
@@ -46,12 +49,13 @@ class Codec(NamedTuple):
 
 
 def cast(dtype: str) -> Codec:
-    """Rounds to "float16" (what is too large becomes its largest number) or "bfloat16"."""
+    """Rounds to "float16" (what is finite and too large becomes its largest) or "bfloat16"."""
     most = float(jnp.finfo(dtype).max)
 
     def one(x: Array, key: Array) -> Array:
         del key
-        return jnp.clip(x, -most, most).astype(dtype).astype(jnp.float32)
+        bounded = jnp.where(jnp.isfinite(x), jnp.clip(x, -most, most), x)
+        return bounded.astype(dtype).astype(jnp.float32)
 
     return Codec(_by_leaf(one))
 
@@ -140,22 +144,22 @@ def named(names: tuple[str, ...]) -> Codec:
 
 
 def _named(name: str) -> Codec:
-    title, sign_, setting = name.partition(":")
-    if title in ("float16", "bfloat16") and not sign_:
-        return cast(title)
-    if title == "sign" and not sign_:
+    if name == "lossless":
+        return Codec(lambda tree, key: tree)
+    if name in ("float16", "bfloat16"):
+        return cast(name)
+    if name == "sign":
         return sign()
-    if title.startswith("int") and setting in ("", "channel") and title[3:].isdigit():
-        return quantise(int(title[3:]), by_channel=setting == "channel")
-    try:
-        share = float(setting)
-    except ValueError:
-        share = math.nan
-    if title in ("topk", "randk") and 0 < share <= 1:
-        return (top_k if title == "topk" else random_k)(share)
+    if found := re.fullmatch(r"int(0|[1-9][0-9]*)(:channel)?", name):
+        return quantise(int(found[1]), by_channel=found[2] is not None)
+    if found := re.fullmatch(r"(topk|randk):([0-9.e-]+)", name):
+        with contextlib.suppress(ValueError):  # no number, or none that can be
+            if 0 < (share := float(found[2])) <= 1:
+                return (top_k if found[1] == "topk" else random_k)(share)
     raise ConfigError(
-        f"unknown codec {name!r}; allowed: 'float16', 'bfloat16', 'int1' to 'int8', the same as "
-        "'int8:channel', 'topk:S' and 'randk:S' with a share S above 0 and at most 1, 'sign'."
+        f"unknown codec {name!r}; allowed: 'lossless', 'float16', 'bfloat16', 'int1' to 'int8', "
+        "'int1:channel' to 'int8:channel', 'sign', and 'topk:S' and 'randk:S' with a share S "
+        "above 0 and at most 1."
     )
 
 
@@ -164,10 +168,10 @@ class CodecConfig:
     """How messages travel.
 
     Attributes:
-      up: codecs of what clients send, one after another: "float16", "bfloat16", "int1" to "int8"
-        (stochastic quantisation of so many bits, with a scale a tensor; "int8:channel": a channel),
-        "topk:0.05" and "randk:0.05" (that share of a tensor's entries), "sign"; the last three with
-        error feedback. None by default.
+      up: codecs of what clients send, one after another: "lossless" (which only measures),
+        "float16", "bfloat16", "int1" to "int8" (stochastic quantisation of so many bits, with a
+        scale a tensor; "int8:channel": a channel), "topk:0.05" and "randk:0.05" (that share of a
+        tensor's entries), "sign"; the last three with error feedback. None by default.
       down: likewise of what the server sends, but for those that leave out entries.
     """
 
@@ -181,35 +185,56 @@ class CodecConfig:
                 raise ConfigError(f"codec_{name} must be names such as 'int8', got {names!r}.")
             object.__setattr__(self, name, names)
             codec = named(names)
-            if name == "down" and (codec.sparse or codec.feedback):
-                raise ConfigError(
-                    f"codec_down {names!r} cannot be: what the server sends are weights, of which "
-                    "none can be left out; use float16, bfloat16 or int1 to int8."
-                )
+            if name == "down":
+                _check_down(codec, names)
 
 
-def with_codecs(algorithm: Algorithm, config: CodecConfig) -> Algorithm:
-    """An algorithm with codecs by name."""
-    up, down = (named(names) if names else None for names in (config.up, config.down))
-    return compressed(algorithm, up, down)
+def _check_down(codec: Codec, given: Any) -> None:
+    if codec.sparse or codec.feedback:
+        raise ConfigError(
+            f"codec_down {given!r} cannot be: what the server sends are weights, of which none can "
+            "be left out; use lossless, float16, bfloat16 or int1 to int8."
+        )
 
 
 def compressed(
-    algorithm: Algorithm, up: Codec | None = None, down: Codec | None = None
+    algorithm: Algorithm,
+    up: Codec | str | Sequence[str] | None = None,
+    down: Codec | str | Sequence[str] | None = None,
 ) -> Algorithm:
     """An algorithm whose messages go through codecs.
 
+    Where an algorithm keeps of a message what it meant to send, as SCAFFOLD's clients keep c_i, the
+    server has what arrived: its c is the mean of the c_i up to what codecs without feedback lost.
+
     Args:
-      algorithm: any.
-      up: of the parts of clients' messages that are like the variables, each by itself; clients
-        that have error feedback remember a tree for each such part. Other parts, a few numbers, go
-        as they are.
-      down: of all float32 arrays that the server sends.
+      algorithm: any that is not private yet.
+      up: of the parts of clients' messages that are like the variables, each by itself: a codec, or
+        names as of `CodecConfig`. Clients that have error feedback remember a tree for each such
+        part. Other parts, a few numbers, go as they are.
+      down: likewise, of all float32 arrays that the server sends.
 
     Returns:
       Another algorithm; equal arguments give the same object.
+
+    Raises:
+      ConfigError: a name that is none, a codec that cannot go down, a private algorithm.
     """
-    return _compressed(algorithm, up, down) if up or down else algorithm
+    codecs = [_as_codec(given) for given in (up, down)]
+    if codecs[1] is not None:
+        _check_down(codecs[1], down)
+    if codecs == [None, None]:
+        return algorithm
+    if algorithm.is_private:
+        raise ConfigError("a codec after the clip could exceed it: compress first, then `private`.")
+    return _compressed(algorithm, *codecs)
+
+
+def _as_codec(given: Codec | str | Sequence[str] | None) -> Codec | None:
+    if given is None or isinstance(given, Codec):
+        return given
+    names = (given,) if isinstance(given, str) else tuple(given)
+    return named(names) if names else None
 
 
 @functools.lru_cache(maxsize=64)
@@ -231,7 +256,8 @@ def _sent_through(algorithm: Algorithm, codec: Codec) -> Algorithm:
 
     def server_step(server: Server, merged: Merged) -> Server:
         after = algorithm.server_step(inner(server), merged)
-        return Server(after.variables, (after.state, jax.random.key_data(merged.key)))
+        key = jax.random.fold_in(merged.key, _DOWN)
+        return Server(after.variables, (after.state, jax.random.key_data(key)))
 
     def server_init(variables: Params) -> Any:
         return algorithm.server_init(variables), jax.random.key_data(jax.random.key(0))
@@ -278,10 +304,10 @@ def _answered_through(algorithm: Algorithm, codec: Codec) -> Algorithm:
             raise ConfigError(f"a codec needs the parts {missing}, got {sorted(message)}.")
         message, lost = client.own(message), dict(local.lost)
         for i, name in enumerate(algorithm.parts):
-            own_key = jax.random.fold_in(jax.random.fold_in(key, _SENT), i)
+            own_key = jax.random.fold_in(jax.random.fold_in(key, _UP), i)
             given = message[name]
             if name in lost:
-                given = jax.tree.map(jnp.add, given, lost[name])
+                given = client.own({name: jax.tree.map(jnp.add, given, lost[name])})[name]
             sent = client.own({name: _applied(codec, given, own_key)})[name]
             if name in lost:
                 lost[name] = jax.tree.map(jnp.subtract, given, sent)

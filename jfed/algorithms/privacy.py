@@ -19,13 +19,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jfed.algorithms.algorithm import Algorithm, Client, Merged, Server, one_each
+from jfed.algorithms.lengths import length
 from jfed.algorithms.servers import ServerConfig
 from jfed.errors import ConfigError, check_number, check_share, one_of, optional
 from jfed.models.model import Params
 
 SAMPLINGS = ("poisson", "fixed")
 ACCOUNTANTS = ("rdp", "pld")
-_NOISE, _COUNT = (np.uint32(i) for i in (1, 2))  # folded into the server's key
+# Folded into the server's key, which the algorithm has too.
+_NOISE, _COUNT = (np.uint32(2**32 - i) for i in (8, 9))
 _BELOW = "below"  # the part of a message that tells whether it was short enough
 
 
@@ -63,6 +65,9 @@ class PrivacyConfig:
                 if value is not None:
                     raise ConfigError(f"dp_{name} {value!r} needs dp_clip, got none.")
             return
+        for name in ("clip", "noise", "epsilon", "delta", "quantile"):  # which may be arrays
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_number(f"dp_{name}", value))
         check_number("dp_clip", self.clip, above=0.0)
         if (self.noise is None) == (self.epsilon is None):
             raise ConfigError(
@@ -115,8 +120,14 @@ def private(
       count_noise: the standard deviation of the noise on the count of these.
 
     Raises:
-      ConfigError: the count needs more noise than there is.
+      ConfigError: the algorithm is private already, or the count needs more noise than there is.
     """
+    check_number("clip", clip, above=0.0)
+    check_number("noise", noise, least=0.0)
+    if not check_share("share", share) > 0:
+        raise ConfigError(f"share must be above 0 and at most 1, got {share!r}.")
+    if algorithm.is_private:
+        raise ConfigError("the algorithm is private already.")
     scale = noise
     if quantile is not None and noise > 0:
         rest = noise**-2 - (2 * count_noise) ** -2 if count_noise else -1.0
@@ -135,7 +146,7 @@ def private(
         if unlike := sorted(set(message) - set(algorithm.parts)):
             raise ConfigError(f"parts {unlike} of the message are not like the variables: no clip.")
         message, bound = client.own(message), client.sent["clip"]
-        norm = _norm(message)
+        norm = length(message)
         message = jax.tree.map(lambda u: u * _shorter(norm, bound), message)
         if quantile is not None:
             message |= {_BELOW: jnp.where(norm <= bound, 0.5, -0.5)}
@@ -156,10 +167,10 @@ def private(
             name: jax.tree.map(noisy, part, merged.owners, expected, keys[name])
             for name, part in parts.items()
         }
-        known = merged._replace(message=message, owners=expected)
+        clients = share * _most(merged.population)
+        known = merged._replace(message=message, owners=expected, clients=clients)
         after = algorithm.server_step(server._replace(state=state), known)
         if below is not None and quantile is not None:
-            clients = share * _most(merged.population)
             drawn = jax.random.normal(jax.random.fold_in(merged.key, _COUNT))
             found = (below * merged.clients + count_noise * drawn) / clients + 0.5
             bound = bound * jnp.exp(-0.2 * (found - quantile))
@@ -180,17 +191,8 @@ def private(
         send=send,
         weights=dict.fromkeys((*algorithm.parts, *([_BELOW] if quantile else [])), one_each),
         personalise=personal and (lambda sent, memory: personal(sent["sent"], memory)),
-        always=True,
+        is_private=True,
     )
-
-
-def _norm(message: dict[str, Any]) -> Float[Array, ""]:
-    """L2 norm of all parts together; relative to the largest entry, whose square may overflow."""
-    leaves = jax.tree.leaves(message)
-    largest = jnp.stack([jnp.abs(u).max() for u in leaves]).max()
-    unit = jnp.where(largest > 0, largest, 1)
-    squares = [jnp.square(u / unit).sum() for u in leaves]
-    return unit * jnp.sqrt(functools.reduce(jnp.add, squares))
 
 
 def _shorter(norm: Float[Array, ""], bound: Float[Array, ""]) -> Float[Array, ""]:
@@ -293,8 +295,30 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def check_server(config: ServerConfig) -> None:
-    """Raises ConfigError if a server does what would break the guarantee."""
+def check_guarantee(
+    config: PrivacyConfig, server: ServerConfig, clients: int, *, attacks: bool
+) -> None:
+    """Raises ConfigError for what would break the guarantee.
+
+    Args:
+      config: of the clients' privacy.
+      server: how it weighs and merges.
+      clients: of the federation.
+      attacks: whether some send other messages than clipped ones.
+    """
+    if config.delta is not None and config.delta >= 1 / clients:
+        raise ConfigError(
+            f"dp_delta must be below one over the {clients} clients, or it may tell all of one of "
+            f"them; got {config.delta!r}."
+        )
+    if attacks:
+        raise ConfigError(
+            "dp_clip cannot be with exploding or hostile clients, which send what they do not clip."
+        )
+    _check_server(server)
+
+
+def _check_server(config: ServerConfig) -> None:
     if config.weights != "count":
         raise ConfigError(
             f"dp_clip needs weights 'count', got {config.weights!r}: a client's number of examples "

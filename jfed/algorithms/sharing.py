@@ -7,6 +7,7 @@ from typing import Any, Concatenate, ParamSpec
 from jfed.algorithms.algorithm import Algorithm
 from jfed.algorithms.clients import OPTIMIZER, ClientConfig
 from jfed.algorithms.servers import SERVER_OPTIMIZER, ServerConfig
+from jfed.errors import ConfigError
 
 _P = ParamSpec("_P")
 
@@ -24,6 +25,7 @@ def shared(
     def equal(
         client: ClientConfig | None = None, server: ServerConfig | None = None, **settings: Any
     ) -> Algorithm:
+        settings = {name: _hashable(name, value) for name, value in settings.items()}
         clients, servers = client or ClientConfig(), server or ServerConfig()
         own = ClientConfig(**{name: getattr(clients, name) for name in OPTIMIZER})
         return made(
@@ -33,3 +35,18 @@ def shared(
         )
 
     return equal
+
+
+def _hashable(name: str, value: Any) -> Any:
+    """A setting that can be compared: lists become tuples, arrays of one number that number."""
+    if isinstance(value, list):
+        value = tuple(value)
+    if getattr(value, "shape", None) == ():
+        value = value.item()
+    try:
+        hash(value)
+    except TypeError as error:
+        raise ConfigError(
+            f"{name} must be a number, a function or a tuple, got {value!r}."
+        ) from error
+    return value

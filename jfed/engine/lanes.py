@@ -241,10 +241,13 @@ def only_own(tier: Tier, algorithm: Algorithm, part: Params, setting: Any) -> Pa
     if tier.mask is not None:
         own = tier.mask(part, setting)
         part = jax.tree.map(lambda u, o: jnp.where(o > 0, u, 0), part, own)
-    if (personal := algorithm.personal) is None:
-        return part
+    return part if algorithm.personal is None else without(algorithm.personal, part)
+
+
+def without(personal: Callable[[str], bool], tree: Params) -> Params:
+    """A tree with zeros in its personal leaves."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, u: jnp.zeros_like(u) if personal(path_name(path)) else u, part
+        lambda path, u: jnp.zeros_like(u) if personal(path_name(path)) else u, tree
     )
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jfed.algorithms.aggregators import Aggregator, Stack
+from jfed.algorithms.lengths import length
 from jfed.models.model import Params
 from jfed.tiers.parts import is_like
 from jfed.tiers.tier import Round, Tier
@@ -47,7 +48,10 @@ class Delivered(NamedTuple):
 
         def first(part: Any) -> Any:
             structures: list[Any] = [jax.tree.structure(tree) for tree in (part, shapes)]
-            is_stacked = structures[0] == structures[1] and not is_like(part, shapes)
+            pairs = zip(jax.tree.leaves(part), jax.tree.leaves(shapes), strict=False)
+            is_stacked = structures[0] == structures[1] and all(
+                one.ndim == other.ndim + 1 for one, other in pairs
+            )
             return jax.tree.map(lambda x: x[0], part) if is_stacked else part
 
         return {name: first(part) for name, part in self.parts.items()}
@@ -69,12 +73,8 @@ class Group(NamedTuple):
 
 def clip(update: Params, norm: float) -> Params:
     """The update, scaled down to that L2 norm if it is longer."""
-    leaves = jax.tree.leaves(update)
-    # Relative to the largest entry, whose square may not be representable.
-    largest = jnp.stack([jnp.abs(u).max() for u in leaves]).max()
-    unit = jnp.where(largest > 0, largest, 1)
-    length = unit * jnp.sqrt(_sum([jnp.square(u / unit).sum() for u in leaves]))
-    scale = jnp.where(length > norm, norm / length, 1)
+    size = length(update)
+    scale = jnp.where(size > norm, norm / size, 1)
     return jax.tree.map(lambda u: u * scale.astype(u.dtype), update)
 
 

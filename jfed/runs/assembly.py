@@ -1,6 +1,7 @@
 """What the settings of a run make: its network, its tiers, and the federation."""
 
 import functools
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,7 +10,7 @@ from etils import epath
 from jfed import data as data_lib
 from jfed import tiers as tiers_lib
 from jfed.algorithms.catalogue import make_algorithm
-from jfed.algorithms.codecs import with_codecs
+from jfed.algorithms.codecs import compressed
 from jfed.engine.devices import EngineConfig, make_mesh
 from jfed.models.presets import NetworkConfig
 from jfed.reports.summary import Twin, find_twin
@@ -35,7 +36,10 @@ class Prepared(NamedTuple):
 
 
 # A study's arms follow each other with the same data, which take long to decode.
-_load = functools.lru_cache(maxsize=1)(data_lib.load)
+@functools.lru_cache(maxsize=1)
+def _load(config: data_lib.DataConfig, seed: int, folder: str | None) -> data_lib.Dataset:
+    del folder
+    return data_lib.load(config, seed=seed)
 
 
 def set_up(config: RunConfig, memory_folder: epath.Path | None = None) -> Prepared:
@@ -48,8 +52,8 @@ def set_up(config: RunConfig, memory_folder: epath.Path | None = None) -> Prepar
     )
     make_mesh(config.engine.devices)
     algorithm = make_algorithm(config.algorithm, config.client, config.server)
-    algorithm = with_codecs(algorithm, config.codec)
-    data = _load(config.data, seed=seed)
+    algorithm = compressed(algorithm, config.codec.up, config.codec.down)
+    data = _load(config.data, seed, os.environ.get("TFDS_DATA_DIR"))
     network = config.network.make(data.num_classes, data.image_shape[-1])
     partition = data_lib.partition(
         config.partition, data.train.labels, population.clients, seed=seed

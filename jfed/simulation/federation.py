@@ -1,5 +1,6 @@
 """A federation set up on its devices, and one round of it."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -12,13 +13,13 @@ from etils import epath
 from jaxtyping import Array
 
 from jfed.algorithms.aggregators import make_aggregator
-from jfed.algorithms.algorithm import Algorithm, Server
+from jfed.algorithms.algorithm import Algorithm, Server, one_each
 from jfed.algorithms.averaging import fedavg
 from jfed.algorithms.clients import ClientConfig, learning_rate
 from jfed.algorithms.privacy import (
     Accountant,
     PrivacyConfig,
-    check_server,
+    check_guarantee,
     most_drawn,
     poisson,
     private,
@@ -64,7 +65,7 @@ from jfed.simulation.records import columns
 from jfed.simulation.under_way import UnderWay
 from jfed.tiers import Tiers
 from jfed.tiers.communication import Traffic, traffic
-from jfed.tiers.parts import map_parts
+from jfed.tiers.parts import is_like, map_parts
 from jfed.tiers.tier import as_tiers
 
 
@@ -149,7 +150,7 @@ class Federation:
         if privacy is not None and privacy.clip is not None:
             if sampler is not None:
                 raise ConfigError(f"dp_clip draws clients itself, got sampler {name_of(sampler)}.")
-            cohort, sampler = self._be_private(privacy, len(examples), cohort)
+            cohort, sampler = self._be_private(privacy, len(examples), cohort, faults)
         self.population = make_population(
             examples,
             tiers=len(self.tiers.members),
@@ -182,11 +183,17 @@ class Federation:
         self._place(data)
 
     def _be_private(
-        self, config: PrivacyConfig, clients: int, cohort: int | None
+        self,
+        config: PrivacyConfig,
+        clients: int,
+        cohort: int | None,
+        faults: FaultConfig | None,
     ) -> tuple[int, Sampler | None]:
         """Makes the algorithm private; returns who is drawn: at most how many, and by what."""
-        check_server(self.server)
-        cohort = check_integer("cohort", cohort or clients, least=1, most=clients)
+        attacks = faults is not None and max(faults.exploding, faults.hostile) > 0
+        check_guarantee(config, self.server, clients, attacks=attacks)
+        cohort = clients if cohort is None else cohort
+        cohort = check_integer("cohort", cohort, least=1, most=clients)
         accountant, share = Accountant(config, clients, cohort), cohort / clients
         noise = accountant.noise(self.rounds)
         assert config.clip is not None
@@ -215,6 +222,8 @@ class Federation:
             found = check_algorithm(tiers[0], like, self.algorithm, self.client, data)
             check_parts(found.message, self.server)
             self._metrics[group] = jax.tree.structure(found.metrics)
+            if 0 in group:
+                self._sent = found.message
             trained |= dict.fromkeys(by_name(found.metrics.others))
             for tier in tiers:
                 self.traffic[tier.name] = traffic(
@@ -415,7 +424,7 @@ class Federation:
         finite: Array | np.bool_ = np.bool_(True)
         reports: list[Report] = []
         loads = [Load()]
-        if any(work) or self.algorithm.always:
+        if any(work) or self.algorithm.is_private:
             run = self._debug if self.engine.mapping == "debug" else self._train
             state, finite, reports, loads = run(state, number, rate, work)
         under_way = UnderWay(
@@ -472,14 +481,23 @@ class Federation:
             reports.append(debug.report(told))
         latest = self._rows.keep_rows(number, state.latest, rows)
         server, counts = state.server, sum(one.counts for one in sent)
-        if counts:
-            message, owners = debug.merge(sent, plan.aggregator, server.variables)
+        if counts or self.algorithm.is_private:
+            message, owners = self._silence(server.variables)
+            if counts:
+                message, owners = debug.merge(sent, plan.aggregator, server.variables)
             merged = make_merged(
                 plan, server.variables, inputs.key, inputs.round, message, owners, counts
             )
             server = self.algorithm.server_step(server, merged)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(server.variables)]
         return State(server, latest, state.sizes), jnp.stack(finite).all(), reports, [Load()]
+
+    def _silence(self, variables: Params) -> tuple[dict[str, Any], Params]:
+        """The merged message of a round in which nobody delivers, and the owners in it."""
+        zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
+        nothing, like = zeros(variables), self.tiers.members[0].shapes(variables)
+        parts = self._sent.items()
+        return {n: nothing if is_like(p, like) else zeros(p) for n, p in parts}, nothing
 
     def _inputs(self, server: Server, number: int, rate: float) -> Inputs:
         numbers = put((np.int32(number), np.float32(rate)), self._mesh, EVERYWHERE)
@@ -582,6 +600,9 @@ class Federation:
                     client = int(np.flatnonzero(self.population.tier == tier)[0])
                 item = self.population.alone(number, client, place)
                 message = self._message(i, inputs, item, state)
+                if message is None:  # it would not count; so nothing is known anew
+                    found[tier] = state.sizes[tier]
+                    continue
                 member, like = self.tiers.members[tier], state.server.variables
                 shapes = member.shapes(like)
                 cut = map_parts(lambda v, m=member: m.extract(v, number), like, sent)
@@ -594,18 +615,26 @@ class Federation:
     def _send(self) -> Callable[[Server], Any]:
         return jax.jit(self.algorithm.send)
 
-    def _message(self, i: int, inputs: Inputs, item: Work, state: State) -> dict[str, Any]:
-        """What one client sends that trains alone by a program, cut to its tier, on the host."""
+    def _message(self, i: int, inputs: Inputs, item: Work, state: State) -> dict[str, Any] | None:
+        """What one client sends that trains alone by a program, cut to its tier, on the host.
+
+        None if it would not count. Where the program changes what arrives, by weights other than 1
+        or the server's clipping, the debug engine trains the client.
+        """
         group, training = self._groups[i], self._plan.trainings[i]
-        if self.engine.mapping == "debug":
-            row = self._rows.row(item.client, state.latest)
-            one, _ = debug.train(training, inputs, item, row)
+        own = {name: self.algorithm.weights.get(name, one_each) for name in self.algorithm.parts}
+        is_changed = training.clip is not None or any(w is not one_each for w in own.values())
+        if is_changed or self.engine.mapping == "debug":
+            plain = dataclasses.replace(training, clip=None)
+            one, _ = debug.train(plain, inputs, item, self._rows.row(item.client, state.latest))
             like, tier = inputs.server.variables, training.tiers[item.tier]
-            return to_host(map_parts(lambda v: tier.extract(v, inputs.round), like, one.parts))
+            found = map_parts(lambda v: tier.extract(v, inputs.round), like, one.parts)
+            return to_host(found) if one.counts else None
         packed = pack([item], group.packing)
         rows = self._rows.packed([item], packed, group.packing, state.latest)
         told, _ = self._compiled[0][f"train {i}"](inputs, self._put_schedule(packed), rows)
-        return to_host(told.of_one(training.tiers[0].shapes(inputs.server.variables)))
+        found = told.of_one(training.tiers[0].shapes(inputs.server.variables))
+        return to_host(found) if np.asarray(told.report.delivered).any() else None
 
     def _due(self, number: int) -> bool:
         every = self.evaluation.every

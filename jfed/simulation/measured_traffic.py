@@ -54,6 +54,9 @@ def _travelling(tier: Tier, algorithm: Algorithm, part: Params) -> list[np.ndarr
             continue
         array = np.asarray(leaf)
         if own is not None and not np.all(mine := np.asarray(own[i]) > 0):
-            array = array[np.broadcast_to(mine, array.shape)]
+            mine = np.broadcast_to(mine, array.shape).reshape(len(array), -1)
+            rows = mine[:, 0]  # of tiers that have a row of their own, which keeps its shape
+            is_rows = (mine == rows[:, None]).all()
+            array = array[rows] if is_rows else array.reshape(mine.shape)[mine]
         found.append(array)
     return found

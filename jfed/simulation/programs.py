@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from jfed.algorithms.aggregators import Aggregator
 from jfed.algorithms.algorithm import Merged, Server
-from jfed.engine.lanes import Training, make_trainer
+from jfed.engine.lanes import Training, make_trainer, without
 from jfed.engine.merging import Delivered, Group, merge, owned
 from jfed.models.model import Params
 from jfed.simulation.evaluation import Measure, make_evaluator
@@ -135,7 +135,7 @@ def make_server(plan: Plan) -> jax.stages.Wrapped:
         clients = jnp.concatenate([d.report.delivered for d in delivered]).sum()
         merged = make_merged(plan, server.variables, key, round_, message, owners, clients)
         after = algorithm.server_step(server, merged)
-        if not algorithm.always:
+        if not algorithm.is_private:
             after = jax.tree.map(lambda new, old: jnp.where(clients > 0, new, old), after, server)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after.variables)]
         return after, jnp.stack(finite).all()
@@ -153,7 +153,12 @@ def make_merged(
     clients: Any,
 ) -> Merged:
     """What an algorithm's server gets; `key` belongs to the run."""
-    tiers = [training.tiers for training in plan.trainings]
+    tiers, personal = (
+        [training.tiers for training in plan.trainings],
+        plan.trainings[0].algorithm.personal,
+    )
     population = owned(variables, tiers, [jnp.float32(n) for n in plan.population], round_)
+    if personal is not None:  # the server has none of these
+        owners, population = (without(personal, tree) for tree in (owners, population))
     own_key = jax.random.fold_in(jax.random.fold_in(key, round_), _SERVER)
     return Merged(message, owners, jnp.float32(clients), population, round_, own_key)

@@ -243,6 +243,15 @@ def test_equal_settings_are_one_algorithm_and_others_another():
     assert make("fedprox", mu=0.1) is not make("fedprox", mu=0.2)
 
 
+def test_arrays_of_one_number_are_settings_too():
+    mu = jfed.algorithms.fedprox(CONFIG, mu=np.array(0.5))
+    assert mu is jfed.algorithms.fedprox(CONFIG, mu=0.5)
+    listed = jfed.algorithms.fedper(CONFIG, personal=["b"])
+    assert listed is jfed.algorithms.fedper(CONFIG, personal=("b",))
+    with pytest.raises(jfed.ConfigError, match=r"mu must be a number, .* got array"):
+        jfed.algorithms.fedprox(CONFIG, mu=np.ones(2))
+
+
 NEEDED = {name: {} for name in ALGORITHMS} | {
     "fedprox": {"mu": 0.1},
     "feddyn": {"alpha": 0.1},

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy_rounds
 import pytest
@@ -13,9 +14,10 @@ from numpy_rounds import CONFIG, DATA, MODEL, PARTS, check, each, run
 import jfed
 from jfed.algorithms import AlgorithmConfig, CodecConfig, ServerConfig, compressed, fedavg
 from jfed.algorithms.catalogue import make_algorithm
-from jfed.algorithms.codecs import named, with_codecs
+from jfed.algorithms.codecs import named
 from jfed.algorithms.messages import from_bytes, to_bytes
 from jfed.errors import DataError
+from jfed.simulation.federation import Federation
 
 NAMES = [
     ("float16",),
@@ -117,6 +119,13 @@ def test_float16_saturates():
     np.testing.assert_array_equal(sent, [65504, -65504, 1])
 
 
+@pytest.mark.parametrize("names", [n for n in NAMES if "rand" not in n[0]], ids="+".join)
+def test_what_is_not_finite_stays_so(names):
+    """So that the update of such a client is rejected."""
+    sent = named(names).apply([np.float32([1.0, np.inf, 2.0, 3.0])], jax.random.key(0))[0]
+    assert not np.isfinite(sent).all()
+
+
 def test_damaged_bytes_are_refused_by_name():
     shapes = [(5, 4), (3,)]
     message = to_bytes(_tree(0, shapes))
@@ -174,7 +183,7 @@ def test_what_the_server_sends_is_rounded_and_its_own_weights_are_not(mapping):
 
 def _coded(name, up=(), down=(), **options):
     algorithm = make_algorithm(AlgorithmConfig(name, **options), CONFIG, ServerConfig())
-    return with_codecs(algorithm, CodecConfig(up, down))
+    return compressed(algorithm, up, down)
 
 
 @pytest.mark.parametrize("mapping", ["vmap", "debug"])
@@ -194,6 +203,36 @@ def test_traffic_is_measured_in_the_first_round_and_at_evaluations(mapping):
     assert abs(records[0].bytes_up - 3 * size(update)) <= 3 * 2  # the last bits may differ
     assert [r.bytes_up for r in records[:3]] == [records[0].bytes_up] * 3
     assert records[3].bytes_up == 3 * result.traffic["full"].up
+
+
+def test_bytes_are_of_the_message_not_of_what_the_server_makes_of_it():
+    """Its clipping, and weights other than 1, would leave no even levels."""
+    plain = run(_coded("fedavg", ("int4",))).traffic["full"].up
+    clipping = ServerConfig(aggregator="norm-clipping", clip_updates=0.01)
+    assert run(_coded("fedavg", ("int4",)), server=clipping).traffic["full"].up < plain + 10
+    odd = dataclasses.replace(fedavg(CONFIG), weights={"update": lambda client: 0.37})
+    assert run(compressed(odd, "int4")).traffic["full"].up < plain + 10
+
+
+def test_a_client_that_is_rejected_is_not_measured():
+    shared = fedavg(CONFIG)
+
+    def client_final(client, local, key):
+        message, memory = shared.client_final(client, local, key)
+        bad = jnp.where(client.round > 0, jnp.nan, 0)
+        return {"update": jax.tree.map(lambda u: u + bad, message["update"])}, memory
+
+    broken = compressed(dataclasses.replace(shared, client_final=client_final), "int4")
+    quiet = jfed.EvaluationConfig(every=1, batch_size=30)
+    federation = Federation(
+        DATA, PARTS, MODEL, rounds=3, cohort=3, client=CONFIG, algorithm=broken, seed=5,
+        evaluation=quiet,
+    )  # fmt: skip
+    state, _ = federation.round(federation.start, 0)
+    first = state.sizes.copy()
+    assert (first > 0).all()
+    state, _ = federation.round(state, 1)
+    assert state.sizes[0][1] == first[0][1]
 
 
 def test_every_part_goes_through_the_codec_and_personal_leaves_do_not_travel():
@@ -263,6 +302,9 @@ def test_equal_codecs_are_one_algorithm():
         ({"up": ("float32",)}, "unknown codec 'float32'"),
         ({"up": ("sign:3",)}, "unknown codec 'sign:3'"),
         ({"up": ("int8:row",)}, "unknown codec 'int8:row'"),
+        ({"up": ("int²",)}, "unknown codec 'int²'"),
+        ({"up": ("int08",)}, "unknown codec 'int08'"),
+        ({"up": ("topk:.",)}, "unknown codec 'topk:.'"),
         ({"down": ("topk:0.1",)}, r"codec_down \('topk:0.1',\) cannot be"),
         ({"down": ("sign",)}, "codec_down .* cannot be"),
     ],
@@ -271,6 +313,18 @@ def test_equal_codecs_are_one_algorithm():
 def test_codecs_that_cannot_be_are_named(options, message):
     with pytest.raises(jfed.ConfigError, match=message):
         CodecConfig(**options)
+
+
+def test_names_do_for_codecs_and_none_that_leaves_entries_out_goes_down():
+    assert compressed(fedavg(CONFIG), "int8") is compressed(fedavg(CONFIG), ["int8"])
+    with pytest.raises(jfed.ConfigError, match="codec_down 'sign' cannot be"):
+        compressed(fedavg(CONFIG), down="sign")
+
+
+def test_lossless_only_measures():
+    found, plain = (run(_coded("fedavg", names)) for names in (("lossless",), ()))
+    jax.tree.map(np.testing.assert_array_equal, found.variables, plain.variables)
+    assert found.traffic["full"].up < 1.1 * plain.traffic["full"].up
 
 
 def test_an_algorithm_without_the_part_is_told_so():

@@ -12,9 +12,15 @@ import pytest
 from numpy_rounds import CONFIG, DATA, MODEL, PARTS, each
 
 import jfed
-from jfed.algorithms import AlgorithmConfig, CodecConfig, PrivacyConfig, ServerConfig, private
+from jfed.algorithms import (
+    AlgorithmConfig,
+    Codec,
+    PrivacyConfig,
+    ServerConfig,
+    compressed,
+    private,
+)
 from jfed.algorithms.catalogue import make_algorithm
-from jfed.algorithms.codecs import with_codecs
 from jfed.algorithms.privacy import Accountant, most_drawn, poisson
 from jfed.simulation.federation import Federation
 
@@ -49,9 +55,7 @@ def _after(name, codecs, tiers, without, rounds=2):
     """The server after rounds of all clients but one in the last; and how many own each entry."""
     settings = {"ditto": {"strength": 1.0}, "fedprox": {"mu": 0.1}, "feddyn": {"alpha": 0.1}}
     algorithm = make_algorithm(AlgorithmConfig(name, **settings.get(name, {})), CONFIG, COUNT)
-    algorithm = private(
-        with_codecs(algorithm, CodecConfig(codecs)), clip=CLIP, noise=0.0, share=1.0
-    )
+    algorithm = private(compressed(algorithm, codecs), clip=CLIP, noise=0.0, share=1.0)
 
     def sampler(number, rng):
         return [c for c in range(4) if number < rounds - 1 or c != without]
@@ -126,11 +130,62 @@ def test_entries_that_few_own_get_the_noise_of_all_over_fewer_clients():
     assert found["b"].std() == pytest.approx(1 / 2, rel=0.2)  # 180 values
 
 
-def test_a_round_without_clients_has_noise_too():
+@pytest.mark.parametrize("mapping", ["map", "debug"])
+def test_a_round_without_clients_has_noise_too(mapping):
     shared = make_algorithm(AlgorithmConfig(), CONFIG, COUNT)
     algorithm = private(shared, clip=1.0, noise=1.0, share=0.5)
-    found = _noises(algorithm, rounds=2, sampler=lambda number, rng: [])
+    engine = jfed.EngineConfig(mapping=mapping)
+    found = _noises(algorithm, rounds=2, sampler=lambda number, rng: [], engine=engine)
     assert found["w"].std() == pytest.approx(1 / 2, rel=0.4)
+
+
+def test_noise_is_another_than_what_is_drawn_from_the_servers_key():
+    """By a codec of what it sends next, or by an algorithm that splits its own key."""
+    shared = make_algorithm(AlgorithmConfig(), jfed.ClientConfig(learning_rate=1e-12), COUNT)
+    keys = []
+
+    def apply(tree, key):
+        keys.append(key)
+        return tree
+
+    def server_step(server, merged):
+        keys.append(merged.key)
+        return shared.server_step(server, merged)
+
+    spying = dataclasses.replace(shared, server_step=server_step)
+    algorithm = private(compressed(spying, down=Codec(apply)), clip=1.0, noise=1.0, share=1.0)
+    found = _noises(algorithm, rounds=3, engine=jfed.EngineConfig(mapping="debug"))
+    keys = [key for key in keys if not isinstance(key, jax.core.Tracer)]
+    assert len(keys) >= 6
+    for key in keys:
+        own = [key, *(jax.random.fold_in(key, i) for i in range(4))]
+        for one in [*own, *(jax.random.fold_in(k, i) for k in own for i in range(4))]:
+            drawn = np.ravel(jax.random.normal(one, (16, 3)))
+            for noise in found["w"]:
+                assert abs(np.corrcoef(drawn, noise.ravel())[0, 1]) < 0.8
+
+
+def test_personal_leaves_get_no_noise():
+    shared = make_algorithm(AlgorithmConfig("fedper", personal=("b",)), CONFIG, COUNT)
+    found = _noises(private(shared, clip=1.0, noise=1.0, share=1.0), rounds=2)
+    np.testing.assert_array_equal(found["b"], 0)
+    assert found["w"].std() > 0.1
+
+
+def test_the_server_knows_not_how_many_took_part():
+    seen = []
+    shared = make_algorithm(AlgorithmConfig(), CONFIG, COUNT)
+
+    def server_step(server, merged):
+        if not isinstance(merged.clients, jax.core.Tracer):
+            seen.append((float(merged.clients), float(merged.owners["b"].max())))
+        return shared.server_step(server, merged)
+
+    spying = dataclasses.replace(shared, server_step=server_step)
+    algorithm = private(spying, clip=1.0, noise=0.5, share=0.5)
+    engine = jfed.EngineConfig(mapping="debug")
+    _noises(algorithm, rounds=3, sampler=lambda n, rng: range(n + 1), engine=engine)
+    assert seen == [(2.0, 2.0)] * 3
 
 
 def test_the_clip_follows_a_quantile_of_the_norms(monkeypatch):
@@ -255,6 +310,15 @@ def test_bad_settings_are_quoted(changes, message):
             {"server": ServerConfig(weights="count", aggregator="median")},
             "needs the aggregator 'mean', got 'median'",
         ),
+        ({"cohort": 0}, "cohort must be from 1 to 4, got 0"),
+        (
+            {"privacy": PrivacyConfig(clip=1.0, noise=1.0, delta=0.25)},
+            "dp_delta must be below one over the 4 clients, .* got 0.25",
+        ),
+        (
+            {"faults": jfed.FaultConfig(hostile=0.5)},
+            "dp_clip cannot be with exploding or hostile clients",
+        ),
         ({"sampler": lambda number, rng: [0]}, "dp_clip draws clients itself, got sampler"),
         ({"algorithm": "fednova"}, r"parts \['trained'\] of the message are not like the var"),
         (
@@ -278,3 +342,25 @@ def test_what_breaks_the_guarantee_is_refused_before_anything_compiles(
         given["algorithm"] = make_algorithm(config, CONFIG, given["server"])
     with pytest.raises(jfed.ConfigError, match=message):
         jfed.simulate(DATA, PARTS, MODEL, **given)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda a: private(a, clip=-1.0, noise=1.0, share=0.5), "clip must be .* got -1"),
+        (lambda a: private(a, clip=1.0, noise=1.0, share=2.0), "share must be .* got 2"),
+        (
+            lambda a: private(
+                private(a, clip=1.0, noise=1.0, share=0.5), clip=1.0, noise=1.0, share=0.5
+            ),
+            "is private already",
+        ),
+        (
+            lambda a: compressed(private(a, clip=1.0, noise=1.0, share=0.5), up="int8"),
+            "a codec after the clip could exceed it",
+        ),
+    ],
+)
+def test_what_cannot_be_private_is_refused(build, message):
+    with pytest.raises(jfed.ConfigError, match=message):
+        build(make_algorithm(AlgorithmConfig(), CONFIG, COUNT))

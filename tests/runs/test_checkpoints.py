@@ -13,7 +13,7 @@ from jfed.algorithms import Server
 from jfed.errors import ConfigError, RunFolderError
 from jfed.runs.checkpoints import CheckpointConfig, Checkpoints
 from jfed.simulation.federation import State
-from jfed.simulation.records import Evaluation, Record
+from jfed.simulation.records import Evaluation, LocalEvaluation, Record
 
 
 def _state(seed):
@@ -21,16 +21,19 @@ def _state(seed):
     leaves = np.random.default_rng(seed).normal(size=(40, 7)).astype(np.float32)
     variables = {"blocks": {0: {"w": leaves}, 1: {"w": 3 * leaves}}, "norm": leaves[0]}
     optimizer = optax.adam(0.1)
-    return State(Server(variables, optimizer.init(variables)), np.arange(3, dtype=np.int32))
+    sizes = np.array([[2**40, 1], [3, 4]])
+    return State(Server(variables, optimizer.init(variables)), np.arange(3, dtype=np.int32), sizes)
 
 
 def _record(number, **changes):
     fields = {
         field.name: 0.1 * number if "float" in str(field.type) else number
         for field in dataclasses.fields(Record)
-        if field.name not in ("evaluations", "metrics")
+        if field.name not in ("evaluations", "metrics", "local")
     }
-    return Record(**fields | {"evaluations": {"1": Evaluation(1 / 3, 2.5)}} | changes)
+    local = LocalEvaluation((0, 2), ("1", "1"), (1 / 3, 0.5), (3, 4))
+    fields |= {"evaluations": {"1": Evaluation(1 / 3, 2.5)}, "local": local}
+    return Record(**fields | changes)
 
 
 HISTORY = [_record(n) for n in range(1, 6)]
