@@ -625,12 +625,15 @@ def _doubling(learning_rate):
     ],
 )
 def test_what_changes_the_tree_is_refused(changes, message):
-    with pytest.raises(ConfigError, match=message):
+    def simulate():
         if isinstance(changes, Codec):
             options = {"algorithm": compressed(fedavg(), changes)}
         else:
             options = {"client": jfed.ClientConfig(optimizer=changes)}
         jfed.simulate(DATA, PARTS, MODEL, rounds=1, **options)
+
+    with pytest.raises(ConfigError, match=message):
+        simulate()
 
 
 def test_out_of_memory_names_what_to_lower():
