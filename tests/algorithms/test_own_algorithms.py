@@ -104,7 +104,7 @@ def personal_head(config, is_head):
 
 # The tests ---------------------------------------------------------------------------------------
 
-MAPPINGS = pytest.mark.parametrize("mapping", ["map", "vmap", "debug"])
+MAPPINGS = pytest.mark.parametrize("mapping", ["map", "debug"])
 
 
 @MAPPINGS

@@ -73,11 +73,11 @@ def _after(name, codecs, tiers, without, rounds=2):
 @pytest.mark.parametrize(
     ("name", "codecs"),
     [
-        ("fedavg", ()),
+        pytest.param("fedavg", (), marks=pytest.mark.slow),
         ("fedavg", ("int2",)),
-        ("fedprox", ("topk:0.3", "int4")),
+        pytest.param("fedprox", ("topk:0.3", "int4"), marks=pytest.mark.slow),
         ("scaffold", ("sign",)),
-        ("ditto", ()),
+        pytest.param("ditto", (), marks=pytest.mark.slow),
     ],
     ids=str,
 )
