@@ -135,6 +135,7 @@ class Algorithm:
         counted from shapes, see `jfed.algorithms.codecs`.
       is_private: whether clients are, see `jfed.algorithms.privacy`: then the server steps also in
         a round in which nobody delivers.
+      name: how reports call it.
     """
 
     client_init: Callable[[Client, Any, Array], Any]
@@ -150,6 +151,7 @@ class Algorithm:
     personalise: Callable[[Any, Any], Params] | None = None
     measured: bool = False
     is_private: bool = False
+    name: str = "own"
 
 
 def one_each(client: Client) -> Float[Array, ""]:

@@ -76,7 +76,7 @@ class ClientConfig:
             one_of("schedule", self.schedule, SCHEDULES)
         arguments = check_arguments("optimizer_args", self.optimizer_args)
         object.__setattr__(self, "optimizer_args", arguments)
-        try_optimizer(make_optimizer(self), self.optimizer)
+        try_optimizer(make_optimizer(self), self.optimizer, arguments)
         if self.momentum is not None:
             object.__setattr__(self, "momentum", float(self.momentum))
 

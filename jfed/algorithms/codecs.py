@@ -25,6 +25,7 @@ from jfed.errors import (
     check_integer,
     check_sequence,
     check_share,
+    check_type,
     name_of,
 )
 from jfed.models.model import Params
@@ -41,11 +42,13 @@ class Codec(NamedTuple):
       feedback: add what was lost to the client's next message (error feedback: Seide et al. 2014;
         Karimireddy et al. 2019, arXiv 1901.09847), which it remembers from round to round.
       sparse: leaves entries out, so that it suits changes alone, not what the server sends.
+      name: how reports call it.
     """
 
     apply: Callable[[Params, Array], Params]
     feedback: bool = False
     sparse: bool = False
+    name: str = "own"
 
 
 def cast(dtype: str) -> Codec:
@@ -134,13 +137,18 @@ def chain(codecs: Sequence[Codec]) -> Codec:
             tree = codec.apply(tree, jax.random.fold_in(key, i))
         return tree
 
-    return Codec(apply, any(c.feedback for c in codecs), any(c.sparse for c in codecs))
+    return Codec(
+        apply,
+        feedback=any(codec.feedback for codec in codecs),
+        sparse=any(codec.sparse for codec in codecs),
+        name="+".join(codec.name for codec in codecs),
+    )
 
 
 @functools.lru_cache(maxsize=64)
 def named(names: tuple[str, ...]) -> Codec:
     """The codecs of such names, one after another; ConfigError for a name that is none."""
-    return chain([_named(name) for name in names])
+    return chain([_named(name)._replace(name=name) for name in names])
 
 
 def _named(name: str) -> Codec:
@@ -199,8 +207,8 @@ def _check_down(codec: Codec, given: Any) -> None:
 
 def compressed(
     algorithm: Algorithm,
-    up: Codec | str | Sequence[str] | None = None,
-    down: Codec | str | Sequence[str] | None = None,
+    up: Any = None,
+    down: Any = None,
 ) -> Algorithm:
     """An algorithm whose messages go through codecs.
 
@@ -209,9 +217,9 @@ def compressed(
 
     Args:
       algorithm: any that is not private yet.
-      up: of the parts of clients' messages that are like the variables, each by itself: a codec, or
-        names as of `CodecConfig`. Clients that have error feedback remember a tree for each such
-        part. Other parts, a few numbers, go as they are.
+      up: of the parts of clients' messages that are like the variables, each by itself: a `Codec`,
+        its function alone, a name as of `CodecConfig`, or several of these. Clients that have error
+        feedback remember a tree for each such part. Other parts, a few numbers, go as they are.
       down: likewise, of all float32 arrays that the server sends.
 
     Returns:
@@ -220,6 +228,7 @@ def compressed(
     Raises:
       ConfigError: a name that is none, a codec that cannot go down, a private algorithm.
     """
+    check_type("algorithm", algorithm, Algorithm)
     codecs = [_as_codec(given) for given in (up, down)]
     if codecs[1] is not None:
         _check_down(codecs[1], down)
@@ -230,18 +239,36 @@ def compressed(
     return _compressed(algorithm, *codecs)
 
 
-def _as_codec(given: Codec | str | Sequence[str] | None) -> Codec | None:
-    if given is None or isinstance(given, Codec):
+def _as_codec(given: Any) -> Codec | None:
+    if given is None:
+        return None
+    if isinstance(given, str | Codec) or callable(given):
+        return _one_codec(given)
+    given = check_sequence("a codec", given)
+    if all(isinstance(one, str) for one in given):
+        return named(given) if given else None
+    return chain([_one_codec(one) for one in given])
+
+
+def _one_codec(given: Any) -> Codec:
+    if isinstance(given, str):
+        return named((given,))
+    if callable(given):
+        return Codec(given, name=name_of(given))
+    if isinstance(given, Codec) and callable(given.apply):
         return given
-    names = (given,) if isinstance(given, str) else tuple(given)
-    return named(names) if names else None
+    raise ConfigError(
+        f"a codec must be a name such as 'int8', a function of a tree and a key, or a Codec, got "
+        f"{given!r}."
+    )
 
 
 @functools.lru_cache(maxsize=64)
 def _compressed(algorithm: Algorithm, up: Codec | None, down: Codec | None) -> Algorithm:
     found = algorithm if down is None else _sent_through(algorithm, down)
     found = found if up is None else _answered_through(found, up)
-    return dataclasses.replace(found, measured=True)
+    told = "".join(f", {codec.name} {way}" for way, codec in (("up", up), ("down", down)) if codec)
+    return dataclasses.replace(found, measured=True, name=algorithm.name + told)
 
 
 def _sent_through(algorithm: Algorithm, codec: Codec) -> Algorithm:

@@ -26,6 +26,12 @@ Argument = tuple[str, bool | int | float | str]
 def check_arguments(name: str, value: Any) -> tuple[Argument, ...]:
     """Arguments of an optimizer, given as a mapping or as pairs, sorted by name."""
     pairs = tuple(value.items()) if isinstance(value, Mapping) else check_sequence(name, value)
+    pairs = tuple(
+        (pair[0], pair[1].item())
+        if isinstance(pair, tuple) and getattr(pair[1], "shape", None) == ()
+        else pair
+        for pair in pairs
+    )
     for pair in pairs:
         is_pair = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
         if not (is_pair and isinstance(pair[1], bool | int | float | str)):
@@ -77,7 +83,7 @@ def _named_optimizers() -> dict[str, Callable[..., optax.GradientTransformation]
     }
 
 
-def try_optimizer(make: MakeOptimizer, given: Any) -> None:
+def try_optimizer(make: MakeOptimizer, given: Any, arguments: Sequence[Argument] = ()) -> None:
     """Raises ConfigError unless the optimizer steps on gradients alone; computes nothing."""
     params = {"w": jax.ShapeDtypeStruct((3, 2), jnp.float32)}
 
@@ -89,7 +95,8 @@ def try_optimizer(make: MakeOptimizer, given: Any) -> None:
         with jax.numpy_dtype_promotion("standard"):
             jax.eval_shape(step, params)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ConfigError(f"optimizer {given!r} cannot be used: {error}") from error
+        told = f" with {dict(arguments)}" if arguments else ""
+        raise ConfigError(f"optimizer {given!r}{told} cannot be used: {error}") from error
 
 
 def rekeyed(state: Any, key: Array) -> Any:

@@ -7,7 +7,6 @@ it costs is told by the package `dp-accounting`.
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -65,30 +64,29 @@ class PrivacyConfig:
                 if value is not None:
                     raise ConfigError(f"dp_{name} {value!r} needs dp_clip, got none.")
             return
-        for name in ("clip", "noise", "epsilon", "delta", "quantile"):  # which may be arrays
+        numbers: dict[str, float] = {"clip": check_number("dp_clip", self.clip, above=0.0)}
+        if self.noise is not None:
+            numbers["noise"] = check_number("dp_noise", self.noise, least=0.0)
+        if self.epsilon is not None:
+            numbers["epsilon"] = check_number("dp_epsilon", self.epsilon, above=0.0)
+        for name in ("delta", "quantile"):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, check_number(f"dp_{name}", value))
-        check_number("dp_clip", self.clip, above=0.0)
+                numbers[name] = check_share(f"dp_{name}", value)
+                if not 0 < numbers[name] < 1:
+                    raise ConfigError(f"dp_{name} must be above 0 and below 1, got {value!r}.")
+        for name, number in numbers.items():  # which may be given as arrays
+            object.__setattr__(self, name, number)
         if (self.noise is None) == (self.epsilon is None):
             raise ConfigError(
                 f"dp_clip needs one of dp_noise and dp_epsilon, got {self.noise!r} and "
                 f"{self.epsilon!r}."
             )
-        if self.noise is not None:
-            check_number("dp_noise", self.noise, least=0.0)
-        if self.epsilon is not None:
-            check_number("dp_epsilon", self.epsilon, above=0.0)
         if self.delta is None:
             raise ConfigError("dp_clip needs dp_delta, such as 1e-5, got none.")
-        if not 0 < check_share("dp_delta", self.delta) < 1:
-            raise ConfigError(f"dp_delta must be above 0 and below 1, got {self.delta!r}.")
-        if self.quantile is not None and not 0 < check_share("dp_quantile", self.quantile) < 1:
-            raise ConfigError(f"dp_quantile must be above 0 and below 1, got {self.quantile!r}.")
         if self.sampling == "fixed" and self.accountant == "pld":
             raise ConfigError("dp_accountant 'pld' cannot do dp_sampling 'fixed'; use 'rdp'.")
 
 
-@functools.lru_cache(maxsize=64)
 def private(
     algorithm: Algorithm,
     *,
@@ -192,6 +190,7 @@ def private(
         weights=dict.fromkeys((*algorithm.parts, *([_BELOW] if quantile else [])), one_each),
         personalise=personal and (lambda sent, memory: personal(sent["sent"], memory)),
         is_private=True,
+        name=f"{algorithm.name}, private",
     )
 
 

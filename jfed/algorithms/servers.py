@@ -48,7 +48,7 @@ class ServerConfig(Aggregation):
         object.__setattr__(self, "learning_rate", rate)  # which may be given as an array
         arguments = check_arguments("optimizer_args", self.optimizer_args)
         object.__setattr__(self, "optimizer_args", arguments)
-        try_optimizer(lambda _: make_server_optimizer(self), self.optimizer)
+        try_optimizer(lambda _: make_server_optimizer(self), self.optimizer, arguments)
         if self.momentum is not None:
             object.__setattr__(self, "momentum", float(self.momentum))
 

@@ -1,5 +1,6 @@
 """One object for equal settings, so that an algorithm's programs are compiled once in a process."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec
@@ -7,7 +8,7 @@ from typing import Any, Concatenate, ParamSpec
 from jfed.algorithms.algorithm import Algorithm
 from jfed.algorithms.clients import OPTIMIZER, ClientConfig
 from jfed.algorithms.servers import SERVER_OPTIMIZER, ServerConfig
-from jfed.errors import ConfigError
+from jfed.errors import ConfigError, check_type, name_of
 
 _P = ParamSpec("_P")
 
@@ -19,13 +20,20 @@ def shared(
 
     What else the two configurations hold is the simulation's, or data; they may be left out.
     """
-    made = functools.lru_cache(maxsize=64)(make)
+
+    @functools.lru_cache(maxsize=64)
+    def made(client: ClientConfig, server: ServerConfig, **settings: Any) -> Algorithm:
+        told = ", ".join(f"{name}={_told(value)}" for name, value in settings.items())
+        name = f"{make.__name__}({told})" if told else make.__name__
+        return dataclasses.replace(make(client, server, **settings), name=name)  # type: ignore[call-arg]
 
     @functools.wraps(make)
     def equal(
         client: ClientConfig | None = None, server: ServerConfig | None = None, **settings: Any
     ) -> Algorithm:
         settings = {name: _hashable(name, value) for name, value in settings.items()}
+        check_type("client", client, ClientConfig, type(None))
+        check_type("server", server, ServerConfig, type(None))
         clients, servers = client or ClientConfig(), server or ServerConfig()
         own = ClientConfig(**{name: getattr(clients, name) for name in OPTIMIZER})
         return made(
@@ -50,3 +58,7 @@ def _hashable(name: str, value: Any) -> Any:
             f"{name} must be a number, a function or a tuple, got {value!r}."
         ) from error
     return value
+
+
+def _told(value: Any) -> str:
+    return name_of(value) if callable(value) else repr(value)

@@ -90,6 +90,11 @@ class FinishedRun:
         """What `jfed.simulation.records.LocalEvaluation.summary` says of the last round."""
         return self.summary.get("local")
 
+    @property
+    def epsilon(self) -> float | None:
+        """That its clients spent, where they are private."""
+        return self.summary.get("epsilon")
+
     def reaching(self, target: float, *, local: bool = False) -> Point | None:
         """The first evaluation at which `average` was at least `target`; None if it never was.
 
@@ -170,9 +175,13 @@ def read_all(
     asked = sorted({name for run in settings for name in run if not name.endswith("digest")})
     texts = [{n: json.dumps(run.get(n)) for n in asked} for run in settings]
     differing = [n for n in asked if n not in _SAME_ARM and len({text[n] for text in texts}) > 1]
-    # What a run is made of follows from its settings, except for tiers of the user's own.
-    differing = [n for n in differing if not n.startswith("inputs.")] or differing
-    titles = [", ".join(f"{n} {text[n]}" for n in differing).replace('"', "") for text in texts]
+    # What a run is made of follows from its settings, except for tiers of the user's own; and what
+    # an algorithm of `simulate` does, from its name.
+    for part, but in (("inputs.", ""), ("algorithm.", "algorithm.name")):
+        differing = [n for n in differing if not n.startswith(part) or n == but] or differing
+    shown = [{n: text[n] for n in differing if text[n] not in ("null", "[]")} for text in texts]
+    titles = [", ".join(f"{n} {v}" for n, v in own.items()).replace('"', "") for own in shown]
+    titles = [title or ("default" if differing else "") for title in titles]
     runs = [
         dataclasses.replace(run, arm=title or "all")
         for run, title in zip(found, titles, strict=True)

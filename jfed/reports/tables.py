@@ -57,6 +57,8 @@ def lines(runs: Sequence[FinishedRun], target: Target | None = None) -> list[dic
             "jax": hardware["jax"],
             "commit": hardware["commit"],
         }
+        if run.epsilon is not None:
+            about["epsilon"] = run.epsilon
         if run.local is not None:
             about |= {f"local_{name}": round(run.local[name], 6) for name in LOCAL}
         if target is not None:
@@ -83,6 +85,17 @@ def by_arm(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
             raise ConfigError(f"seed {run.seed} is there twice of the runs {run.arm!r}.")
         group.append(run)
     return groups
+
+
+def arm_of(text: str, arms: Sequence[str]) -> str:
+    """The arm of this name, or the only one with the text in its name; else ConfigError."""
+    within = [arm for arm in arms if text in arm]
+    return within[0] if len(within) == 1 else one_of("baseline", text, arms)
+
+
+def _size(value: float) -> str:
+    """A size in some unit, without decimals where it is not small."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -140,17 +153,21 @@ def arm_table(
             "worst tier [%]": spread([run.worst for run in group]),
             "mean of tiers [%]": spread([run.average for run in group]),
             "MFLOPs": f"{np.mean([tier['flops'] for tier in trained]) / 1e6:.1f}",
-            "upload [kB]": f"{np.mean([tier['bytes_up'] for tier in trained]) / 1e3:,.0f}",
+            "upload [kB]": _size(np.mean([tier["bytes_up"] for tier in trained]) / 1e3),
             "all traffic [MB]": f"{np.mean([run.bytes_total for run in group]) / 1e6:,.1f}",
         }
         local = [run.local for run in group if run.local is not None]
+        if any(run.epsilon is not None for run in runs):
+            spent = [run.epsilon for run in group if run.epsilon is not None]
+            row["epsilon"] = f"{max(spent):.3g}" if spent else ""
         if any(run.local is not None for run in runs):
             for name in ("mean", "worst"):
                 row[f"clients' {name} [%]"] = spread([own[name] for own in local]) if local else ""
         if target is not None:
             row |= _to_target(group, goal_of(group[0], target))
         if baseline is not None:
-            other = groups[one_of("baseline", baseline, tuple(groups))]
+            baseline = arm_of(baseline, tuple(groups))
+            other = groups[baseline]
             same = len(other[0].trained) == len(group[0].trained)
             comparable = same and arm != baseline
             for title, measure in _MEASURES.items():
@@ -183,10 +200,11 @@ def tier_table(
                 "accuracy [%]": spread([a for run in group if (a := accuracy(run)) is not None]),
                 "MFLOPs": f"{tier['flops'] / 1e6:.1f}",
                 "parameters": f"{tier['parameters']:,}",
-                "upload [kB]": f"{tier['bytes_up'] / 1e3:,.0f}",
+                "upload [kB]": _size(tier["bytes_up"] / 1e3),
             }
             if baseline is not None:
-                other = groups[one_of("baseline", baseline, tuple(groups))]
+                baseline = arm_of(baseline, tuple(groups))
+                other = groups[baseline]
                 row[f"vs {baseline}"] = "" if arm == baseline else _compare(group, other, accuracy)
             rows.append(row)
     return _format(rows, style)

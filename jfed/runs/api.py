@@ -83,7 +83,7 @@ def simulate(
         2308.07761, has 2); 0: it keeps its own. Clients without a tier keep none.
       algorithm: what clients and server do, see `jfed.algorithms.Algorithm`; FedAvg with the
         optimizers of `client` and `server` by default. Another one has optimizers of its own; the
-        rest is still that of `client` (epochs, batches, learning rate and its schedule, codec) and
+        rest is still that of `client` (epochs, batches, learning rate and its schedule) and
         of `server` (weights, aggregator).
       client: how clients train.
       server: how the server makes one update of theirs, and uses it.

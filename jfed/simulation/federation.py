@@ -63,7 +63,7 @@ from jfed.simulation.population import Sampler, make_population
 from jfed.simulation.programs import Plan, group_tiers, make_merged, programs
 from jfed.simulation.records import columns
 from jfed.simulation.under_way import UnderWay
-from jfed.tiers import Tiers
+from jfed.tiers import Tier, Tiers
 from jfed.tiers.communication import Traffic, traffic
 from jfed.tiers.parts import is_like, map_parts
 from jfed.tiers.tier import as_tiers
@@ -121,6 +121,11 @@ class Federation:
         memory_folder: epath.Path | None = None,
     ) -> None:
         check_type("data", data, Dataset)
+        if isinstance(algorithm, str):
+            raise ConfigError(
+                "algorithm must be an Algorithm, such as jfed.algorithms.scaffold(client, server), "
+                f"got {algorithm!r}."
+            )
         for name, value, kind in (
             ("algorithm", algorithm, Algorithm),
             ("client", client, ClientConfig),
@@ -590,7 +595,6 @@ class Federation:
         That one trains for it alone; nothing of it is kept.
         """
         inputs = self._inputs(state.server, number, rate)
-        sent = to_host(self._send(state.server))
         found = np.zeros_like(state.sizes)
         for i, group in enumerate(self._groups):
             for place, tier in enumerate(group.tiers):
@@ -605,15 +609,24 @@ class Federation:
                     continue
                 member, like = self.tiers.members[tier], state.server.variables
                 shapes = member.shapes(like)
-                cut = map_parts(lambda v, m=member: m.extract(v, number), like, sent)
+                cut = to_host(self._sends[tier](state.server, inputs.round))
                 found[tier] = [
                     wire_bytes(member, self.algorithm, shapes, tree) for tree in (cut, message)
                 ]
         return found
 
     @functools.cached_property
-    def _send(self) -> Callable[[Server], Any]:
-        return jax.jit(self.algorithm.send)
+    def _sends(self) -> list[Callable[[Server, Array], Any]]:
+        """What the server sends to a client of each tier, and when."""
+
+        def of(tier: Tier) -> Callable[[Server, Array], Any]:
+            def send(server: Server, round_: Array) -> Any:
+                whole = self.algorithm.send(server)
+                return map_parts(lambda v: tier.extract(v, round_), server.variables, whole)
+
+            return jax.jit(send)
+
+        return [of(tier) for tier in self.tiers.members]
 
     def _message(self, i: int, inputs: Inputs, item: Work, state: State) -> dict[str, Any] | None:
         """What one client sends that trains alone by a program, cut to its tier, on the host.

@@ -60,7 +60,8 @@ class LocalEvaluation:
     def by_tier(self) -> dict[str, float]:
         """Mean accuracy over the clients of each tier."""
         names, values = np.asarray(self.tiers), np.asarray(self.accuracies)
-        return {name: float(values[names == name].mean()) for name in dict.fromkeys(self.tiers)}
+        order = sorted(set(self.tiers), key=lambda name: (len(name), name))
+        return {name: float(values[names == name].mean()) for name in order}
 
     def columns(self) -> dict[str, float]:
         """As columns of `metrics.csv`."""

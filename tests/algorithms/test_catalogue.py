@@ -300,7 +300,10 @@ NEEDED = {name: {} for name in ALGORITHMS} | {
             lambda: jfed.ClientConfig(optimizer_args=(("nesterov", True), ("nesterov", False))),
             "must name each argument once",
         ),
-        (lambda: ServerConfig(optimizer_args={"momentum": "x"}), "'sgd' cannot be used"),
+        (
+            lambda: ServerConfig(optimizer_args={"momentum": "x"}),
+            "'sgd' with {'momentum': 'x'} cannot be used",
+        ),
     ],
 )
 def test_bad_settings_are_named(build, message):

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from numpy_rounds import CONFIG, DATA, MODEL, PARTS, check, each, run
 
 import jfed
-from jfed.algorithms import AlgorithmConfig, CodecConfig, ServerConfig, compressed, fedavg
+from jfed.algorithms import (
+    AlgorithmConfig,
+    Codec,
+    CodecConfig,
+    ServerConfig,
+    compressed,
+    fedavg,
+)
 from jfed.algorithms.catalogue import make_algorithm
 from jfed.algorithms.codecs import named
 from jfed.algorithms.messages import from_bytes, to_bytes
@@ -324,6 +331,34 @@ def test_names_do_for_codecs_and_none_that_leaves_entries_out_goes_down():
     assert compressed(fedavg(CONFIG), "int8") is compressed(fedavg(CONFIG), ["int8"])
     with pytest.raises(jfed.ConfigError, match="codec_down 'sign' cannot be"):
         compressed(fedavg(CONFIG), down="sign")
+
+
+def _half(tree, key):
+    return jax.tree.map(lambda x: x / 2, tree)
+
+
+@pytest.mark.parametrize(
+    "up", [_half, Codec(_half), ["lossless", _half]], ids=["alone", "Codec", "chained"]
+)
+def test_a_function_is_a_codec(up):
+    shared = fedavg(CONFIG)
+    found = run(compressed(shared, up=up), rounds=1).variables
+    start, plain = MODEL.init(jax.random.fold_in(jax.random.key(5), 0)), run(shared, rounds=1)
+    for name, value in plain.variables.items():
+        np.testing.assert_allclose(found[name] - start[name], (value - start[name]) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("up", [8, ("int8", 8), Codec("int8")], ids=["8", "int8 8", "Codec"])
+def test_what_is_no_codec_is_refused(up):
+    with pytest.raises(jfed.ConfigError, match=r"codec.* got"):
+        compressed(fedavg(CONFIG), up=up)
+
+
+def test_names_of_algorithms_tell_their_settings_and_codecs():
+    coded = compressed(jfed.algorithms.fedprox(CONFIG, mu=0.1), up=("topk:0.1", "int8"))
+    assert coded.name == "fedprox(mu=0.1), topk:0.1+int8 up"
+    private = jfed.algorithms.private(coded, clip=1.0, noise=1.0, share=0.5)
+    assert private.name == "fedprox(mu=0.1), topk:0.1+int8 up, private"
 
 
 def test_lossless_only_measures():
