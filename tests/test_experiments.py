@@ -57,12 +57,8 @@ def load(name, monkeypatch):
     return module
 
 
-HEAVY = ("ablation", "algorithms", "communication", "flexible", "nefl_protocol", "rivals")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in HEAVY)) for n in ARMS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARMS)
 def test_a_study_runs_at_its_smoke_scale(name, tmp_path, compiled):
     table = tmp_path / "table.csv"
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--scale", "smoke", "--seeds", "1"]

@@ -119,8 +119,13 @@ def _yogi(state, k, delta, b1=0.9, b2=0.999, eps=1e-3):
     ("optimizer", "rule", "settings"),
     [
         ("adam", _adam, {"b1": 0.8, "eps": 0.01}),
-        ("adagrad", _adagrad, {"initial_accumulator_value": 0.01, "eps": 0.001}),
-        ("yogi", _yogi, {"eps": 0.05, "b2": 0.9}),
+        pytest.param(
+            "adagrad",
+            _adagrad,
+            {"initial_accumulator_value": 0.01, "eps": 0.001},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("yogi", _yogi, {"eps": 0.05, "b2": 0.9}, marks=pytest.mark.slow),
     ],
 )
 def test_fedopt_takes_arguments_of_the_servers_optimizer(optimizer, rule, settings):
@@ -143,6 +148,7 @@ def test_limits_that_are_fedavg(name, settings):
     check(run(make(name, **settings)).variables, expected)
 
 
+@pytest.mark.slow
 def test_scaffolds_first_round_is_fedavgs_and_fednova_with_equal_steps_is():
     once = {"rounds": 1, "cohort": 4}
     same(run(make("scaffold"), **once), run(make("fedavg"), **once))
@@ -151,6 +157,7 @@ def test_scaffolds_first_round_is_fedavgs_and_fednova_with_equal_steps_is():
     check(found, run(make("fedavg", steps), client=steps).variables)
 
 
+@pytest.mark.slow
 def test_of_a_single_client_scaffold_and_fedper_are_fedavg():
     """Its control variate is the server's, and its model the only one, head included."""
     alone = {"partition": [np.arange(60)], "cohort": 1}
@@ -161,6 +168,7 @@ def test_of_a_single_client_scaffold_and_fedper_are_fedavg():
     check({"w": found.variables["w"]}, {"w": expected.variables["w"]})
 
 
+@pytest.mark.slow
 def test_a_fedprox_as_strong_as_its_steps_are_long_begins_each_step_at_what_was_sent():
     """w - r (g(w) + (w - s) / r) = s - r g(w)."""
     found = run(make("fedprox", mu=1 / RATE), rounds=1, cohort=4).variables
@@ -173,10 +181,12 @@ def test_a_fedprox_as_strong_as_its_steps_are_long_begins_each_step_at_what_was_
     check(found, numpy_rounds.average(numpy_rounds.start(), trained))
 
 
+@pytest.mark.slow
 def test_one_fednova_client_is_fedavg_whatever_its_steps():
     check(run(make("fednova"), cohort=1).variables, run(make("fedavg"), cohort=1).variables)
 
 
+@pytest.mark.slow
 def test_feddyns_first_round_with_all_clients_is_fedprox_at_a_server_rate_of_two():
     once, two = {"rounds": 1, "cohort": 4}, dataclasses.replace(COUNT, learning_rate=2.0)
     found = run(make("feddyn", alpha=0.4), server=COUNT, **once)
@@ -194,6 +204,7 @@ def test_ditto_without_strength_is_local_training():
         check(result.memory(client), own)
 
 
+@pytest.mark.slow
 def test_a_ditto_as_strong_as_its_steps_are_long_begins_each_step_at_the_global_model():
     """v - r (g(v) + (v - w) / r) = w - r g(v)."""
     result = run(make("ditto", strength=1 / RATE), cohort=4, rounds=1)
@@ -204,6 +215,7 @@ def test_a_ditto_as_strong_as_its_steps_are_long_begins_each_step_at_the_global_
         check(result.memory(client), own)
 
 
+@pytest.mark.slow
 def test_fedper_and_fedrep_clients_share_no_head():
     result = run(make("fedper", personal=HEAD), cohort=4)
     heads = np.stack([result.memory(client)["b"] for client in range(4)])

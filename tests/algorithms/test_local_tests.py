@@ -62,7 +62,7 @@ def test_examples_are_held_out_of_every_client_once():
     assert [len(t) for t in local_tests.split([np.arange(2)] * 3, 0.99, seed=0)[0]] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("mapping", ["vmap", "debug"])
+@pytest.mark.parametrize("mapping", ["vmap", pytest.param("debug", marks=pytest.mark.slow)])
 def test_the_global_model_is_tested_where_none_is_personal(mapping, monkeypatch):
     result = _run(monkeypatch, mapping=mapping)
     _check(result, [numpy_rounds.rounds(numpy_rounds.sgd)] * 4)
@@ -97,7 +97,9 @@ def test_clients_fine_tune_before_the_test(monkeypatch):
     assert plain.history[-1].local != result.history[-1].local
 
 
-@pytest.mark.parametrize("personal", [True, False], ids=["own", "global"])
+@pytest.mark.parametrize(
+    "personal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["own", "global"]
+)
 def test_norms_have_the_clients_statistics_in_personal_models_alone(personal):
     """Of an ODENet of two counts: its logits with statistics of one batch with all examples."""
     network = jfed.models.ODENetConfig(widths=(4,), channels=1, classes=3, conv="xla")

@@ -104,7 +104,9 @@ def personal_head(config, is_head):
 
 # The tests ---------------------------------------------------------------------------------------
 
-MAPPINGS = pytest.mark.parametrize("mapping", ["map", "debug"])
+MAPPINGS = pytest.mark.parametrize(
+    "mapping", ["map", pytest.param("debug", marks=pytest.mark.slow)]
+)
 
 
 @MAPPINGS

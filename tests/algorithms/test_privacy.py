@@ -69,12 +69,15 @@ def _after(name, codecs, tiers, without, rounds=2):
     return jax.device_get(state.server), _flat(owners)
 
 
-@pytest.mark.parametrize("tiers", [MODEL, UNEQUAL], ids=["equal", "unequal"])
+@pytest.mark.parametrize(
+    "tiers",
+    [pytest.param(MODEL, marks=pytest.mark.slow, id="equal"), pytest.param(UNEQUAL, id="unequal")],
+)
 @pytest.mark.parametrize(
     ("name", "codecs"),
     [
         pytest.param("fedavg", (), marks=pytest.mark.slow),
-        ("fedavg", ("int2",)),
+        pytest.param("fedavg", ("int2",), marks=pytest.mark.slow),
         pytest.param("fedprox", ("topk:0.3", "int4"), marks=pytest.mark.slow),
         ("scaffold", ("sign",)),
         pytest.param("ditto", (), marks=pytest.mark.slow),
@@ -130,7 +133,7 @@ def test_entries_that_few_own_get_the_noise_of_all_over_fewer_clients():
     assert found["b"].std() == pytest.approx(1 / 2, rel=0.2)  # 180 values
 
 
-@pytest.mark.parametrize("mapping", ["map", "debug"])
+@pytest.mark.parametrize("mapping", [pytest.param("map", marks=pytest.mark.slow), "debug"])
 def test_a_round_without_clients_has_noise_too(mapping):
     shared = make_algorithm(AlgorithmConfig(), CONFIG, COUNT)
     algorithm = private(shared, clip=1.0, noise=1.0, share=0.5)
@@ -172,6 +175,7 @@ def test_personal_leaves_get_no_noise():
     assert found["w"].std() > 0.1
 
 
+@pytest.mark.slow
 def test_the_server_knows_not_how_many_took_part():
     seen = []
     shared = make_algorithm(AlgorithmConfig(), CONFIG, COUNT)
@@ -246,7 +250,7 @@ def test_poisson_draws_each_client_alike_and_its_bound_holds():
     assert most_drawn(7, 1.0) == 7
 
 
-@pytest.mark.parametrize("sampling", ["poisson", "fixed"])
+@pytest.mark.parametrize("sampling", ["poisson", pytest.param("fixed", marks=pytest.mark.slow)])
 def test_a_run_tells_epsilon_in_its_columns_summary_and_records(sampling, tmp_path):
     privacy = PrivacyConfig(clip=0.1, noise=1.0, delta=1e-3, sampling=sampling)
     evaluation = jfed.EvaluationConfig(every=2)
@@ -265,6 +269,7 @@ def test_a_run_tells_epsilon_in_its_columns_summary_and_records(sampling, tmp_pa
     assert (sizes == [2, 2, 2]) == (sampling == "fixed")
 
 
+@pytest.mark.slow
 def test_private_lanes_equal_the_debug_engine():
     privacy = PrivacyConfig(clip=0.1, noise=0.3, delta=1e-3, quantile=0.4)
     results = [

@@ -38,6 +38,7 @@ def run_folder(tmp_path_factory, cache_folder):
     return folder
 
 
+@pytest.mark.slow
 def test_an_algorithm_codecs_privacy_and_tests_of_clients_go_together(tmp_path, capsys):
     flags = "--preset smoke --rounds 2 --iterations 1 --algorithm ditto --ditto-strength 0.5"
     flags += " --local-test 0.2 --codec-up topk:0.5 int8 --codec-down bfloat16 --weights count"
