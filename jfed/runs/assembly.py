@@ -1,8 +1,6 @@
 """What the settings of a run make: its network, its tiers, and the federation."""
 
-import functools
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
@@ -35,14 +33,11 @@ class Prepared(NamedTuple):
     twin: Twin | None = None
 
 
-# A study's arms follow each other with the same data, which take long to decode.
-@functools.lru_cache(maxsize=1)
-def _load(config: data_lib.DataConfig, seed: int, folder: str | None) -> data_lib.Dataset:
-    del folder
-    return data_lib.load(config, seed=seed)
-
-
-def set_up(config: RunConfig, memory_folder: epath.Path | None = None) -> Prepared:
+def set_up(
+    config: RunConfig,
+    memory_folder: epath.Path | None = None,
+    load: Callable[..., data_lib.Dataset] = data_lib.load,
+) -> Prepared:
     """Loads the data, deals it out, builds the model, and checks everything; compiles nothing."""
     population, seed = config.population, config.seed
     # What can fail without the data does so before they are read.
@@ -53,7 +48,7 @@ def set_up(config: RunConfig, memory_folder: epath.Path | None = None) -> Prepar
     make_mesh(config.engine.devices)
     algorithm = make_algorithm(config.algorithm, config.client, config.server)
     algorithm = compressed(algorithm, config.codec.up, config.codec.down)
-    data = _load(config.data, seed, os.environ.get("TFDS_DATA_DIR"))
+    data = load(config.data, seed=seed)
     network = config.network.make(data.num_classes, data.image_shape[-1])
     partition = data_lib.partition(
         config.partition, data.train.labels, population.clients, seed=seed

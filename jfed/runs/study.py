@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from jfed import files
+from jfed.data import load
 from jfed.errors import ConfigError, DeviceMemoryError, DivergedError, check_integer
 from jfed.provenance import cores
 from jfed.reports import finished
@@ -160,11 +161,15 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+# Arms follow each other with the same data, which take long to decode.
+_load = functools.lru_cache(maxsize=1)(load)
+
+
 def _run_job(config: RunConfig, path: pathlib.Path) -> str | None:
     """Does one run; returns how it diverged, if it did."""
     try:
         memory = files.absolute(path) / "memory"
-        runs.run(path, as_json(config), functools.partial(set_up, config, memory))
+        runs.run(path, as_json(config), functools.partial(set_up, config, memory, _load))
     except DivergedError as error:
         return str(error)
     return None
