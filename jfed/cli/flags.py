@@ -57,30 +57,29 @@ def parse_argument(text: str) -> Argument:
         return name, value
 
 
-def _iterations(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Tyro's rule for an entry of iterations."""
-    if info.type != Iterations:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT|INT-INT-...",
-        instance_from_str=lambda args: parse_iterations(args[0]),
-        is_instance=lambda x: isinstance(x, int | tuple),
-        str_from_instance=lambda x: [tier_name(x)],
-    )
+def _rule(
+    kind: Any, metavar: str, read: Callable[[str], Any], write: Callable[[Any], str]
+) -> Callable[[PrimitiveTypeInfo], PrimitiveConstructorSpec | None]:
+    """Tyro's rule for a type that is one word on the command line."""
+
+    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type != kind:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=metavar,
+            instance_from_str=lambda args: read(args[0]),
+            is_instance=lambda x: isinstance(x, int | tuple),
+            str_from_instance=lambda x: [write(x)],
+        )
+
+    return rule
 
 
-def _argument(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Tyro's rule for an argument of an optimizer."""
-    if info.type != Argument:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="NAME=VALUE",
-        instance_from_str=lambda args: parse_argument(args[0]),
-        is_instance=lambda x: isinstance(x, tuple),
-        str_from_instance=lambda x: ["=".join(map(str, x))],
-    )
+_RULES = (
+    _rule(Iterations, "INT|INT-INT-...", parse_iterations, tier_name),
+    _rule(Argument, "NAME=VALUE", parse_argument, lambda pair: "=".join(map(str, pair))),
+)
 
 
 def parse(
@@ -104,8 +103,8 @@ def parse(
         read as a value at all, or there is no such flag, tyro ends the process with status 2.)
     """
     registry = ConstructorRegistry()
-    registry.primitive_rule(_iterations)
-    registry.primitive_rule(_argument)
+    for rule in _RULES:
+        registry.primitive_rule(rule)
     registry.struct_rule(functools.partial(_struct, _places(defaults), names))
     given = tyro.cli(
         type(defaults),

@@ -28,7 +28,7 @@ from jfed.engine.packing import Cohort, Lanes, Schedule
 from jfed.models.losses import Metrics, training_loss
 from jfed.models.model import Params
 from jfed.tiers.parts import is_like, map_parts, path_name
-from jfed.tiers.tier import Tier
+from jfed.tiers.tier import Tier, settings_of
 
 # What else than a step's number is folded into a client's key.
 _BEGIN, _END, _FAULT = (np.uint32(2**32 - i) for i in (1, 2, 4))
@@ -106,9 +106,7 @@ class _Trainer:
         self.shapes = self.tier.shapes(variables)
         self.sent = map_parts(self._cut, variables, config.algorithm.send(inputs.server))
         self.key = jax.random.fold_in(inputs.key, inputs.round)
-        self.settings = jax.tree.map(
-            lambda *values: np.asarray(values, np.int32), *(t.setting for t in config.tiers)
-        )
+        self.settings = settings_of(config.tiers)
 
     def _cut(self, variables: Params) -> Params:
         return self.tier.extract(variables, self.inputs.round)

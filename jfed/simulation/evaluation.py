@@ -112,9 +112,10 @@ def in_batches(
     return batches, real.astype(np.int32)
 
 
-def _batch(examples: Examples, indices: Array, real: Array) -> Batch:
+def batch_of(images: Images, indices: Array, real: Array, *augmented: Any) -> Batch:
+    """The batch of indices of which the first ones count; `augmented` as of `gather`."""
     mask = (jnp.arange(indices.shape[0]) < real).astype(jnp.float32)
-    return gather(examples.images, indices, mask)
+    return gather(images, indices, mask, *augmented)
 
 
 def pool(measured: Statistics, counts: Float[Array, " K"], axis: str | None = None) -> Statistics:
@@ -159,7 +160,7 @@ def recalibrate(
         return None
 
     def one(_: None, at: tuple[Array, Array]) -> tuple[None, tuple[Statistics, Array]]:
-        batch = _batch(calibration, *at)
+        batch = batch_of(calibration.images, *at)
         return None, (measure(params, batch.images, batch.mask), batch.mask.sum())
 
     batches = (calibration.batches, calibration.real)
@@ -184,7 +185,7 @@ def make_evaluator(tier: Tier, mesh: Mesh, measure: Measure | None = None) -> ja
         statistics = recalibrate(model, params, calibration, AXIS)
 
         def count(indices: Array, real: Array) -> Metrics:
-            batch = _batch(test, indices, real)
+            batch = batch_of(test.images, indices, real)
             if statistics is None:
                 logits = model.apply(params, batch.images)
             else:

@@ -13,24 +13,24 @@ from jaxtyping import Array, Float, Int
 from jfed.algorithms.algorithm import Algorithm, Client
 from jfed.algorithms.clients import ClientConfig, make_optimizer
 from jfed.algorithms.training import local_training
-from jfed.data.preprocessing import Augmentation, Images, gather
+from jfed.data.partitions import Partition
+from jfed.data.preprocessing import Augmentation, Images
 from jfed.engine.devices import AXIS, EVERYWHERE, SPREAD, put
 from jfed.engine.lanes import Inputs
 from jfed.engine.packing import client_batches
 from jfed.errors import ConfigError
-from jfed.models.losses import Batch, Metrics, cross_entropy, training_loss
+from jfed.models.losses import Metrics, cross_entropy, training_loss
 from jfed.models.model import Model, Params, Statistics
 from jfed.seeds import generator
-from jfed.simulation.evaluation import EvaluationConfig, Examples, pool, recalibrate
+from jfed.simulation.evaluation import EvaluationConfig, Examples, batch_of, pool, recalibrate
 from jfed.simulation.records import LocalEvaluation
 from jfed.tiers.parts import map_parts
-from jfed.tiers.tier import Tier
+from jfed.tiers.tier import Tier, settings_of
 
 _AT_ONCE = 16  # clients a device is given in one call: as many rows of client memory are on it
 _TUNING = np.uint32(2**32 - 6)  # folded into the run's key: of fine-tuning
 
 Parts = Sequence[Int[np.ndarray, " _"]]
-Partition = tuple[np.ndarray, ...]
 
 
 def split(partition: Parts, share: float, *, seed: int) -> tuple[Partition, Partition]:
@@ -146,9 +146,7 @@ class _Tester:
 
     def __init__(self, config: LocalTesting) -> None:
         self.config, self.tier = config, config.tiers[0]
-        self.settings = jax.tree.map(
-            lambda *values: np.asarray(values, np.int32), *(t.setting for t in config.tiers)
-        )
+        self.settings = settings_of(config.tiers)
 
     def one(self, inputs: Inputs, tested: Tested, row: Any, statistics: Any) -> Metrics:
         """Sums over the examples that one client is tested on."""
@@ -165,7 +163,7 @@ class _Tester:
             own = jax.tree.map(lambda s: s[tested.tier], statistics)
 
         def add(i: Array, total: Metrics) -> Metrics:
-            batch = _batch(inputs, tested.test[i], tested.test_real[i])
+            batch = batch_of(inputs.images, tested.test[i], tested.test_real[i])
             rest = () if own is None else (None, own)
             _, found = cross_entropy(model.apply(params, batch.images, *rest), batch)
             return jax.tree.map(jnp.add, total, found)
@@ -196,8 +194,12 @@ class _Tester:
 
         def step(i: Array, local: Any) -> Any:
             data_key, loss_key = jax.random.split(jax.random.fold_in(key, i))
-            batch = _batch(
-                inputs, tested.train[i], tested.train_real[i], self.config.augmentation, data_key
+            batch = batch_of(
+                inputs.images,
+                tested.train[i],
+                tested.train_real[i],
+                self.config.augmentation,
+                data_key,
             )
             if inputs.present is not None:
                 batch = batch._replace(present=inputs.present[tested.client])
@@ -207,18 +209,13 @@ class _Tester:
         return jax.lax.fori_loop(0, tested.steps, step, local).params
 
 
-def _batch(inputs: Inputs, indices: Array, real: Array, *rest: Any) -> Batch:
-    mask = (jnp.arange(indices.shape[0]) < real).astype(jnp.float32)
-    return gather(inputs.images, indices, mask, *rest)
-
-
 def _measured(model: Model, params: Params, inputs: Inputs, tested: Tested) -> Statistics:
     """Statistics of norms over the examples that a client trained on."""
     measure = model.measure
     assert measure is not None
 
     def of(i: Array | int) -> tuple[Statistics, Float[Array, ""]]:
-        batch = _batch(inputs, tested.train[i], tested.train_real[i])
+        batch = batch_of(inputs.images, tested.train[i], tested.train_real[i])
         return measure(params, batch.images, batch.mask), batch.mask.sum()
 
     def add(i: Array, before: tuple[Statistics, Array]) -> tuple[Statistics, Array]:

@@ -90,6 +90,13 @@ class Tier:
         return jax.eval_shape(lambda v: self.extract(v, 0), like)
 
 
+def settings_of(tiers: Sequence[Tier]) -> Any:
+    """The settings of tiers that share a program, `[tiers]` int32 for each number."""
+    return jax.tree.map(
+        lambda *values: np.asarray(values, np.int32), *(tier.setting for tier in tiers)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiers:
     """All tiers of a federation.
