@@ -16,8 +16,8 @@ from jfed.algorithms.servers import ServerConfig
 from jfed.algorithms.sharing import shared
 from jfed.algorithms.training import Local, local_training
 from jfed.errors import ConfigError, check_sequence, check_share
-from jfed.models.model import Params
-from jfed.tiers.parts import map_parts, path_name
+from jfed.models.model import Params, path_name
+from jfed.tiers.parts import map_parts
 
 CLASSIFIERS = ("*classifier*", "*exits*")  # of jfed's networks
 NORMS = ("*norm*",)

@@ -26,8 +26,8 @@ from jfed.engine.faults import FaultConfig, corrupt
 from jfed.engine.merging import Delivered, Report, clip
 from jfed.engine.packing import Cohort, Lanes, Schedule
 from jfed.models.losses import Metrics, training_loss
-from jfed.models.model import Params
-from jfed.tiers.parts import is_like, map_parts, path_name
+from jfed.models.model import Params, path_name
+from jfed.tiers.parts import is_like, map_parts
 from jfed.tiers.tier import Tier, settings_of
 
 # What else than a step's number is folded into a client's key.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jfed.models.model import Model, Params
+from jfed.models.model import Model, Params, path_name
 
 
 class Batch(NamedTuple):
@@ -42,7 +42,7 @@ class Metrics(NamedTuple):
 def by_name(metrics: Any) -> dict[str, Any]:
     """The leaves of metrics by their path, such as "loss" or "others/calibration"."""
     found = jax.tree_util.tree_leaves_with_path(metrics)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
+    return {path_name(path): leaf for path, leaf in found}
 
 
 def cross_entropy(

@@ -13,6 +13,11 @@ Statistics = Any  # a pytree of `Moments`, one for each batch norm
 Mask = Float[Array, " B"]  # 1 for the examples of a batch that count, 0 for padding
 
 
+def path_name(path: Any) -> str:
+    """A leaf's path in a pytree as text, such as "classifier/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 class Moments(NamedTuple):
     """Mean and biased variance, what a batch norm normalises with (float32)."""
 

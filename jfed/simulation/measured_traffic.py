@@ -8,10 +8,10 @@ from jaxtyping import Int
 
 from jfed.algorithms.algorithm import Algorithm
 from jfed.algorithms.messages import to_bytes
-from jfed.models.model import Params
+from jfed.models.model import Params, path_name
 from jfed.tiers import Tier
 from jfed.tiers.communication import Traffic
-from jfed.tiers.parts import map_parts, path_name
+from jfed.tiers.parts import map_parts
 
 # `[tiers, 2]` bytes of one client of each tier: from the server, and to it.
 Sizes = Int[np.ndarray, "tiers 2"]

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jfed.models.model import Params
+from jfed.models.model import Params, path_name
 from jfed.tiers import Tier
-from jfed.tiers.parts import map_parts, path_name
+from jfed.tiers.parts import map_parts
 
 
 class Traffic(NamedTuple):

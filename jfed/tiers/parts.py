@@ -9,11 +9,6 @@ import jax.numpy as jnp
 from jfed.models.model import Params
 
 
-def path_name(path: Any) -> str:
-    """A leaf's path in a pytree as text, such as "classifier/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def is_like(tree: Any, variables: Params) -> bool:
     """Whether a tree has the structure, the shapes and the dtypes of the variables."""
     structures: list[Any] = [jax.tree.structure(t) for t in (tree, variables)]
