@@ -41,20 +41,10 @@ class CNN(nn.Module):
 
 
 class Conv(nn.Conv2d):
-    """A convolution without bias and with XLA's SAME padding, which puts an odd row at the end."""
+    """A convolution without bias, padded by half its size."""
 
     def __init__(self, inputs: int, outputs: int, size: int = 3, stride: int = 1) -> None:
         super().__init__(inputs, outputs, size, stride, padding=size // 2, bias=False)
-        self.uneven = stride > 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.uneven:
-            return super().forward(x)
-        step, width = self.stride[0], self.kernel_size[0]
-        total = [max((-(-n // step) - 1) * step + width - n, 0) for n in x.shape[2:]]
-        (top, left) = (n // 2 for n in total)
-        x = functional.pad(x, (left, total[1] - left, top, total[0] - top))
-        return functional.conv2d(x, self.weight, stride=self.stride)
 
 
 class TimeConv(nn.Module):

@@ -41,7 +41,7 @@ class Style(NamedTuple):
 
 
 class Conv(nnx.Module):
-    """A convolution without bias, SAME padding; kernel `[k, k, C, O]` float32."""
+    """A convolution without bias, symmetric padding; kernel `[k, k, C, O]` float32."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo O"]:
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        return conv(x, kernel, stride=self.stride, form=self.form)
+        return conv(x, kernel, stride=self.stride, padding="SYMMETRIC", form=self.form)
 
 
 class TimeConv(nnx.Module):

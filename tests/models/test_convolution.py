@@ -23,6 +23,9 @@ SHAPES = {
     "smaller than a tile": ((3, 3), 4, 4, 3, 1, "SAME"),
     "strided": ((8, 9), 4, 6, 3, 2, "SAME"),
     "tall strided": ((19, 4), 4, 6, 3, 2, "SAME"),
+    "strided symmetric": ((8, 9), 4, 6, 3, 2, "SYMMETRIC"),
+    "tall strided symmetric": ((19, 4), 4, 6, 3, 2, "SYMMETRIC"),
+    "1x1 strided symmetric": ((8, 6), 4, 6, 1, 2, "SYMMETRIC"),
     "strided valid": ((10, 9), 4, 6, 3, 2, "VALID"),
     "5x5": ((14, 13), 3, 8, 5, 1, "VALID"),
     "even": ((7, 8), 3, 5, 2, 1, "SAME"),
@@ -41,6 +44,8 @@ CASES = [
 
 
 def reference(x, kernel, *, stride=1, padding="SAME", groups=1):
+    if padding == "SYMMETRIC":
+        padding = [(n // 2, n // 2) for n in kernel.shape[:2]]
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -98,7 +103,7 @@ def test_winograd_in_parts_equals_xla(name, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["auto", "xla"])
-@pytest.mark.parametrize("name", ["odd", "strided", "tall strided", "5x5"])
+@pytest.mark.parametrize("name", ["odd", "strided", "strided symmetric", "tall strided", "5x5"])
 def test_depthwise_equals_xla(form, name):
     size, c, _, k, stride, padding = SHAPES[name]
     args = operands(size, c, 1, c, k)

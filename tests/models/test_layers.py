@@ -74,7 +74,7 @@ def _conv(x, kernel, stride=1, groups=1):
         x,
         kernel,
         (stride, stride),
-        "SAME",
+        [(n // 2, n // 2) for n in kernel.shape[:2]],
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )

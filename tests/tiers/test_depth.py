@@ -30,8 +30,9 @@ PUBLISHED = {
 
 
 def _conv(x, kernel, stride=1):
+    pads = [(n // 2, n // 2) for n in kernel.shape[:2]]
     return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 

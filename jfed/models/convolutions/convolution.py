@@ -33,7 +33,9 @@ def conv(
       x: images, channels last.
       kernel: [kh, kw, C, O], or [kh, kw, 1, C] for a depthwise convolution (`groups=C`).
       stride: the same in both directions.
-      padding: "SAME" (Ho = ceil(H / stride)) or "VALID" (Ho = ceil((H - kh + 1) / stride)).
+      padding: "SAME" (XLA's, Ho = ceil(H / stride)), "SYMMETRIC" ((kh - 1) // 2 rows on either
+        side, as PyTorch's networks have it: the same Ho for odd kernels, but other numbers where a
+        stride meets an even size), or "VALID" (Ho = ceil((H - kh + 1) / stride)).
       groups: 1 (dense) or C (depthwise).
       form: one of `FORMS`; "auto" asks `choose_form`. It rules the pass forward and back of what is
         differentiated; what is not, such as evaluation, takes XLA's convolution.

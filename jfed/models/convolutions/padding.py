@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-PADDINGS = ("SAME", "VALID")
+PADDINGS = ("SAME", "SYMMETRIC", "VALID")
 
 Pads = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
 
@@ -12,6 +12,9 @@ def pads_of(size: tuple[int, ...], window: tuple[int, ...], stride: int, padding
     """XLA's padding: for SAME as even as possible, the odd row at the end."""
     if padding == "VALID":
         return (0, 0), (0, 0)
+    if padding == "SYMMETRIC":
+        down, right = ((k - 1) // 2 for k in window)
+        return (down, down), (right, right)
     totals = [
         max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip(size, window, strict=True)
     ]
