@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jfed.data.dirichlet_counts import draw_counts
 from jfed.errors import ConfigError, DataError, check_integer, check_number, check_sequence, one_of
 from jfed.seeds import generator
 
@@ -18,8 +19,6 @@ SCHEMES = ("iid", "dirichlet", "shards", "quantity")
 """The names that `partition` knows."""
 
 Partition = tuple[np.ndarray, ...]
-
-_EVEN = 1e9  # Dirichlet shares of a larger alpha are even, but overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +131,7 @@ def dirichlet(
     _check_counts(labels, clients, min_examples)
     rng = generator(seed, "partition")
     classes, totals = np.unique(labels, return_counts=True)
-    counts = _draw_counts(totals, clients, alpha, min_examples, max_tries, rng)
+    counts = draw_counts(totals, clients, alpha, min_examples, max_tries, rng)
     # [classes] lists of [clients] arrays
     dealt = [
         np.split(rng.permutation(np.flatnonzero(labels == label)), np.cumsum(row)[:-1])
@@ -208,7 +207,7 @@ def quantity_skew(
     _check_counts(labels, clients, min_examples)
     rng = generator(seed, "partition")
     totals = np.array([len(labels)])
-    (counts,) = _draw_counts(totals, clients, alpha, min_examples, max_tries, rng)
+    (counts,) = draw_counts(totals, clients, alpha, min_examples, max_tries, rng)
     return _sorted(np.split(rng.permutation(len(labels)), np.cumsum(counts)[:-1]))
 
 
@@ -295,30 +294,6 @@ def _check_counts(labels: np.ndarray, clients: int, min_examples: int = 1) -> No
             f"{clients} clients with min_examples {min_examples} need {min_examples * clients} "
             f"examples; there are {len(labels)}."
         )
-
-
-def _draw_counts(
-    totals: np.ndarray,
-    clients: int,
-    alpha: float,
-    min_examples: int,
-    max_tries: int,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Splits each of `totals` `[K]` by Dirichlet shares, into counts `[K, clients]`."""
-    check_number("alpha", alpha, above=0.0)
-    check_integer("max_tries", max_tries, least=1)
-    for _ in range(max_tries):
-        shares = rng.dirichlet(np.full(clients, min(alpha, _EVEN)), len(totals))
-        # Cutting at the rounded running shares keeps each sum, unlike rounding each share.
-        inner = np.rint(np.cumsum(shares, axis=1)[:, :-1] * totals[:, None]).astype(np.int64)
-        counts = np.diff(inner, axis=1, prepend=0, append=totals[:, None])
-        if counts.sum(axis=0).min() >= min_examples:
-            return counts
-    raise ConfigError(
-        f"{max_tries} draws with alpha {alpha} left one of {clients} clients below min_examples "
-        f"{min_examples} each time. Raise alpha, or lower clients or min_examples."
-    )
 
 
 def _sorted(parts: Sequence[np.ndarray]) -> Partition:
