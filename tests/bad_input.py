@@ -133,6 +133,8 @@ def entry_points():
         (RunConfig, arguments_of(RunConfig())),
         (jfed.data.iid, labels),
         (jfed.data.dirichlet, dirichlet),
+        (jfed.data.dirichlet_balanced, dirichlet),
+        (jfed.data.dirichlet_clients, labels | {"alpha": 0.5}),
         (jfed.data.shards, labels | {"shards_per_client": 2}),
         (jfed.data.quantity_skew, skew),
         (data_set, {"train": SPLIT, "test": SPLIT, "names": ("a", "b", "c")}),

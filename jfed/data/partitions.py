@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from jfed.data.dirichlet_counts import draw_counts
+from jfed.data.dirichlet_counts import Draw, balanced, draw_counts, mixed, shared
 from jfed.errors import ConfigError, DataError, check_integer, check_number, check_sequence, one_of
 from jfed.seeds import generator
 
-SCHEMES = ("iid", "dirichlet", "shards", "quantity")
+SCHEMES = ("iid", "dirichlet", "dirichlet-balanced", "dirichlet-clients", "shards", "quantity")
 """The names that `partition` knows."""
 
 Partition = tuple[np.ndarray, ...]
@@ -26,8 +26,10 @@ class PartitionConfig:
     """How examples are dealt out to the clients.
 
     Attributes:
-      scheme: `iid`, `dirichlet`, `shards`, or `quantity` (`quantity_skew`).
-      alpha: the concentration of `dirichlet` and `quantity`; smaller is more uneven.
+      scheme: `iid`; `dirichlet`: clients differ in mixture of classes and in size;
+        `dirichlet-balanced`: less in size; `dirichlet-clients`: not in size; `shards`; `quantity`
+        (`quantity_skew`): in size alone.
+      alpha: the concentration of the Dirichlet schemes and of `quantity`; smaller is more uneven.
       shards_per_client: of `shards`: about as many classes a client.
       min_examples: the fewest examples of a client, whatever the scheme.
     """
@@ -61,10 +63,16 @@ def partition(config: PartitionConfig, labels: np.ndarray, clients: int, *, seed
     """
     least, alpha = config.min_examples, config.alpha
     _check_counts(labels, clients, least)
-    if config.scheme == "dirichlet":
-        return dirichlet(labels, clients, alpha=alpha, min_examples=least, seed=seed)
-    if config.scheme == "quantity":
-        return quantity_skew(labels, clients, alpha=alpha, min_examples=least, seed=seed)
+    skewed = {
+        "dirichlet": dirichlet,
+        "dirichlet-balanced": dirichlet_balanced,
+        "quantity": quantity_skew,
+    }
+    if config.scheme in skewed:
+        deal = skewed[config.scheme]
+        return deal(labels, clients, alpha=alpha, min_examples=least, seed=seed)
+    if config.scheme == "dirichlet-clients":
+        return dirichlet_clients(labels, clients, alpha=alpha, seed=seed)
     if config.scheme == "iid":
         return iid(labels, clients, seed=seed)
     parts = shards(labels, clients, shards_per_client=config.shards_per_client, seed=seed)
@@ -109,9 +117,9 @@ def dirichlet(
 
     For each class, the clients' shares of its examples are drawn from a symmetric Dirichlet
     distribution: the "distribution-based label imbalance" of Li et al., "Federated Learning on
-    Non-IID Data Silos" (ICDE 2022, arXiv 2102.02079, section IV-A), after Yurochkin et al. (ICML
-    2019) and Hsu et al. (arXiv 1909.06335). Shares are drawn anew until every client has
-    `min_examples`.
+    Non-IID Data Silos" (ICDE 2022, arXiv 2102.02079, section IV-A), as the paper words it, after
+    Yurochkin et al. (ICML 2019); the code of both is `dirichlet_balanced`. jfed's experiments use
+    this kind. Shares are drawn anew until every client has `min_examples`.
 
     Args:
       labels: `[N]` integers.
@@ -128,16 +136,57 @@ def dirichlet(
     Raises:
       ConfigError: if a setting is out of range, or no try gave every client `min_examples`.
     """
-    _check_counts(labels, clients, min_examples)
-    rng = generator(seed, "partition")
-    classes, totals = np.unique(labels, return_counts=True)
-    counts = draw_counts(totals, clients, alpha, min_examples, max_tries, rng)
-    # [classes] lists of [clients] arrays
-    dealt = [
-        np.split(rng.permutation(np.flatnonzero(labels == label)), np.cumsum(row)[:-1])
-        for label, row in zip(classes, counts, strict=True)
-    ]
-    return _sorted([np.concatenate(parts) for parts in zip(*dealt, strict=True)])
+    return _by_counts(shared, labels, clients, alpha, min_examples, max_tries, seed)
+
+
+def dirichlet_balanced(
+    labels: np.ndarray,
+    clients: int,
+    *,
+    alpha: float,
+    min_examples: int = 1,
+    max_tries: int = 1000,
+    seed: int,
+) -> Partition:
+    """Deals out by class as `dirichlet`, but nothing more to clients that have the average.
+
+    The classes come one after the other, and only the clients that have fewer than N / clients
+    examples by then have a share. This is the code of Li et al. (NIID-Bench, `partition.py`) and
+    of Yurochkin et al. (PFNM), except that they round running shares down. The non-IID experiments
+    of NeFL (its code's `cifar_noniiddir`) and of DepthFL (the Flower baseline by its first author)
+    use this kind with `alpha` 0.5 and `min_examples` 10.
+
+    Arguments, result and errors are those of `dirichlet`.
+    """
+    return _by_counts(balanced, labels, clients, alpha, min_examples, max_tries, seed)
+
+
+def dirichlet_clients(labels: np.ndarray, clients: int, *, alpha: float, seed: int) -> Partition:
+    """Gives the clients different mixtures of classes; their sizes differ by one at most.
+
+    Each client's mixture is drawn from Dirichlet(alpha p), where p are the classes' shares of all
+    examples, and then its examples by this mixture, without replacement: Hsu et al., "Measuring the
+    Effects of Non-Identical Data Distribution for Federated Visual Classification" (arXiv
+    1909.06335). A class that has run out leaves the mixture, so that the last clients get what the
+    others left.
+
+    FedDyn's code uses this kind, with a concentration per class, and takes turns among clients: its
+    0.6 for each of ten classes is an `alpha` of 6.
+
+    Args:
+      labels: `[N]` integers.
+      clients: the number of clients, from 1 to N.
+      alpha: the concentration, above 0, of all classes together. Near 0 a client has one class;
+        towards infinity all have the same mixture.
+      seed: of the mixtures, and of the examples.
+
+    Returns:
+      The partition.
+
+    Raises:
+      ConfigError: if a setting is out of range.
+    """
+    return _by_counts(mixed, labels, clients, alpha, 1, 1, seed)
 
 
 def shards(labels: np.ndarray, clients: int, *, shards_per_client: int = 2, seed: int) -> Partition:
@@ -145,7 +194,8 @@ def shards(labels: np.ndarray, clients: int, *, shards_per_client: int = 2, seed
 
     The "pathological" partition of McMahan et al., "Communication-Efficient Learning of Deep
     Networks from Decentralized Data" (AISTATS 2017, arXiv 1602.05629, section 3). A client sees
-    `shards_per_client` classes where shards do not straddle classes, and otherwise a few more.
+    `shards_per_client` classes where shards do not straddle classes, and otherwise a few more. So
+    are the non-IID experiments of HeteroFL and FedRolex on CIFAR-10, with 2 classes a client.
 
     Args:
       labels: `[N]` integers.
@@ -207,7 +257,7 @@ def quantity_skew(
     _check_counts(labels, clients, min_examples)
     rng = generator(seed, "partition")
     totals = np.array([len(labels)])
-    (counts,) = draw_counts(totals, clients, alpha, min_examples, max_tries, rng)
+    (counts,) = draw_counts(shared, totals, clients, alpha, min_examples, max_tries, rng)
     return _sorted(np.split(rng.permutation(len(labels)), np.cumsum(counts)[:-1]))
 
 
@@ -294,6 +344,28 @@ def _check_counts(labels: np.ndarray, clients: int, min_examples: int = 1) -> No
             f"{clients} clients with min_examples {min_examples} need {min_examples * clients} "
             f"examples; there are {len(labels)}."
         )
+
+
+def _by_counts(
+    draw: Draw,
+    labels: np.ndarray,
+    clients: int,
+    alpha: float,
+    min_examples: int,
+    max_tries: int,
+    seed: int,
+) -> Partition:
+    """Draws how many examples of each class each client gets; which ones, is random."""
+    _check_counts(labels, clients, min_examples)
+    rng = generator(seed, "partition")
+    classes, totals = np.unique(labels, return_counts=True)
+    counts = draw_counts(draw, totals, clients, alpha, min_examples, max_tries, rng)
+    # [classes] lists of [clients] arrays
+    dealt = [
+        np.split(rng.permutation(np.flatnonzero(labels == label)), np.cumsum(row)[:-1])
+        for label, row in zip(classes, counts, strict=True)
+    ]
+    return _sorted([np.concatenate(parts) for parts in zip(*dealt, strict=True)])
 
 
 def _sorted(parts: Sequence[np.ndarray]) -> Partition:

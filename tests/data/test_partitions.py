@@ -8,6 +8,8 @@ from jfed.data import (
     check_partition,
     class_counts,
     dirichlet,
+    dirichlet_balanced,
+    dirichlet_clients,
     iid,
     partition,
     quantity_skew,
@@ -45,7 +47,7 @@ def test_every_example_has_one_client_or_the_error_says_why(scheme, given):
     else:
         reason = ""
     if reason:
-        assert scheme != "iid"  # which always has a solution
+        assert scheme not in ("iid", "dirichlet-clients")  # which always have a solution
         assert f"{clients} clients" in reason
         assert "min_examples" in reason
         return
@@ -96,6 +98,120 @@ def test_dirichlet_shares_have_the_moments_of_the_distribution():
         np.testing.assert_allclose(shares.var(), expected, rtol=0.15)
 
 
+def _balanced_by_hand(labels, clients, alpha, rng):
+    """The examples of each client, in the steps of Li et al.'s code."""
+    parts = [[] for _ in range(clients)]
+    for label in np.unique(labels):
+        examples = rng.permutation(np.flatnonzero(labels == label))
+        shares = np.zeros(clients)
+        while shares.sum() == 0:
+            shares = rng.dirichlet([alpha] * clients)
+            for client, part in enumerate(parts):
+                if len(part) >= len(labels) / clients:
+                    shares[client] = 0
+        ends = np.floor(np.cumsum(shares / shares.sum()) * len(examples)).astype(int)
+        ends[-1] = len(examples)
+        for part, start, end in zip(parts, [0, *ends], ends, strict=False):
+            part.extend(examples[start:end])
+    return parts
+
+
+def _clients_by_hand(labels, clients, alpha, rng):
+    """The examples of each client, drawn one by one by Hsu et al.'s mixtures."""
+    left = {label: list(np.flatnonzero(labels == label)) for label in np.unique(labels)}
+    prior = np.array([len(examples) for examples in left.values()]) / len(labels)
+    parts = []
+    for _ in range(clients):
+        mixture = dict(zip(left, rng.dirichlet(alpha * prior), strict=True))
+        part = []
+        while len(part) < len(labels) // clients:
+            there = [label for label in left if left[label]]
+            shares = np.array([mixture[label] for label in there])
+            label = there[rng.choice(len(there), p=shares / shares.sum())]
+            part.append(left[label].pop())
+        parts.append(part)
+    return parts
+
+
+@pytest.mark.parametrize("alpha", [0.5, 5.0])
+@pytest.mark.parametrize(
+    ("deal", "by_hand"),
+    [(dirichlet_balanced, _balanced_by_hand), (dirichlet_clients, _clients_by_hand)],
+)
+def test_counts_are_distributed_as_those_of_the_published_steps(deal, by_hand, alpha):
+    labels, clients, draws = np.repeat(np.arange(5), (120, 80, 200, 40, 160)), 8, 300
+
+    def squares(parts):  # how far each class, and each client, is from even
+        counts = class_counts(labels, [np.array(part, int) for part in parts], 5).astype(float)
+        return np.concatenate([(counts**2).sum(axis=0), (counts**2).sum(axis=1)])
+
+    ours = np.array([squares(deal(labels, clients, alpha=alpha, seed=i)) for i in range(draws)])
+    rngs = map(np.random.default_rng, range(draws))
+    theirs = np.array([squares(by_hand(labels, clients, alpha, rng)) for rng in rngs])
+    error = np.sqrt((ours.var(axis=0) + theirs.var(axis=0)) / draws)
+    assert (np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) < 3.5 * error).all()
+
+
+@pytest.mark.parametrize(
+    ("deal", "expected"),
+    [
+        # Ten shares of variance (K - 1) / (K^2 (K alpha + 1)) each, around 10 / K.
+        (dirichlet, (19 / (10 * 11)) ** 0.5),
+        (dirichlet_balanced, 0.28),  # 200 draws of `_balanced_by_hand`
+        (dirichlet_clients, 0.0),
+    ],
+)
+def test_the_kinds_of_dirichlet_differ_in_the_variation_of_sizes(deal, expected):
+    labels = np.repeat(np.arange(10), 5000)
+    parts = [deal(labels, 20, alpha=0.5, seed=seed) for seed in range(40)]
+    sizes = np.array([[len(part) for part in dealt] for dealt in parts])
+    np.testing.assert_allclose((sizes.std(axis=1) / 2500).mean(), expected, atol=0.03)
+
+
+def test_balanced_gives_nothing_to_clients_that_have_the_average():
+    for seed in range(20):
+        counts = class_counts(LABELS, dirichlet_balanced(LABELS, 7, alpha=1.0, seed=seed), 10)
+        before = np.cumsum(counts, axis=1) - counts
+        assert counts[before >= 2000 / 7].sum() == 0
+        assert (before >= 2000 / 7).any()
+
+
+def test_balanced_where_no_float_holds_the_shares_of_the_clients_below_the_average():
+    # One owner a class. The first to have two classes is full: its share of 1 goes to the other.
+    labels = np.arange(2000) % 4
+    for seed in range(20):
+        parts = dirichlet_balanced(labels, 2, alpha=1e-8, max_tries=1, seed=seed)
+        assert sorted(class_counts(labels, parts, 4).ravel()) == [0, 0, 0, 0, 500, 500, 500, 500]
+        assert [len(part) for part in parts] == [1000, 1000]
+
+
+def test_mixtures_of_clients_have_the_moments_of_the_distribution():
+    # A share q of Dirichlet(alpha p) has mean p and variance p (1 - p) / (alpha + 1); that of n
+    # draws by q has (alpha + n) / n times as much. The last clients get what is left.
+    prior, clients, size = np.array([0.5, 0.3, 0.2]), 2000, 100
+    labels = np.repeat(np.arange(3), (prior * clients * size).astype(int))
+    for alpha in (0.3, 3.0, 30.0):
+        parts = dirichlet_clients(labels, clients, alpha=alpha, seed=0)
+        shares = class_counts(labels, parts, 3)[:1500] / size
+        np.testing.assert_allclose(shares.mean(axis=0), prior, atol=0.03)
+        variance = prior * (1 - prior) / (alpha + 1) * (alpha + size) / size
+        np.testing.assert_allclose(shares.var(axis=0), variance, rtol=0.1)
+
+
+def test_sizes_by_client_differ_by_one_and_alpha_goes_from_one_class_to_all():
+    for alpha, clients in ((1e-8, 22), (1.0, 22), (1e6, 22), (1.0, 2000)):
+        sizes = [len(p) for p in dirichlet_clients(LABELS, clients, alpha=alpha, seed=0)]
+        assert set(sizes) == ({90, 91} if clients == 22 else {1})
+
+    def classes(alpha):
+        parts = dirichlet_clients(LABELS, 22, alpha=alpha, seed=0)
+        return (class_counts(LABELS, parts, 10) > 0).sum(axis=1)
+
+    # A client changes class only where one runs out, whose share of 1 then goes to another.
+    assert classes(1e-8).sum() <= 22 + 9
+    assert (classes(1e6)[:15] == 10).all()
+
+
 def test_alpha_goes_from_one_owner_per_class_to_even_classes():
     def largest_share(alpha):
         counts = class_counts(LABELS, dirichlet(LABELS, 4, alpha=alpha, seed=3), 10)
@@ -139,6 +255,11 @@ def test_class_counts_by_hand():
         ({"min_examples": 401}, "need 2005 examples; there are 2000"),
         # No draw gives all five clients the same number of examples.
         ({"min_examples": 400}, "alpha 1.0 left one of 5 clients below min_examples 400"),
+        ({"scheme": "dirichlet-balanced", "min_examples": 400}, "alpha 1.0 left one of 5 clients"),
+        (
+            {"scheme": "dirichlet-clients", "min_examples": 401},
+            "need 2005 examples; there are 2000",
+        ),
         ({"scheme": "quantity", "min_examples": 400}, "Raise alpha, or lower clients"),
         (
             {"scheme": "shards", "shards_per_client": 0},
@@ -154,6 +275,18 @@ def test_impossible_settings(change, message):
     clients, seed = config.pop("clients", 5), config.pop("seed", 0)
     with pytest.raises(ConfigError, match=message):
         partition(PartitionConfig(**config), LABELS, clients, seed=seed)
+
+
+@pytest.mark.parametrize("deal", [dirichlet, dirichlet_balanced, dirichlet_clients])
+def test_settings_that_no_dirichlet_takes(deal):
+    for change, message in (
+        ({"alpha": 0.0}, r"alpha must be a number, above 0, got 0\.0"),
+        ({"alpha": float("nan")}, "got nan"),
+        ({"clients": 2001}, "clients is 2001; expected 1 to 2000"),
+        ({"seed": -1}, "got -1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            deal(LABELS, **({"clients": 3, "alpha": 1.0, "seed": 0} | change))
 
 
 @pytest.mark.parametrize("labels", [np.zeros((3, 1), int), np.zeros(3)])
