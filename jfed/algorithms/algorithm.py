@@ -20,6 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from jfed.models.model import Params
 
+MEANS = ("owners", "clients")  # whose mean `Merged.per_client` takes
+
 
 class Server(NamedTuple):
     """What the server keeps from round to round, all of it in checkpoints.
@@ -76,6 +78,7 @@ class Merged(NamedTuple):
         in its own tier.
       round: from 0.
       key: the server's own of this round.
+      everyone: how many clients the federation has, those without a tier too.
     """
 
     message: dict[str, Any]
@@ -84,15 +87,17 @@ class Merged(NamedTuple):
     population: Params
     round: Int[Array, ""]
     key: Array
+    everyone: Float[Array, ""]
 
-    def per_client(self, part: str) -> Params:
-        """The mean of a part over all clients of the federation that own an entry.
+    def per_client(self, part: str, of: str = "owners") -> Params:
+        """The mean of a part over the "owners" of an entry in the federation, or all its "clients".
 
         Those who delivered nothing count as 0. Of weighted parts, the weighted mean is taken as the
         mean of those who delivered.
         """
 
-        def mean(merged: Array, delivered: Array, all_: Array) -> Array:
+        def mean(merged: Array, delivered: Array, owners: Array) -> Array:
+            all_ = owners if of == "owners" else self.everyone
             return merged * (delivered / jnp.maximum(all_, 1))
 
         return jax.tree.map(mean, self.message[part], self.owners, self.population)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jfed.algorithms.algorithm import Algorithm
@@ -33,9 +33,11 @@ class AlgorithmConfig:
       name: "fedavg" (with the server optimizers "sgd" with momentum, "adagrad", "adam" and "yogi":
         FedAvgM, FedAdagrad, FedAdam, FedYogi), "fedprox", "scaffold", "feddyn", "fednova"; and with
         personal models "ditto", "fedper", "fedrep", "fedbn". Settings of another algorithm must not
-        be given.
+        be given. By default what the method's authors train with, see `jfed.tiers`.
       mu: of "fedprox": the weight of its proximal term, mu/2 |w - w_t|^2.
       alpha: of "feddyn": the weight of its regulariser.
+      h_over: of "feddyn": whose mean the server's h is of, for each entry: its "owners", the
+        default, or all "clients".
       strength: of "ditto": the weight lambda that draws personal models to the global one.
       personal: of "fedper", "fedrep" and "fedbn": shell patterns of the paths of leaves that never
         leave their client, such as "classifier/*"; by default the classifiers, of "fedbn" the norms
@@ -44,9 +46,10 @@ class AlgorithmConfig:
         personal leaves alone; 0.5 by default.
     """
 
-    name: str = "fedavg"
+    name: str | None = None
     mu: float | None = None
     alpha: float | None = None
+    h_over: str | None = None
     strength: float | None = None
     personal: tuple[str, ...] | None = None
     head_share: float | None = None
@@ -54,6 +57,10 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         if isinstance(self.personal, list):
             object.__setattr__(self, "personal", tuple(self.personal))
+        if self.name is None:
+            for name, value in self.given().items():
+                raise ConfigError(f"{name} {value!r} needs an algorithm, got none.")
+            return
         own = _settings(one_of("algorithm", self.name, ALGORITHMS))
         for name, value in self.given().items():
             if name not in own:
@@ -82,7 +89,20 @@ def _settings(name: str) -> dict[str, bool]:
 
 
 def make_algorithm(
-    config: AlgorithmConfig, client: ClientConfig, server: ServerConfig
+    config: AlgorithmConfig,
+    client: ClientConfig,
+    server: ServerConfig,
+    default: Mapping[str, Any] | None = None,
 ) -> Algorithm:
-    """The algorithm; ConfigError for a value that cannot work."""
+    """The algorithm; ConfigError for a value that cannot work.
+
+    Args:
+      config: which.
+      client: the clients' optimizer.
+      server: the server's.
+      default: the settings of the one to take where `config` names none, see `Tiers.algorithm`.
+    """
+    if config.name is None:
+        config = AlgorithmConfig(**(default or {"name": "fedavg"}))
+    assert config.name is not None
     return _MAKERS[config.name](client, server, **config.given())

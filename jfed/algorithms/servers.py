@@ -25,7 +25,8 @@ class ServerConfig(Aggregation):
 
     Attributes:
       weights: of a client in the mean: "examples" that it holds, "count" (one each), or a function
-        `(client, examples) -> weight` of its number and its examples, 0 or more.
+        `(client, examples) -> weight` of its number and its examples, 0 or more; None: as the
+        method's authors have it, see `jfed.tiers`.
       optimizer: an Optax optimizer by name, or a function from the learning rate to an
         `optax.GradientTransformation`. "sgd" with learning rate 1 is FedAvg, "adam" is FedAdam.
       learning_rate: of the server.
@@ -34,7 +35,7 @@ class ServerConfig(Aggregation):
         sorted pairs, in a command `eps=0.001 b1=0.9`.
     """
 
-    weights: str | Callable[[int, int], Any] = "examples"
+    weights: str | Callable[[int, int], Any] | None = None
     optimizer: str | MakeOptimizer = "sgd"
     learning_rate: float = 1.0
     momentum: float | None = None
@@ -42,7 +43,7 @@ class ServerConfig(Aggregation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not callable(self.weights):
+        if self.weights is not None and not callable(self.weights):
             one_of("weights", self.weights, WEIGHTS)
         rate = check_number("server learning_rate", self.learning_rate, above=0.0)
         object.__setattr__(self, "learning_rate", rate)  # which may be given as an array
@@ -63,7 +64,7 @@ def client_weights(config: ServerConfig, examples: list[int]) -> list[float]:
     Raises:
       ConfigError: a function of the user's own gives a weight below 0, or 0 for all.
     """
-    if config.weights == "examples":
+    if config.weights in ("examples", None):
         return [float(n) for n in examples]
     if config.weights == "count":
         return [1.0] * len(examples)

@@ -71,6 +71,7 @@ def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Se
         data_key, loss_key = jax.random.split(jax.random.fold_in(key, step))
         examples, mask = jnp.asarray(np.where(batch < 0, batch[0], batch)), jnp.float32(batch >= 0)
         data = gather(inputs.images, examples, mask, config.augmentation, data_key)
+        data = data._replace(round=inputs.round)
         if inputs.present is not None:
             data = data._replace(present=inputs.present[work.client])
         local, metrics = algorithm.client_step(client, local, data, loss_key)

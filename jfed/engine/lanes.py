@@ -147,6 +147,7 @@ class _Trainer:
         mask = (jnp.arange(now.examples.shape[-1]) < now.real).astype(jnp.float32)
         examples = jnp.asarray(now.examples)
         batch = gather(self.inputs.images, examples, mask, self.config.augmentation, data_key)
+        batch = batch._replace(round=self.inputs.round)
         if self.inputs.present is not None:
             batch = batch._replace(present=self.inputs.present[client.number])
         return _arrays(self.algorithm.client_step(client, local, batch, loss_key))

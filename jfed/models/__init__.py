@@ -1,5 +1,6 @@
 """Models: the ODENets, their ResNet twins, a small CNN, and what jfed asks of any model."""
 
+from jfed.models.conv_nets import ConvNetConfig, conv_net
 from jfed.models.convolutions.convolution import conv, time_conv
 from jfed.models.losses import Batch, Metrics, cross_entropy
 from jfed.models.model import Model, Moments
@@ -12,6 +13,7 @@ from jfed.models.small_cnn import cnn
 __all__ = [
     "PRESETS",
     "Batch",
+    "ConvNetConfig",
     "Metrics",
     "Model",
     "Moments",
@@ -21,6 +23,7 @@ __all__ = [
     "build",
     "cnn",
     "conv",
+    "conv_net",
     "cross_entropy",
     "from_nnx",
     "odenet",

@@ -1,16 +1,21 @@
 """A ResNet with a classifier after every stage (DepthFL, Kim et al., ICLR 2023)."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jfed.models.layers import Classifier, network
+from jfed.models.convolutions.convolution import conv
+from jfed.models.layers import Classifier, Conv, Norm, Style, network
 from jfed.models.model import Mask, Model, Params, Statistics
 from jfed.models.resnets import ResNetConfig, Trunk
+
+EXITS = ("bottleneck", "linear")
 
 
 class Exits(NamedTuple):
@@ -26,32 +31,111 @@ class Exits(NamedTuple):
     logits: Callable[..., Float[Array, "exits B classes"]]
 
 
-class ExitResNet(Trunk):
-    """Stem, stages of residual blocks, and after each stage a classifier."""
+class DepthwiseConv(nnx.Module):
+    """A 3x3 convolution of each channel by itself; kernel `[3, 3, 1, C]` float32."""
 
-    def __init__(self, config: ResNetConfig, rngs: nnx.Rngs) -> None:
-        super().__init__(config, rngs)
-        self.exits = nnx.List([Classifier(width, config.classes, rngs) for width in config.widths])
+    def __init__(self, channels: int, style: Style, rngs: nnx.Rngs, *, stride: int = 1) -> None:
+        init = nnx.initializers.he_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (3, 3, 1, channels)))
+        self.stride, self.dtype = stride, style.dtype
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo C"]:
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        return conv(x, kernel, stride=self.stride, padding="SYMMETRIC", groups=x.shape[-1])
+
+
+class Halving(nnx.Module):
+    """Halves height and width by two separable convolutions, each with norm and relu."""
+
+    def __init__(self, inputs: int, outputs: int, style: Style, rngs: nnx.Rngs) -> None:
+        plan = ((inputs, 2), (outputs, 1))
+        self.depthwise = nnx.List([DepthwiseConv(inputs, style, rngs, stride=s) for _, s in plan])
+        self.pointwise = nnx.List([Conv(inputs, o, style, rngs, size=1) for o, _ in plan])
+        self.norms = nnx.List([Norm(o, style) for o, _ in plan])
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+    ) -> tuple[Float[Array, "B Ho Wo O"], Any]:
+        used = {}
+        layers = zip(self.depthwise, self.pointwise, self.norms, strict=True)
+        for i, (depthwise, pointwise, norm) in enumerate(layers):
+            x, used[f"norm{i}"] = norm(pointwise(depthwise(x)), mask, given and given[f"norm{i}"])
+            x = nnx.relu(x)
+        return x, used
+
+
+class BottleneckExit(nnx.Module):
+    """An exit with attention, and a `Halving` to the width of each later stage."""
+
+    def __init__(self, widths: tuple[int, ...], classes: int, style: Style, rngs: nnx.Rngs) -> None:
+        self.attention = Halving(widths[0], widths[0], style, rngs)
+        self.norm = Norm(widths[0], style)
+        steps = itertools.pairwise(widths)
+        self.halvings = nnx.List([Halving(i, o, style, rngs) for i, o in steps])
+        self.classifier = Classifier(widths[-1], classes, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+    ) -> tuple[Float[Array, "B classes"], Any]:
+        used = {}
+        y, used["attention"] = self.attention(x, mask, given and given["attention"])
+        y, used["norm"] = self.norm(y, mask, given and given["norm"])
+        x = x * nnx.sigmoid(jax.image.resize(nnx.relu(y), x.shape, "bilinear"))
+        for i, halve in enumerate(self.halvings):
+            x, used[f"halving{i}"] = halve(x, mask, given and given[f"halving{i}"])
+        return self.classifier(x), used
+
+
+class ExitResNet(Trunk):
+    """The first stages of a ResNet, and after each of them a classifier."""
+
+    def __init__(self, config: ResNetConfig, depth: int, exits: str, rngs: nnx.Rngs) -> None:
+        cut = dataclasses.replace(
+            config, widths=config.widths[:depth], blocks=config.blocks[:depth]
+        )
+        super().__init__(cut, rngs)
+        style = Style(config.norm, config.dtype, config.conv, config.gain)
+        made: list[nnx.Module] = []
+        for k, width in enumerate(cut.widths):
+            if exits == "linear" or k == len(config.widths) - 1:
+                made.append(Classifier(width, config.classes, rngs))
+            else:
+                made.append(BottleneckExit(config.widths[k:], config.classes, style, rngs))
+        self.exits = nnx.List(made)
 
     def __call__(
         self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
     ) -> tuple[Float[Array, "exits B classes"], Any]:
         outputs, used = self.features(x, mask, given)
-        logits = [classify(z) for classify, z in zip(self.exits, outputs, strict=True)]
+        logits = []
+        for k, (leave, z) in enumerate(zip(self.exits, outputs, strict=True)):
+            if isinstance(leave, Classifier):
+                found = leave(z)
+            else:
+                found, used[f"exit{k}"] = leave(z, mask, given and given[f"exit{k}"])
+            logits.append(found)
         return jnp.stack(logits), used
 
 
-def exit_resnet(config: ResNetConfig, *, ensemble: bool = False) -> Exits:
-    """The ResNet with exits as pure functions.
-
-    An exit is the mean over space and a linear layer, like a ResNet's own head. (The authors' code
-    of DepthFL puts attention and separable convolutions before the exits; jfed does not.)
+def exit_resnet(
+    config: ResNetConfig,
+    depth: int | None = None,
+    *,
+    exits: str = "bottleneck",
+    ensemble: bool = False,
+) -> Exits:
+    """The first stages of a ResNet with exits, as pure functions.
 
     Args:
-      config: of the network; an exit follows each of its stages.
+      config: of the whole network; an exit follows each of its stages.
+      depth: how many stages there are; all by default.
+      exits: "bottleneck", as in the code of DepthFL's authors: attention over space, then separable
+        convolutions to the size and the width of the last stage, then the classifier; after the
+        last stage the classifier alone. "linear": a classifier alone after every stage.
       ensemble: test by the mean of all exits' logits, not by the deepest exit.
     """
-    every = network(lambda rngs: ExitResNet(config, rngs), config.norm)
+    depth = len(config.widths) if depth is None else depth
+    every = network(lambda rngs: ExitResNet(config, depth, exits, rngs), config.norm)
 
     def apply(
         params: Params,

@@ -5,6 +5,7 @@ to use instead of the batch's own. So training is a pure function, and any itera
 statistics of its own.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,6 @@ from jfed.models.convolutions.convolution import constant_response, conv, time_c
 from jfed.models.model import Mask, Model, Moments, Params, Statistics, functional
 
 NORMS = ("batch", "group")
-SHORTCUTS = ("pad", "projection")
 DTYPES = ("float32", "bfloat16")
 
 _KEPT = "kept"
@@ -183,63 +183,17 @@ class ConvNorm(nnx.Module):
         return self.norm(self.conv(x), mask, given)
 
 
-class ResidualBlock(nnx.Module):
-    """relu(shortcut(z) + s f(z)) with f a chain of convolutions and norms (He et al. 2016).
-
-    f is 3x3, 3x3, or with `bottleneck` 1x1, 3x3, 1x1 with a fourth of the outputs inside. Where the
-    shape changes, the shortcut is a strided 1x1 convolution with norm ("projection"), or strided
-    slicing with zeros for the new channels ("pad", option A, no parameters). s is 1, or with
-    `learn_step` a learned number that starts at 1 (NeFL, arXiv 2308.07761).
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        style: Style,
-        rngs: nnx.Rngs,
-        *,
-        stride: int = 1,
-        shortcut: str = "projection",
-        bottleneck: bool = False,
-        learn_step: bool = False,
-    ) -> None:
-        self.step = nnx.Param(jnp.ones(())) if learn_step else None
-        self.outputs, self.stride = outputs, stride
-        inner = outputs // 4 if bottleneck else outputs
-        if bottleneck:
-            plan = [(inputs, inner, 1, 1), (inner, inner, 3, stride), (inner, outputs, 1, 1)]
-        else:
-            plan = [(inputs, inner, 3, stride), (inner, outputs, 3, 1)]
-        self.layers = nnx.List(
-            [ConvNorm(i, o, style, rngs, size=k, stride=s) for i, o, k, s in plan]
-        )
-        changes = stride != 1 or inputs != outputs
-        self.projection = (
-            ConvNorm(inputs, outputs, style, rngs, size=1, stride=stride)
-            if changes and shortcut == "projection"
-            else None
-        )
-
-    def __call__(
-        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
-    ) -> tuple[Float[Array, "B Ho Wo O"], Any]:
-        used, y = {}, x
-        for i, layer in enumerate(self.layers):
-            y, used[f"layer{i}"] = layer(
-                nnx.relu(y) if i else y, mask, given and given[f"layer{i}"]
-            )
-        if self.projection is None:
-            x = _pad_shortcut(x, self.outputs, self.stride)
-        else:
-            x, used["projection"] = self.projection(x, mask, given and given["projection"])
-        if self.step is not None:
-            y = self.step[...] * y
-        return nnx.relu(x + y), used
-
-
-def _pad_shortcut(x: Array, outputs: int, stride: int) -> Array:
-    return jnp.pad(x[:, ::stride, ::stride], ((0, 0),) * 3 + ((0, outputs - x.shape[-1]),))
+def max_pool(
+    x: Float[Array, "B H W C"], window: int, *, stride: int, padding: int = 0
+) -> Float[Array, "B Ho Wo C"]:
+    """The largest value of each window; what is padded is smaller than all."""
+    for axis in (1, 2):  # slices, as XLA's own gradient of a pooling is slow on a CPU
+        pads = [(padding, padding) if i == axis else (0, 0) for i in range(4)]
+        padded = jnp.pad(x, pads, constant_values=-jnp.inf)
+        reach = (padded.shape[axis] - window) // stride * stride + 1
+        parts = [jax.lax.slice_in_dim(padded, i, i + reach, stride, axis) for i in range(window)]
+        x = functools.reduce(jnp.maximum, parts)
+    return x
 
 
 class Classifier(nnx.Module):

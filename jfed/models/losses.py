@@ -14,13 +14,15 @@ from jfed.models.model import Model, Params, path_name
 class Batch(NamedTuple):
     """One batch; `mask` is 1 for real examples, 0 for padding.
 
-    With `present`, the logits of the classes where it is False are masked in the loss.
+    With `present`, the logits of the classes where it is False are masked in the loss. `round`
+    (from 0) is that which clients train in, and None in a test.
     """
 
     images: Float[Array, "B H W C"]
     labels: Int[Array, " B"]
     mask: Float[Array, " B"]
     present: Bool[Array, " classes"] | None = None
+    round: Int[Array, ""] | None = None
 
 
 class Metrics(NamedTuple):
@@ -37,6 +39,10 @@ class Metrics(NamedTuple):
     correct: Float[Array, ""]
     examples: Float[Array, ""]
     others: Any = {}  # noqa: RUF012 (never written to)
+
+
+# Of local training: `(params, batch, key) -> (loss, metrics)`.
+Loss = Callable[[Params, Batch, Array], tuple[Float[Array, ""], Metrics]]
 
 
 def by_name(metrics: Any) -> dict[str, Any]:
@@ -66,9 +72,7 @@ def training_logits(model: Model, params: Params, batch: Batch) -> Float[Array, 
     return model.apply(params, batch.images, batch.mask)
 
 
-def training_loss(
-    model: Model,
-) -> Callable[[Params, Batch, Array], tuple[Float[Array, ""], Metrics]]:
+def training_loss(model: Model) -> Loss:
     """The loss of local training: the model's own, or the cross-entropy of its logits."""
     if model.loss is not None:
         return model.loss

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jfed.errors import ConfigError, check_integer, check_type, one_of
+from jfed.models.blocks import SHORTCUTS, ResidualBlock, Shape
 from jfed.models.convolutions.convolution import FORMS
 from jfed.models.integration import (
     HORIZONS,
@@ -28,11 +29,9 @@ from jfed.models.layers import (
     DTYPES,
     KEEP_CONVOLUTIONS,
     NORMS,
-    SHORTCUTS,
     Classifier,
     ConvNorm,
     Norm,
-    ResidualBlock,
     SeparableTimeConv,
     Style,
     TimeConv,
@@ -181,7 +180,7 @@ class ODENet(nnx.Module):
         self.functions = nnx.List([ODEFunction(width, config, style, rngs) for width in widths])
         self.downs = nnx.List(
             [
-                ResidualBlock(i, o, style, rngs, stride=2, shortcut=config.shortcut)
+                ResidualBlock(Shape(i, o, 2), style, rngs, shortcut=config.shortcut)
                 for i, o in itertools.pairwise(widths)
             ]
         )

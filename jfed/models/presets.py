@@ -8,11 +8,12 @@ import dataclasses
 from typing import Any
 
 from jfed.errors import ConfigError, one_of
+from jfed.models.conv_nets import ConvNetConfig, conv_net
 from jfed.models.model import Model
 from jfed.models.ode_nets import Iterations, ODENetConfig, odenet, per_stage
 from jfed.models.resnets import ResNetConfig, resnet
 
-ModelConfig = ODENetConfig | ResNetConfig
+ModelConfig = ODENetConfig | ResNetConfig | ConvNetConfig
 
 # Blocks of each stage and whether they are bottlenecks (He et al. 2016, tables 1 and 6).
 _IMAGENET_STYLE: dict[int, tuple[tuple[int, ...], bool]] = {
@@ -31,16 +32,19 @@ def _presets() -> dict[str, ModelConfig]:
     presets: dict[str, ModelConfig] = {
         "resnet-digits": ResNetConfig(widths=(16, 32), blocks=(4, 5)),
         "odenet-digits": ODENetConfig(widths=(16, 32), iterations=4),
+        "heterofl-conv": ConvNetConfig(),
     }
     for n, (blocks, bottleneck) in _IMAGENET_STYLE.items():
         widths = (64, 128, 256, 512)
-        presets[f"resnet-{n}"] = ResNetConfig(
+        resnet_n = ResNetConfig(
             widths=tuple(4 * w for w in widths) if bottleneck else widths,
             blocks=blocks,
             bottleneck=bottleneck,
             shortcut="projection",
             stem=64,
         )
+        presets[f"resnet-{n}"] = resnet_n
+        presets[f"preresnet-{n}"] = dataclasses.replace(resnet_n, preactivation=True)
         presets[f"odenet-{n}"] = ODENetConfig(
             widths=_ODENET_WIDTHS, iterations=_ode_steps(blocks), shortcut="projection"
         )
@@ -66,22 +70,24 @@ def preset(name: str) -> ModelConfig:
     return PRESETS[one_of("model", name, tuple(PRESETS))]
 
 
-_ODENET_ONLY = ("solver", "horizon", "function", "learn_steps")
-
-
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
     """A preset by name, and what is changed in it.
 
     What is changed is called, and means, what it does in `ODENetConfig`, where it is documented;
-    `widths`, `norm`, `dtype` and `conv` are of a ResNet too. None leaves the preset's own.
+    `widths`, `norm`, `dtype` and `conv` are of every network, `shortcut` of a ResNet too. None
+    leaves the preset's own.
 
     Attributes:
       model: a preset, see `jfed models`.
+      entry: of a ResNet: its first convolution, "3x3", or with a max-pooling after it "3x3-pool" or
+        "7x7-pool", see `ResNetConfig`.
     """
 
     model: str = "odenet-digits"
     widths: tuple[int, ...] | None = None
+    shortcut: str | None = None
+    entry: str | None = None
     solver: str | None = None
     horizon: str | None = None
     function: str | None = None
@@ -98,19 +104,22 @@ class NetworkConfig:
         """The network for images of so many classes and channels.
 
         Raises:
-          ConfigError: what is changed cannot work, or is not of a ResNet.
+          ConfigError: what is changed cannot work, or is not of such a network.
         """
         base, changes = preset(self.model), dict(vars(self))
         changes = {k: v for k, v in changes.items() if k != "model" and v is not None}
-        if isinstance(base, ResNetConfig):
+        own = {field.name for field in dataclasses.fields(base)}
+        if not isinstance(base, ODENetConfig):
             del changes["unroll"]  # which makes no other network
+            own -= {"learn_steps"}  # which NeFL switches on
             if not self.learn_steps:
                 del changes["learn_steps"]
-            for name in _ODENET_ONLY:
-                if name in changes:
-                    raise ConfigError(
-                        f"a ResNet has no {name}, got {name} {changes[name]!r}; leave it out."
-                    )
+        for name in changes:
+            if name not in own:
+                kind = type(base).__name__.removesuffix("Config")
+                raise ConfigError(
+                    f"a {kind} has no {name}, got {name} {changes[name]!r}; leave it out."
+                )
         return dataclasses.replace(base, classes=classes, channels=channels, **changes)
 
 
@@ -139,4 +148,9 @@ def twin(
 
 def build(config: ModelConfig) -> Model:
     """The model that a config describes."""
-    return odenet(config) if isinstance(config, ODENetConfig) else resnet(config)
+    match config:
+        case ODENetConfig():
+            return odenet(config)
+        case ResNetConfig():
+            return resnet(config)
+    return conv_net(config)

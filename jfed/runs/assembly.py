@@ -46,7 +46,7 @@ def set_up(
         population.clients, len(tiers.members), population.shares, seed=seed, idle=tiers.idle
     )
     make_mesh(config.engine.devices)
-    algorithm = make_algorithm(config.algorithm, config.client, config.server)
+    algorithm = make_algorithm(config.algorithm, config.client, config.server, tiers.algorithm)
     algorithm = compressed(algorithm, config.codec.up, config.codec.down)
     data = load(config.data, seed=seed)
     network = config.network.make(data.num_classes, data.image_shape[-1])

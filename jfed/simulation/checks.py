@@ -63,7 +63,8 @@ def check_training(tier: Tier, like: Params, config: ClientConfig, data: Dataset
       config: of local training.
       data: that is trained on.
     """
-    params, batch, title = tier.shapes(like), _batch(data), f"the loss of tier {tier.name!r}"
+    params, batch = tier.shapes(like), _training_batch(data)
+    title = f"the loss of tier {tier.name!r}"
     loss = training_loss(tier.bound())
     with calling(title, images=batch.images):
         value, metrics = _pair(title, jax.eval_shape(loss, params, batch, _key()))
@@ -159,7 +160,7 @@ def check_algorithm(
     number, real = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.float32))
     sent = cut(call("send", server))
     known = (sent, number, number, number, real, number, real)
-    loss, batch, key = training_loss(tier.bound()), _batch(data), _key()
+    loss, batch, key = training_loss(tier.bound()), _training_batch(data), _key()
 
     def of_client(name: str, *args: Any) -> Any:
         def run(known: Any, *args: Any) -> Any:
@@ -190,7 +191,7 @@ def check_algorithm(
         return algorithm.server_step(server, Merged(*parts))
 
     with calling(_title(algorithm, "server_step"), parts=sorted(merged)):
-        stepped = jax.eval_shape(step, server, merged, like, real, like, number, key)
+        stepped = jax.eval_shape(step, server, merged, like, real, like, number, key, real)
     _check_same(_title(algorithm, "server_step"), "server", stepped, server)
     return Exchange(sent, message, metrics)
 
@@ -286,6 +287,10 @@ def _batch(data: Dataset) -> Any:
     images = jax.ShapeDtypeStruct((2, *data.image_shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((2,), jnp.int32)
     return Batch(images, labels, jax.ShapeDtypeStruct((2,), jnp.float32))  # type: ignore[arg-type]
+
+
+def _training_batch(data: Dataset) -> Any:
+    return _batch(data)._replace(round=jax.ShapeDtypeStruct((), jnp.int32))
 
 
 def _key() -> Any:

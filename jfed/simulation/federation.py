@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from jfed.algorithms.aggregators import make_aggregator
 from jfed.algorithms.algorithm import Algorithm, Server, one_each
-from jfed.algorithms.averaging import fedavg
+from jfed.algorithms.catalogue import AlgorithmConfig, make_algorithm
 from jfed.algorithms.clients import ClientConfig, learning_rate
 from jfed.algorithms.privacy import (
     Accountant,
@@ -143,8 +143,12 @@ class Federation:
         self.server = server or ServerConfig()
         self.evaluation = evaluation or EvaluationConfig()
         self.augmentation = augmentation or Augmentation()
-        self.algorithm = fedavg(self.client, self.server) if algorithm is None else algorithm
         self.tiers = as_tiers(tiers)
+        if self.server.weights is None:
+            self.server = dataclasses.replace(self.server, weights=self.tiers.weights)
+        self.algorithm = algorithm or make_algorithm(
+            AlgorithmConfig(), self.client, self.server, self.tiers.algorithm
+        )
         self.key = jax.random.key(check_seed(seed))
         self.seed = seed
         examples = check_partition(partition, len(data.train))
@@ -298,7 +302,8 @@ class Federation:
             for t in trainings
             if self._tested
         )
-        return Plan(trainings, tested, aggregator, population, measure, local)
+        clients = len(self.population.partition)
+        return Plan(trainings, tested, aggregator, population, clients, measure, local)
 
     def _place(self, data: Dataset) -> None:
         """Puts the images on the devices, once for the whole run."""

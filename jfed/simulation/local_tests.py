@@ -201,6 +201,7 @@ class _Tester:
                 self.config.augmentation,
                 data_key,
             )
+            batch = batch._replace(round=inputs.round)
             if inputs.present is not None:
                 batch = batch._replace(present=inputs.present[tested.client])
             return training.client_step(client, local, batch, loss_key)[0]

@@ -37,6 +37,7 @@ class Plan:
       evaluated: the groups of tiers that are tested, likewise.
       aggregator: in place of the weighted mean.
       population: how many clients of the federation are in each tier, by training.
+      clients: how many there are, with or without a tier.
       measure: further metrics of the evaluation.
       local: how clients are tested on examples of their own, by training; () where they are not.
     """
@@ -45,6 +46,7 @@ class Plan:
     evaluated: tuple[tuple[Tier, ...], ...]
     aggregator: Aggregator | None
     population: tuple[tuple[int, ...], ...]
+    clients: int
     measure: Measure | None
     local: tuple[LocalTesting, ...] = ()
 
@@ -161,4 +163,5 @@ def make_merged(
     if personal is not None:  # the server has none of these
         owners, population = (without(personal, tree) for tree in (owners, population))
     own_key = jax.random.fold_in(jax.random.fold_in(key, round_), _SERVER)
-    return Merged(message, owners, jnp.float32(clients), population, round_, own_key)
+    everyone = jnp.float32(plan.clients)
+    return Merged(message, owners, jnp.float32(clients), population, round_, own_key, everyone)

@@ -1,7 +1,7 @@
 """Global variables as named entries: what tiers share, and what each keeps for itself.
 
 The variables are `{"shared": {name: array}, "own": {tier: {name: array}}}`. A name is the path of
-an array in its model's parameters, such as "stages/0/1/layers/0/conv/kernel".
+an array in its model's parameters, such as "stages/0/block1/layers/0/conv/kernel".
 """
 
 from collections.abc import Callable, Sequence
@@ -10,12 +10,13 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
+from jfed.errors import ConfigError
 from jfed.models.model import Model, Params
+from jfed.models.resnets import ResNetConfig
 from jfed.tiers.tier import Round, Tier
 
 Path = tuple[Any, ...]  # of an array in a pytree, as `jax.tree_util` gives it
 Own = Callable[[Path], bool]  # whether each tier keeps the entry at that path for itself
-Origin = Callable[[str], str]  # an entry of a tier's model -> the same entry of the full model
 
 
 def name(path: Path) -> str:
@@ -23,9 +24,9 @@ def name(path: Path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def same(entry: str) -> str:
-    """The origin of a tier whose entries are called as in the full model."""
-    return entry
+def first(leaf: Array, shape: tuple[int, ...]) -> Array:
+    """The first entries of an array along each axis, as many as `shape` has."""
+    return jax.lax.slice(leaf, (0,) * leaf.ndim, shape)
 
 
 def init_of(full: Model, members: Sequence[tuple[str, Model]], own: Own) -> Callable[[Array], Any]:
@@ -48,26 +49,34 @@ def init_of(full: Model, members: Sequence[tuple[str, Model]], own: Own) -> Call
     return init
 
 
-def select(
-    title: str, model: Model, own: Own, *, origin: Origin = same, owner: str | None = None
-) -> Tier:
+def select(title: str, model: Model, own: Own) -> Tier:
     """A tier that selects the entries of its model by name.
+
+    Of shared arrays that are larger than the model's, the first entries along each axis are taken.
 
     Args:
       title: the tier's name.
       model: works on the selected entries.
       own: which entries are the tier's own.
-      origin: where the others are in the shared ones.
-      owner: the tier whose own entries are used; this one by default.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     found, structure = jax.tree_util.tree_flatten_with_path(shapes)
-    paths = [path for path, _ in found]
 
     def extract(variables: Params, round_: Round) -> Params:
         del round_
-        mine = variables["own"].get(owner or title, {})
-        chosen = [mine[name(p)] if own(p) else variables["shared"][origin(name(p))] for p in paths]
+        chosen = [
+            variables["own"][title][name(path)]
+            if own(path)
+            else first(variables["shared"][name(path)], leaf.shape)
+            for path, leaf in found
+        ]
         return jax.tree.unflatten(structure, chosen)
 
     return Tier(title, model, extract)
+
+
+def check_resnet(method: str, config: Any) -> ResNetConfig:
+    """Returns the config; ConfigError unless the network is a ResNet."""
+    if not isinstance(config, ResNetConfig):
+        raise ConfigError(f"{method} needs a ResNet, got {type(config).__name__}.")
+    return config

@@ -5,7 +5,7 @@ tells which entries the tier owns.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -111,6 +111,10 @@ class Tiers:
       idle: the share of the clients that can run none of the members, from 0 to below 1. They are
         sampled like the others, train nothing and send nothing.
       kind: what the tiers' names tell, such as "iterations": a heading of tables and figures.
+      weights: of clients in the mean where `ServerConfig.weights` is None, as the method's authors
+        have them.
+      algorithm: the settings of `AlgorithmConfig` that the method's authors train with, where no
+        algorithm is given.
     """
 
     init: Callable[[Array], Params]
@@ -119,6 +123,8 @@ class Tiers:
     tested: tuple[Tier, ...] = ()
     idle: float = 0.0
     kind: str = "tier"
+    weights: str = "examples"
+    algorithm: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "fedavg"})
 
     def __post_init__(self) -> None:
         if not all(isinstance(tier, Tier) for tier in (*self.members, *self.tested)):

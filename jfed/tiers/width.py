@@ -16,10 +16,9 @@ from jaxtyping import Array, Int
 
 from jfed.errors import ConfigError
 from jfed.models.model import Params
-from jfed.models.ode_nets import ODENetConfig
 from jfed.models.presets import ModelConfig, build
 from jfed.models.resnets import ResNetConfig
-from jfed.tiers.depth import check_network
+from jfed.tiers.entries import check_resnet, first
 from jfed.tiers.tier import Round, Tier, Tiers, check_ratio
 
 _Config = TypeVar("_Config", bound=ModelConfig)
@@ -33,27 +32,32 @@ def heterofl(config: ModelConfig, ratios: Sequence[float], *, scaler: bool = Tru
 
     Static batch norm is how all batch norms of jfed work: they train on batch statistics, which do
     not travel, and are measured for evaluation. The masked cross-entropy is a setting of
-    `ClientConfig`. (The authors' code also leaves the classifier's weights of absent classes out of
-    the average; jfed does not.)
+    `ClientConfig`. An entry is averaged over its owners, each counting once. The authors' networks
+    are `preresnet-18` and such, and `heterofl-conv`; their numbers of parameters are the same.
+
+    The protocol of the authors' code (CIFAR-10): 100 clients, 10 a round, 5 epochs, batches of 10,
+    SGD of rate 0.1, momentum 0.9 and weight decay 5e-4, gradients clipped to a norm of 1, 400
+    rounds (800 where not IID: two classes a client, `shards`), the masked cross-entropy.
+
+    Differs from the authors' code (diaoenmao/HeteroFL) in: it averages the classifier's weights of
+    a class over clients with examples of it only, jfed over all owners; theirs measures the norms'
+    statistics on all training images, jfed on some of them (`calibration_examples`).
 
     Args:
-      config: the network, a ResNet or an ODENet.
+      config: the network, a ResNet, an ODENet, or HeteroFL's own convolutional one.
       ratios: one entry a tier, the share of the channels that it keeps, rounded up.
       scaler: a tier divides its norms' inputs by its ratio while it trains, see
-        `jfed.models.layers.Norm`.
+        `jfed.models.layers.Norm`: between each convolution and its norm, and in networks with
+        preactivation before each norm, as theirs.
 
     Raises:
       ConfigError: no or repeated ratios, or one outside (0, 1].
     """
-
-    def cut(leaf: Array, shape: tuple[int, ...], round_: Round) -> Array:
-        del round_
-        return jax.lax.slice(leaf, (0,) * leaf.ndim, shape)
-
-    return Tiers(build(config).init, _members(config, ratios, cut, scaler), kind="ratio")
+    members = width_tiers(config, ratios, scaler=scaler)
+    return Tiers(build(config).init, members, kind="ratio", weights="count")
 
 
-def fedrolex(config: ResNetConfig, ratios: Sequence[float], *, scaler: bool = True) -> Tiers:
+def fedrolex(config: ModelConfig, ratios: Sequence[float], *, scaler: bool = True) -> Tiers:
     """FedRolex (Alam et al., NeurIPS 2022): clients train a window of channels that rolls on.
 
     In round j a tier keeps, of K channels, those from j mod K on, wrapping around (section 3),
@@ -62,7 +66,18 @@ def fedrolex(config: ResNetConfig, ratios: Sequence[float], *, scaler: bool = Tr
 
     Where shortcuts pad with zeros, channel c of a stage is channel c of the next one, and a window
     that wraps around at another place in each would add up different channels. So there the window
-    rolls separately among the channels that a stage adds.
+    rolls separately among the channels that a stage adds. An entry is averaged over its owners,
+    each counting once.
+
+    The protocol of the paper (CIFAR-10): 100 clients, 10 a round, one epoch, rate 2e-4, 2,500
+    rounds; gradients clipped to a norm of 1, as in HeteroFL, whose networks it has.
+
+    Differs from the authors' code (AIoT-MLSys-Lab/FedRolex) in: theirs rolls backwards, by
+    `torch.roll(arange(K), j)`, where the paper's formula and jfed roll forwards; with `--overlap`
+    it also orders the channels of each layer anew in almost every round, which the paper does not
+    (512 rounds between two orders were meant); it averages the classifier's weights of a class over
+    clients with examples of it only. Its IID clients get a random order of the images; its tiers
+    are dealt to clients by their numbers, jfed's at random.
 
     Args:
       config: the network.
@@ -72,21 +87,26 @@ def fedrolex(config: ResNetConfig, ratios: Sequence[float], *, scaler: bool = Tr
     Raises:
       ConfigError: no or repeated ratios, or one outside (0, 1].
     """
-    check_network("fedrolex", config)
-    full = _members(config, (1.0,), _rolling(config, config), scaler)
+    config = check_resnet("fedrolex", config)
+    full = width_tiers(config, (1.0,), _rolling(config, config), scaler=scaler)
     members: list[Tier] = []
     for ratio in check_ratios(ratios):
-        members += _members(config, (ratio,), _rolling(config, narrow(config, ratio)), scaler)
+        rolling = _rolling(config, narrow(config, ratio))
+        members += width_tiers(config, (ratio,), rolling, scaler=scaler)
     tested = () if any(tier.name == full[0].name for tier in members) else full
-    return Tiers(build(config).init, tuple(members), tested=tested, kind="ratio")
+    return Tiers(build(config).init, tuple(members), tested=tested, kind="ratio", weights="count")
 
 
-def _members(
-    config: ModelConfig,
-    ratios: Sequence[float],
-    cut: Cut,
-    scaler: bool,
+def first_channels(leaf: Array, shape: tuple[int, ...], round_: Round) -> Array:
+    """The cut of HeteroFL: the first entries along each axis."""
+    del round_
+    return first(leaf, shape)
+
+
+def width_tiers(
+    config: ModelConfig, ratios: Sequence[float], cut: Cut = first_channels, *, scaler: bool
 ) -> tuple[Tier, ...]:
+    """A tier for each ratio of the channels, with the entries that `cut` takes."""
     members = []
     for ratio in check_ratios(ratios):
         gain = 1 / ratio if scaler else 1.0
@@ -108,7 +128,7 @@ def narrow(config: _Config, ratio: float) -> _Config:
         # Less a bit, so that 0.2 of 5, which is 1.0000000000000002, is 1.
         return unit * math.ceil(ratio * channels / unit - 1e-9)
 
-    if isinstance(config, ODENetConfig):
+    if not isinstance(config, ResNetConfig):
         return dataclasses.replace(config, widths=tuple(map(kept, config.widths)))
     unit = 4 if config.bottleneck else 1
     widths = tuple(kept(width, unit) for width in config.widths)

@@ -91,7 +91,7 @@ def test_every_part_gets_its_own_settings():
         epochs=2, batch_size=7, learning_rate=0.2, momentum=0.4, weight_decay=0.01
     )
     assert federation.server == ServerConfig(
-        learning_rate=0.3, momentum=0.5, aggregator="trimmed-mean", trim=0.1
+        weights="count", learning_rate=0.3, momentum=0.5, aggregator="trimmed-mean", trim=0.1
     )
     assert federation.evaluation == EvaluationConfig(
         every=4, iterations=(2,), batch_size=70, calibration_examples=90
@@ -134,7 +134,7 @@ def test_a_resnet_takes_no_settings_of_an_odenet(name, value):
         ({"solver": "euler"}, "Did you mean 'Euler'"),
         (
             {"model": "resnet-digits", "iterations": (1, 2, 4)},
-            r"has no iterations, got iterations \(1, 2, 4\)",
+            r"only an ODENet has iterations, got iterations \(1, 2, 4\)",
         ),
         ({"method": "hetero"}, r"unknown method 'hetero'\. Did you mean 'heterofl'"),
         ({"method": "heterofl", "ratios": (0.5, 2.0)}, r"got 2\.0"),

@@ -17,12 +17,15 @@ import jfed
 from jfed import tiers as tiers_lib
 from jfed.engine.merging import Delivered, Group, Report, merge
 from jfed.errors import ConfigError
-from jfed.models import ODENetConfig, ResNetConfig
+from jfed.models import ConvNetConfig, ODENetConfig, ResNetConfig
 from jfed.tiers import METHODS, MethodConfig, make_tiers
 
 RESNET = ResNetConfig(widths=(4, 6), blocks=(2, 1), channels=1, classes=4, conv="transposed")
 PROJECTED = dataclasses.replace(RESNET, shortcut="projection")
 BOTTLENECK = dataclasses.replace(PROJECTED, widths=(8, 16), bottleneck=True, stem=4)
+PREACTIVATED = dataclasses.replace(PROJECTED, preactivation=True)
+CONV_NET = ConvNetConfig(widths=(4, 6), channels=1, classes=4, conv="transposed")
+RESNET_18 = dataclasses.replace(PROJECTED, widths=(3, 4, 5, 6), blocks=(2, 2, 2, 2))
 SHALLOW = dataclasses.replace(RESNET, blocks=(1, 1))
 THIN_STEM = dataclasses.replace(PROJECTED, stem=3)
 ODENET = ODENetConfig(widths=(4, 6), channels=1, classes=4, unroll=False, conv="transposed")
@@ -32,9 +35,16 @@ CASES = {
     "ode": (ODENET, MethodConfig("ode", iterations=(1, (2, 1)))),
     "ode norms and steps": (STEPS, MethodConfig("ode", iterations=(1, (2, 1)), sharing=SHARED)),
     "depthfl": (RESNET, MethodConfig("depthfl")),
+    "depthfl linear": (RESNET, MethodConfig("depthfl", exits="linear")),
     "nefl-d": (RESNET, MethodConfig("nefl-d", ratios=(0.7, 1.0))),
+    "nefl-d published": (RESNET_18, MethodConfig("nefl-d", ratios=(0.2, 0.8))),
+    "nefl-w": (RESNET, MethodConfig("nefl-w", ratios=(0.3, 1.0))),
+    "nefl-wd": (RESNET_18, MethodConfig("nefl-wd", ratios=(0.2, 0.4, 1.0))),
     "heterofl": (RESNET, MethodConfig("heterofl", ratios=(0.3, 0.5, 1.0))),
     "heterofl odenet": (ODENET, MethodConfig("heterofl", ratios=(0.5, 1.0))),
+    "heterofl preactivation": (PREACTIVATED, MethodConfig("heterofl", ratios=(0.5, 1.0))),
+    "heterofl conv": (CONV_NET, MethodConfig("heterofl", ratios=(0.5, 1.0))),
+    "fjord": (RESNET, MethodConfig("fjord", ratios=(0.5, 1.0))),
     "heterofl bottleneck": (BOTTLENECK, MethodConfig("heterofl", ratios=(0.5, 1.0))),
     "fedrolex": (PROJECTED, MethodConfig("fedrolex", ratios=(0.3, 0.5, 0.8))),
     "fedrolex pad": (RESNET, MethodConfig("fedrolex", ratios=(0.3, 0.5, 1.0))),
@@ -212,7 +222,20 @@ def test_one_full_tier_is_fedavg(config):
         (RESNET, {"method": "heterofl", "ratios": (1.0,), "depths": (1,)}, r"depths \(1,\)"),
         (RESNET, {"method": "full", "scaler": False}, "has no scaler, got scaler False"),
         (RESNET, {"sharing": "all"}, "'full' has no sharing, got sharing 'all'"),
-        (RESNET, {"method": "nefl-d", "ratios": (0.01,)}, "ratio 0.01 is out of reach"),
+        (
+            RESNET,
+            {"method": "nefl-d", "ratios": (0.01,)},
+            r"ratio 0.01 is out .* 0.\d\d to 1 of",
+        ),
+        (RESNET, {"method": "nefl-d"}, r"needs ratios for a network of \(2, 1\) blocks"),
+        (RESNET, {"method": "nefl-wd"}, r"no submodel of ratio 0.2 .* have none"),
+        (RESNET_18, {"method": "nefl-wd", "ratios": (0.3,)}, r"ratio 0.3 .* have \(0.2, 0.4"),
+        (RESNET, {"method": "fjord"}, "'fjord' needs ratios, got none"),
+        (RESNET, {"method": "fjord", "ratios": (0.5,), "distillation": -1.0}, "got -1.0"),
+        (RESNET, {"method": "depthfl", "exits": "lines"}, "unknown exits 'lines'"),
+        (RESNET, {"method": "depthfl", "ramp": -1}, "ramp .* got -1"),
+        (PREACTIVATED, {"method": "depthfl"}, "got preactivation=True"),
+        (PREACTIVATED, {"method": "nefl-d", "ratios": (1.0,)}, "no learn_steps, got True"),
         (RESNET, {"method": "depthfl", "depths": (1, 3)}, "from 1 to 2, got 3"),
         (RESNET, {"method": "depthfl", "depths": ()}, "at least one tier"),
         (RESNET, {"method": "depthfl", "depths": (1, 1)}, "different names"),
@@ -272,6 +295,8 @@ def _slow(*values):
         _slow(
             dataclasses.replace(SHALLOW, norm="group"), MethodConfig("depthfl"), ("2", "ensemble")
         ),
+        _slow(SHALLOW, MethodConfig("fjord", ratios=(0.5, 1.0), distillation=1.0), ("0.5", "1")),
+        _slow(RESNET, MethodConfig("nefl-w", ratios=(0.5, 1.0)), ("0.5", "1")),
         _slow(RESNET, MethodConfig("nefl-d", ratios=(0.8, 1.0)), ("0.8", "1")),
         _slow(SHALLOW, MethodConfig("heterofl", ratios=(0.5, 1.0)), ("0.5", "1")),
         # The paper's measure; a smaller tier is tested at a window that it last trained rounds ago.
@@ -282,10 +307,11 @@ def _slow(*values):
 )
 def test_every_method_learns_digits(digits, network, config, tested):
     data, clients = digits
+    tiers = make_tiers(dataclasses.replace(network, widths=(8, 16), classes=10), config)
     result = jfed.simulate(
         data,
         clients,
-        make_tiers(dataclasses.replace(network, widths=(8, 16), classes=10), config),
+        tiers,
         rounds=16,
         client=jfed.ClientConfig(
             epochs=2,

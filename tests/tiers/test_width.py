@@ -34,7 +34,7 @@ def test_heterofl_takes_the_first_channels():
     np.testing.assert_array_equal(
         half["stem"]["conv"]["kernel"], variables["stem"]["conv"]["kernel"][..., :2]
     )
-    first = [v["stages"][1][0]["layers"][0] for v in (half, variables)]
+    first = [v["stages"][1]["block0"]["layers"][0] for v in (half, variables)]
     np.testing.assert_array_equal(
         first[0]["conv"]["kernel"], first[1]["conv"]["kernel"][:, :, :2, :4]
     )
@@ -75,7 +75,7 @@ def test_fedrolex_takes_the_same_channels_of_producer_and_consumer():
     half = jax.jit(tiers.members[0].extract)(variables, jnp.int32(7))
     few, many = [3, 0], [7, 0, 1, 2]
     for kind, rows, columns in (("layers", few, many), ("projection", few, many)):
-        found, full = (v["stages"][1][0][kind] for v in (half, variables))
+        found, full = (v["stages"][1]["block0"][kind] for v in (half, variables))
         if kind == "layers":
             found, full = found[0], full[0]
         kernel = full["conv"]["kernel"][:, :, np.array(rows)][..., np.array(columns)]
