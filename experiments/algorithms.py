@@ -4,7 +4,7 @@
 
 trains digits and CIFAR-10 (16x16), dealt out by Dirichlet 0.1 and 0.5 to 20 clients of which ten
 train in a round, with tiers of 1, 2 and 4 iterations and with 4 alone, by every algorithm of jfed:
-plain SGD, one learning rate for all, settings of the papers' own experiments where they have one,
+plain SGD, one learning rate for all, every client counting once in the mean, settings of the papers' own experiments where they have one,
 none tuned. A fifth of each client's examples is held out and tested on: by personal models where
 there are such, else by the global one. FedPer's and FedRep's global model has an untrained
 classifier, so that of theirs only the clients' column tells. Beside both accuracies stand rounds
@@ -25,8 +25,8 @@ _ALGORITHMS: dict[str, dict[str, Any]] = {
     "FedAvg": {},
     "FedAvg, fine-tuned": {"finetune_epochs": 1},
     "FedProx": {"algorithm": "fedprox", "mu": 0.01},
-    "SCAFFOLD": {"algorithm": "scaffold", "weights": "count"},
-    "FedDyn": {"algorithm": "feddyn", "feddyn_alpha": 0.01, "weights": "count"},
+    "SCAFFOLD": {"algorithm": "scaffold"},
+    "FedDyn": {"algorithm": "feddyn", "feddyn_alpha": 0.01},
     "FedNova": {"algorithm": "fednova"},
     "FedAdam": {
         "server_optimizer": "adam",

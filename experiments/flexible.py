@@ -22,8 +22,8 @@ from jfed.runs.config import RunConfig, run_preset
 from jfed.runs.study import Arms
 
 _MIXED = {
-    "cpu": run_preset("cifar10-small"),
-    "full": run_preset("cifar10-flexible"),
+    "cpu": run_preset("cifar10-small").replace(weights="count"),  # in the ResNet's mean too
+    "full": run_preset("cifar10-flexible").replace(weights="count"),
     "smoke": run_preset("smoke"),
 }
 _TWIN = {"cpu": "resnet-20", "full": "resnet-56", "smoke": "resnet-digits"}
