@@ -4,13 +4,13 @@
 
 trains digits and CIFAR-10 (16x16), dealt out by Dirichlet 0.1 and 0.5 to 20 clients of which ten
 train in a round, with tiers of 1, 2 and 4 iterations and with 4 alone, by every algorithm of jfed:
-plain SGD, one learning rate for all, every client counting once in the mean, settings of the papers' own experiments where they have one,
-none tuned. A fifth of each client's examples is held out and tested on: by personal models where
-there are such, else by the global one. FedPer's and FedRep's global model has an untrained
-classifier, so that of theirs only the clients' column tells. Beside both accuracies stand rounds
-and bytes until the global one was 80 % (digits) or 35 % (CIFAR-10). It writes
-`experiments/results/algorithms_cpu.csv`. `--scale full` is the preset `cifar10-flexible`, for an
-accelerator; not run yet.
+plain SGD, one learning rate for all, every client counting once in the mean, settings of the
+papers' own experiments where they have one, none tuned. A fifth of each client's examples is held
+out and tested on: by personal models where there are such, else by the global one. FedPer's and
+FedRep's global model has an untrained classifier, so that of theirs only the clients' column tells.
+Beside both accuracies stand rounds and bytes until the global one was 80 % (digits) or 35 %
+(CIFAR-10). It writes `experiments/results/algorithms_cpu.csv`. `--scale full` is the preset
+`cifar10-flexible`, for an accelerator; not run yet.
 """
 
 from typing import Any

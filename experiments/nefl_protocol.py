@@ -1,21 +1,22 @@
-"""ODENets of at most ResNet-110's parameters beside NeFL-D, on NeFL's protocol.
+"""NeFL's protocol but for its test of batch norms: ODENets of at most ResNet-110's size and NeFL-D.
 
     python experiments/nefl_protocol.py --scale full
 
-is the protocol of arXiv 2308.07761, but that batch norms are tested with statistics measured on
-2,000 training images: CIFAR-10, IID, 100 clients, 10 in a round, 500 rounds of 5 local epochs,
-batches of 32, SGD with rate 0.1 without momentum or weight decay, a tenth of it after half and
-after three quarters of the rounds, crop and flip; five tiers, and in each round a client draws one
-within two of its own. NeFL reports 85.96 % for the worst tier of NeFL-D on ResNet-110 (1.73 M
-parameters) and 86.66 % for the mean of the tiers. "ode" has as many parameters as NeFL-D's full
-model; its clients send all of them and compute 3 to 4 times as much as NeFL-D's in the same tier.
-"ode, fewer FLOPs" computes no more than NeFL-D in any tier, with about a quarter of the parameters
-(at `--scale cpu` 37 %, and no iterations in its smallest tier).
+is the protocol of arXiv 2308.07761 and its authors' code: CIFAR-10, IID, 100 clients, 10 in a
+round, 500 rounds of 5 local epochs, batches of 32, SGD with rate 0.1 without momentum or weight
+decay, a tenth of it after half and after three quarters of the rounds, crop and flip; ResNet-110
+with projection shortcuts and the authors' five submodels, and in each round a client draws a tier
+within two of its own. Where it is not NeFL's to the letter: batch norms are tested with statistics
+measured on 2,000 training images, not with the clients' running averages; every arm has the best of
+three learning rates, each tried once. NeFL reports 85.96 % for the worst tier of NeFL-D on
+ResNet-110 (1.73 M parameters) and 86.66 % for the mean of the tiers. "ode" has as many parameters
+as NeFL-D's full model; its clients send all of them and compute 3 to 4 times as much as NeFL-D's in
+the same tier. "ode, fewer FLOPs" computes no more than NeFL-D in any tier, with about a quarter of
+the parameters (at `--scale cpu` 37 %, and no iterations in its smallest tier).
 For an accelerator; not run yet. `--scale cpu` has the same federation with 12 rounds on a tenth of
-the images at 16x16 pixels, and ResNet-32: it compares the methods with each other, not with the
-published figures. It writes `experiments/results/nefl_protocol_cpu.csv`. Expected there, worst tier
-/ mean of the tiers in %, over 3 seeds: NeFL-D 25.4 / 29.7, ode 32.1 / 32.3, ode with fewer FLOPs
-23.2 / 27.8.
+the images at 16x16 pixels, and ResNet-32, of which the authors have no submodels: the first blocks
+of each stage. It compares the methods with each other, not with the published figures, and writes
+`experiments/results/nefl_protocol_cpu.csv`.
 """
 
 from typing import Any
@@ -45,6 +46,7 @@ _BASE: dict[str, RunConfig] = {
     "full": _FULL,
     "smoke": run_preset("smoke").replace(clients=10, draw_tiers=2),
 }
+_RATES = (0.03, 0.1, 0.3)
 _RATIOS = {
     "cpu": (0.2, 0.4, 0.6, 0.8, 1.0),
     "full": (0.2, 0.4, 0.6, 0.8, 1.0),
@@ -67,7 +69,8 @@ _CHEAP: dict[str, dict[str, Any]] = {
 def arms(scale: str) -> Arms:
     """NeFL-D, and ODENets that share every weight."""
     base = _BASE[scale]
-    nefl: dict[str, Any] = {"model": _RESNET[scale], "method": "nefl-d", "ratios": _RATIOS[scale]}
+    nefl: dict[str, Any] = {"model": _RESNET[scale], "shortcut": "projection", "method": "nefl-d"}
+    nefl["ratios"] = _RATIOS[scale]
     return {
         "NeFL-D": base.replace(**nefl, iterations=None),
         "ode": base.replace(**_ODENET[scale]),
@@ -76,4 +79,4 @@ def arms(scale: str) -> Arms:
 
 
 if __name__ == "__main__":
-    main(__file__, arms, baseline="NeFL-D")
+    main(__file__, arms, baseline="NeFL-D", rates=_RATES)

@@ -25,12 +25,39 @@ def table_of(script: str, scale: str, output: pathlib.Path | None) -> pathlib.Pa
     return output
 
 
+_SEARCH_SEED = 1000
+
+
+def best_rates(
+    arms: study.Arms, rates: Sequence[float], folder: pathlib.Path, workers: int | None
+) -> tuple[study.Arms, dict[str, dict[str, float]]]:
+    """The arms, each with the best of the learning rates, and what to tell of that in the table."""
+    tried = {
+        f"{arm}, rate {rate:g}": config.replace(learning_rate=rate)
+        for arm, config in arms.items()
+        for rate in rates
+    }
+    runs, _ = study.run_all(tried, folder / "search", seeds=[_SEARCH_SEED], workers=workers)
+    accuracy = {run.arm: run.average for run in runs}
+    print("Learning rates tried, mean accuracy of the tiers in %:")
+    best, told = {}, {}
+    for arm, config in arms.items():
+        found = {rate: accuracy.get(f"{arm}, rate {rate:g}", 0.0) for rate in rates}
+        rate = max(found, key=found.__getitem__)
+        best[arm] = config.replace(learning_rate=rate)
+        told[arm] = {"learning_rate": rate}
+        told[arm] |= {f"at_rate_{r:g}": round(a, 6) for r, a in found.items()}
+        print(f"  {arm}: " + ", ".join(f"{100 * a:.2f} at {r:g}" for r, a in found.items()))
+    return best, told
+
+
 def main(
     script: str,
     arms: Callable[[str], study.Arms],
     *,
     baseline: str | None = None,
     target: Mapping[str, float] | Callable[[FinishedRun], float] | None = None,
+    rates: Sequence[float] = (),
 ) -> None:
     """Runs an experiment.
 
@@ -39,6 +66,9 @@ def main(
       arms: by scale, "cpu", "full" or "smoke".
       baseline: see `jfed.reports.tables.arm_table`.
       target: likewise; or by scale.
+      rates: learning rates that every arm is tried with first, each once, with a seed of their own;
+        the table is of the best one, by the mean accuracy of the trained tiers. None are tried at
+        the smoke scale.
     """
     name = pathlib.Path(script).stem
 
@@ -66,11 +96,13 @@ def main(
         told = {"command": f"python experiments/{name}.py --scale {scale} --seeds {seeds}"}
 
         def write(done: Sequence[FinishedRun], table: pathlib.Path = folder / "runs.csv") -> None:
-            files.write_csv([line | told for line in report.lines(done, goal)], table)
+            found = [line | told | chosen.get(line["arm"], {}) for line in report.lines(done, goal)]
+            files.write_csv(found, table)
 
-        found, diverged = study.run_all(
-            arms(scale), folder, seeds=seeds, workers=workers, on_run=write
-        )
+        every, chosen = arms(scale), dict[str, dict[str, float]]()
+        if rates and scale != "smoke":
+            every, chosen = best_rates(every, rates, folder, workers)
+        found, diverged = study.run_all(every, folder, seeds=seeds, workers=workers, on_run=write)
         if found:
             print(report.text(found, baseline=baseline, target=goal))
             report.save_figures(found, folder)

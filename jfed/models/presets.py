@@ -51,6 +51,9 @@ def _presets() -> dict[str, ModelConfig]:
     for n in _CIFAR_STYLE:
         blocks = ((n - 2) // 6,) * 3
         presets[f"resnet-{n}"] = ResNetConfig(widths=(16, 32, 64), blocks=blocks)
+        presets[f"preresnet-{n}"] = ResNetConfig(
+            blocks=blocks, shortcut="projection", preactivation=True
+        )
         presets[f"odenet-{n}"] = ODENetConfig(widths=(16, 32, 64), iterations=_ode_steps(blocks))
     for name, config in list(presets.items()):
         if isinstance(config, ODENetConfig):

@@ -38,18 +38,18 @@ def run_all(
     arms: Arms,
     workdir: str | os.PathLike[str],
     *,
-    seeds: int = 3,
+    seeds: int | Sequence[int] = 3,
     workers: int | None = None,
     on_run: Callable[[Sequence[FinishedRun]], None] = lambda runs: None,
 ) -> tuple[list[FinishedRun], dict[_Key, str]]:
-    """Runs every arm with the seeds 0, 1, ...; what is finished in its folder is only read.
+    """Runs every arm with every seed; what is finished in its folder is only read.
 
     Compiled programs are kept as `jfed run` keeps them.
 
     Args:
       arms: settings by name; their own seeds are not used.
       workdir: a run's folder is `workdir/ARM/SEED`.
-      seeds: how many.
+      seeds: how many, 0, 1, ...; or which.
       workers: processes at a time, each on a core of its own. By default one for each core of a
         CPU, which trains narrow networks faster than all cores at one run. On an accelerator it can
         only be 1: one run after another in this process.
@@ -63,7 +63,8 @@ def run_all(
       RunFolderError: a folder belongs to other settings.
       JfedError: see `jfed.runs.running.run`.
     """
-    jobs = _jobs(arms, pathlib.Path(workdir), check_integer("seeds", seeds, least=1))
+    chosen = range(check_integer("seeds", seeds, least=1)) if isinstance(seeds, int) else seeds
+    jobs = _jobs(arms, pathlib.Path(workdir), chosen)
     found: dict[_Key, FinishedRun] = {}
     for key, (config, path) in jobs.items():
         if folder.inspect(files.absolute(path), as_json(config)) == "finished":
@@ -85,7 +86,7 @@ def run_all(
     return [found[key] for key in jobs if key in found], diverged
 
 
-def _jobs(arms: Arms, workdir: pathlib.Path, seeds: int) -> _Jobs:
+def _jobs(arms: Arms, workdir: pathlib.Path, seeds: Sequence[int]) -> _Jobs:
     """Settings and folder of every run."""
     if not arms:
         raise ConfigError("an experiment needs at least one arm, got none.")
@@ -94,7 +95,7 @@ def _jobs(arms: Arms, workdir: pathlib.Path, seeds: int) -> _Jobs:
         raise ConfigError(f"arms must have folders of their own, got {list(arms)}.")
     return {
         (arm, seed): (config.replace(seed=seed), workdir / names[arm] / str(seed))
-        for seed in range(seeds)
+        for seed in seeds
         for arm, config in arms.items()
     }
 
