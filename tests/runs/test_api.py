@@ -177,6 +177,18 @@ def test_a_metric_of_one_tier_is_a_mean_over_its_examples():
     assert result.history[0].metrics == {"one": 1.0}
 
 
+@pytest.mark.parametrize("mapping", ["vmap", "debug"])
+def test_a_loss_knows_its_round(mapping):
+    def loss(params, batch, key):
+        value, metrics = jfed.models.cross_entropy(_apply(params, batch.images), batch)
+        told = {"now": batch.round.astype(jnp.float32) * metrics.examples}
+        return value, metrics._replace(others=told)
+
+    model, engine = dataclasses.replace(MODEL, loss=loss), jfed.EngineConfig(mapping=mapping)
+    result = _simulate(model=model, rounds=3, engine=engine)
+    assert [record.metrics["now"] for record in result.history] == [0.0, 1.0, 2.0]
+
+
 def test_two_columns_of_one_name_are_refused():
     with pytest.raises(jfed.ConfigError, match=r"two columns 'train_loss'; rename"):
         _simulate(model=_constant("loss"))
