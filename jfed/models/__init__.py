@@ -9,6 +9,7 @@ from jfed.models.ode_nets import ODENetConfig, odenet
 from jfed.models.presets import PRESETS, NetworkConfig, build, preset, twin
 from jfed.models.resnets import ResNetConfig, resnet
 from jfed.models.small_cnn import cnn
+from jfed.models.torch_weights import TorchWeights, load_torch
 
 __all__ = [
     "PRESETS",
@@ -20,12 +21,14 @@ __all__ = [
     "NetworkConfig",
     "ODENetConfig",
     "ResNetConfig",
+    "TorchWeights",
     "build",
     "cnn",
     "conv",
     "conv_net",
     "cross_entropy",
     "from_nnx",
+    "load_torch",
     "odenet",
     "preset",
     "resnet",

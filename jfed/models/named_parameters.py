@@ -1,0 +1,76 @@
+"""Parameters by name, as weights from elsewhere are read and compared."""
+
+import fnmatch
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jfed.errors import ConfigError, check_sequence
+from jfed.models.model import Params, path_name
+
+
+def as_float32(name: str, value: Any) -> np.ndarray:
+    """An array of weights as NumPy's float32; ConfigError unless it holds finite floats.
+
+    Args:
+      name: what messages call it.
+      value: anything that `np.asarray` takes, of any floating-point type.
+    """
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # whatever the library raises that the value is of
+        raise ConfigError(f"weights {name!r} cannot be read as an array: {error}") from error
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ConfigError(f"weights {name!r} must be floating-point numbers, got {array.dtype}.")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ConfigError(
+            f"weights {name!r} must be finite, got {array[~np.isfinite(array)].flat[0]}."
+        )
+    return array
+
+
+def by_name(params: Params) -> dict[str, Any]:
+    """The leaves of a pytree by name, such as "stages/0/block1/layers/0/conv/kernel"."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def chosen(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    """The names that shell patterns such as "classifier/*" match; `*` matches slashes too.
+
+    Raises:
+      ConfigError: a pattern is no text, or matches none of the names.
+    """
+    found: set[str] = set()
+    for pattern in check_sequence("fresh", patterns):
+        if not isinstance(pattern, str):
+            raise ConfigError(f"fresh must name patterns of entries, got {pattern!r}.")
+        matching = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+        if not matching:
+            some = ", ".join(map(repr, sorted({name.split("/")[0] + "/*" for name in names})))
+            raise ConfigError(f"fresh {pattern!r} matches no entry; what there is: {some}.")
+        found |= matching
+    return found
+
+
+def misfit(name: str, there: Sequence[int], here: Sequence[int]) -> str:
+    """What to say of weights of one shape for an entry of another, and what can be done."""
+    pattern = "classifier/*" if name.startswith("classifier/") else name
+    return (
+        f"weights {name!r} are of shape {tuple(there)}, the network's are of {tuple(here)}. Train "
+        "the network that they are of, or let the network's begin anew: "
+        f"fresh=({pattern!r},), on the command line --init-fresh {pattern!r}."
+    )
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of arrays and their names, in any order."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        found.update(f"{name} {arrays[name].shape} {arrays[name].dtype}\n".encode())
+        found.update(np.ascontiguousarray(arrays[name]).data)
+    return found.hexdigest()
