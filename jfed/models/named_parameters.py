@@ -26,7 +26,8 @@ def as_float32(name: str, value: Any) -> np.ndarray:
         raise ConfigError(f"weights {name!r} cannot be read as an array: {error}") from error
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ConfigError(f"weights {name!r} must be floating-point numbers, got {array.dtype}.")
-    array = array.astype(np.float32)
+    with np.errstate(over="ignore"):  # which makes it infinite
+        array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise ConfigError(
             f"weights {name!r} must be finite, got {array[~np.isfinite(array)].flat[0]}."

@@ -68,7 +68,8 @@ def simulate(
     Where it was stopped or killed, the same call goes on from its last checkpoint, to the same
     bits; a finished run is only read. Other settings, data, partition or tiers are refused: of
     functions names are compared, of those that were made inside of others also their code and what
-    they close over, of tiers names and shapes. (Ctrl-C loses what follows the last checkpoint.)
+    they close over, of tiers names, shapes and what `jfed.tiers.start_from` was given. (Ctrl-C
+    loses what follows the last checkpoint.)
 
     Args:
       data: training images for the clients, test images for the evaluation.

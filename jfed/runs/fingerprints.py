@@ -25,8 +25,12 @@ def digest(arrays: Sequence[Any]) -> str:
 
 
 def inputs(data: Dataset, federation: Federation) -> dict[str, Any]:
-    """What a run is given beside its settings: data, partition and tiers; and what travels."""
+    """What a run is given beside its settings: data, partition and tiers; and what travels.
+
+    A run that starts from given weights has their digest too.
+    """
     partition = federation.population.partition
+    started = federation.tiers.weights_digest
     return {
         "data": {
             "name": data.name,
@@ -38,6 +42,7 @@ def inputs(data: Dataset, federation: Federation) -> dict[str, Any]:
         "partition": {"clients": len(partition), "digest": digest(partition)},
         "tiers": of_tiers(federation.tiers),
         "traffic": {name: list(sent) for name, sent in federation.traffic.items()},
+        **({} if started is None else {"weights": started}),
     }
 
 

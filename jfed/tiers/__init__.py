@@ -3,7 +3,7 @@
 `Tier` and `Tiers` are the one abstraction. Makers of tiers, by what clients save: `ode` (solver
 iterations), `depthfl` (stages), `nefl` (blocks and channels), `heterofl`, `fedrolex` and `fjord`
 (channels), `exclusive` and `single` (nothing: the bounds to compare with). `make_tiers` makes them
-by name.
+by name; `start_from` lets them begin with given weights.
 """
 
 from jfed.models.ode_nets import Iterations
@@ -13,6 +13,7 @@ from jfed.tiers.fjord import fjord
 from jfed.tiers.iterations import SHARING, ode, tier_name
 from jfed.tiers.methods import METHODS, MethodConfig, make_tiers
 from jfed.tiers.nefl import nefl, nefl_d, nefl_w, nefl_wd
+from jfed.tiers.starting import start_from
 from jfed.tiers.tier import Tier, Tiers, assign, check_shares, single, with_idle
 from jfed.tiers.width import fedrolex, heterofl
 
@@ -37,6 +38,7 @@ __all__ = [
     "nefl_wd",
     "ode",
     "single",
+    "start_from",
     "tier_name",
     "with_idle",
 ]

@@ -115,6 +115,8 @@ class Tiers:
         have them.
       algorithm: the settings of `AlgorithmConfig` that the method's authors train with, where no
         algorithm is given.
+      weights_digest: of the weights that `init` gives, where it gives some, see `start_from`; by it
+        a run folder knows them again.
     """
 
     init: Callable[[Array], Params]
@@ -125,6 +127,7 @@ class Tiers:
     kind: str = "tier"
     weights: str = "examples"
     algorithm: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "fedavg"})
+    weights_digest: str | None = None
 
     def __post_init__(self) -> None:
         if not all(isinstance(tier, Tier) for tier in (*self.members, *self.tested)):
