@@ -23,6 +23,7 @@ from jfed.models.presets import NetworkConfig
 from jfed.runs.assembly import set_up
 from jfed.runs.checkpoints import CheckpointConfig
 from jfed.runs.config import PopulationConfig, RunConfig, run_preset, settings
+from jfed.runs.initial import InitialConfig
 from jfed.simulation.federation import Federation
 from jfed.tiers.methods import MethodConfig
 
@@ -66,6 +67,8 @@ MODEL = jfed.models.Model(
     lambda key: {"w": jnp.zeros((16, 3))},
     lambda params, images: images.reshape(images.shape[0], -1) @ params["w"],
 )
+
+SMALL_RESNET = jfed.models.ResNetConfig(widths=(4, 8), blocks=(1, 1), channels=1)
 
 
 def mutated(rng, given):
@@ -130,6 +133,9 @@ def entry_points():
         (PopulationConfig, arguments_of(PopulationConfig())),
         (DataConfig, arguments_of(DataConfig())),
         (NetworkConfig, arguments_of(NetworkConfig())),
+        (InitialConfig, arguments_of(InitialConfig())),
+        (jfed.tiers.start_from, {"tiers": MODEL, "params": {"w": np.ones((16, 3))}, "fresh": ()}),
+        (jfed.models.load_torch, {"config": SMALL_RESNET, "state_dict": {"fc.bias": np.ones(3)}}),
         (RunConfig, arguments_of(RunConfig())),
         (jfed.data.iid, labels),
         (jfed.data.dirichlet, dirichlet),

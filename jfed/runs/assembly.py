@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from etils import epath
 
 from jfed import data as data_lib
@@ -10,8 +11,9 @@ from jfed import tiers as tiers_lib
 from jfed.algorithms.catalogue import make_algorithm
 from jfed.algorithms.codecs import compressed
 from jfed.engine.devices import EngineConfig, make_mesh
-from jfed.models.presets import NetworkConfig
+from jfed.models.presets import ModelConfig, NetworkConfig
 from jfed.reports.summary import Twin, find_twin
+from jfed.runs import initial
 from jfed.runs.config import RunConfig
 from jfed.simulation.evaluation import EvaluationConfig
 from jfed.simulation.federation import Federation
@@ -48,6 +50,8 @@ def set_up(
     make_mesh(config.engine.devices)
     algorithm = make_algorithm(config.algorithm, config.client, config.server, tiers.algorithm)
     algorithm = compressed(algorithm, config.codec.up, config.codec.down)
+    path = config.initial.weights
+    weights = None if path is None else initial.read_file(path)
     data = load(config.data, seed=seed)
     network = config.network.make(data.num_classes, data.image_shape[-1])
     partition = data_lib.partition(
@@ -56,7 +60,7 @@ def set_up(
     federation = Federation(
         data,
         partition,
-        tiers_lib.make_tiers(network, config.tiers),
+        _started(tiers_lib.make_tiers(network, config.tiers), network, weights, config),
         rounds=config.rounds,
         cohort=population.cohort,
         shares=population.shares,
@@ -73,6 +77,18 @@ def set_up(
         memory_folder=memory_folder,
     )
     return Prepared(federation, data, find_twin(config.network.model, network, federation.tiers))
+
+
+def _started(
+    tiers: tiers_lib.Tiers,
+    network: ModelConfig,
+    weights: Mapping[str, np.ndarray] | None,
+    config: RunConfig,
+) -> tiers_lib.Tiers:
+    """The tiers, starting from the weights of a file if there are any."""
+    if weights is None:
+        return tiers
+    return tiers_lib.start_from(tiers, initial.fitting(network, weights, config.initial.fresh))
 
 
 def rebuild(

@@ -27,6 +27,7 @@ from jfed.engine.devices import EngineConfig
 from jfed.engine.faults import FaultConfig
 from jfed.errors import check_integer, check_type, one_of
 from jfed.models.presets import NetworkConfig
+from jfed.runs.initial import InitialConfig
 from jfed.seeds import check_seed
 from jfed.simulation.evaluation import EvaluationConfig
 from jfed.tiers.methods import MethodConfig
@@ -69,6 +70,7 @@ class RunConfig:
       partition: how they are dealt out.
       population: the clients.
       network: what they train.
+      initial: what it begins with.
       tiers: what of it those train that cannot afford all.
       rounds: how many.
       algorithm: what clients and server do.
@@ -87,6 +89,7 @@ class RunConfig:
     partition: PartitionConfig = dataclasses.field(default_factory=PartitionConfig)
     population: PopulationConfig = dataclasses.field(default_factory=PopulationConfig)
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
+    initial: InitialConfig = dataclasses.field(default_factory=InitialConfig)
     tiers: MethodConfig = dataclasses.field(default_factory=MethodConfig)
     rounds: int = 20
     algorithm: AlgorithmConfig = dataclasses.field(default_factory=AlgorithmConfig)
@@ -131,6 +134,8 @@ _SHORT_NAMES = {
     "data.name": "data",
     "data.test_examples": "eval_examples",
     "partition.scheme": "partition",
+    "initial.weights": "init",
+    "initial.fresh": "init_fresh",
     "server.optimizer": "server_optimizer",
     "server.learning_rate": "server_learning_rate",
     "server.momentum": "server_momentum",

@@ -17,7 +17,7 @@ FLAGS = """
     --partition --alpha --shards-per-client --min-examples
     --clients --cohort --shares --draw-tiers
     --model --widths --solver --horizon --function --learn-steps --no-learn-steps --norm --unroll
-    --no-unroll --dtype --conv
+    --no-unroll --dtype --conv --init --init-fresh
     --method --iterations --sharing --ratios --scaler --depths --distillation --able
     --rounds --seed
     --algorithm --mu --feddyn-alpha --ditto-strength --personal --head-share --codec-up --codec-down
