@@ -16,11 +16,12 @@ FLAGS = """
     --data --data-dir --image-size --train-examples --eval-examples
     --partition --alpha --shards-per-client --min-examples
     --clients --cohort --shares --draw-tiers
-    --model --widths --solver --horizon --function --learn-steps --no-learn-steps --norm --unroll
-    --no-unroll --dtype --conv --init --init-fresh
-    --method --iterations --sharing --ratios --scaler --depths --distillation --able
+    --model --widths --shortcut --entry --solver --horizon --function
+    --learn-steps --no-learn-steps --norm --unroll --no-unroll --dtype --conv --init --init-fresh
+    --method --iterations --sharing --ratios --scaler --depths --exits --distillation --ramp --able
     --rounds --seed
-    --algorithm --mu --feddyn-alpha --ditto-strength --personal --head-share --codec-up --codec-down
+    --algorithm --mu --feddyn-alpha --ditto-strength --personal --h-over --head-share
+    --codec-up --codec-down
     --dp-clip --dp-noise --dp-epsilon --dp-delta --dp-sampling --dp-accountant --dp-quantile
     --epochs --steps --batch-size --optimizer --learning-rate --schedule --momentum
     --optimizer-args --weight-decay --clip-norm --mask-absent-classes --no-mask-absent-classes
