@@ -7,12 +7,12 @@ by name; `start_from` lets them begin with given weights.
 """
 
 from jfed.models.ode_nets import Iterations
+from jfed.tiers.blocks import nefl, nefl_d, nefl_w, nefl_wd
 from jfed.tiers.bounds import exclusive
-from jfed.tiers.depthfl import depthfl
-from jfed.tiers.fjord import fjord
 from jfed.tiers.iterations import SHARING, ode, tier_name
 from jfed.tiers.methods import METHODS, MethodConfig, make_tiers
-from jfed.tiers.nefl import nefl, nefl_d, nefl_w, nefl_wd
+from jfed.tiers.ordered_dropout import fjord
+from jfed.tiers.stages import depthfl
 from jfed.tiers.starting import start_from
 from jfed.tiers.tier import Tier, Tiers, assign, check_shares, single, with_idle
 from jfed.tiers.width import fedrolex, heterofl

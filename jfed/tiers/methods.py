@@ -8,11 +8,11 @@ from collections.abc import Callable
 from jfed.errors import ConfigError, one_of
 from jfed.models.ode_nets import Iterations, ODENetConfig
 from jfed.models.presets import ModelConfig, build
+from jfed.tiers.blocks import nefl_d, nefl_w, nefl_wd
 from jfed.tiers.bounds import exclusive
-from jfed.tiers.depthfl import depthfl
-from jfed.tiers.fjord import fjord
 from jfed.tiers.iterations import ode
-from jfed.tiers.nefl import nefl_d, nefl_w, nefl_wd
+from jfed.tiers.ordered_dropout import fjord
+from jfed.tiers.stages import depthfl
 from jfed.tiers.tier import Tiers, single
 from jfed.tiers.width import fedrolex, heterofl
 

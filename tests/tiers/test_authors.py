@@ -21,7 +21,7 @@ from jfed.engine.merging import Delivered, Group, Report, merge
 from jfed.models import ConvNetConfig, preset
 from jfed.models.losses import Batch
 from jfed.tiers.communication import tree_size
-from jfed.tiers.fjord import ordered_dropout
+from jfed.tiers.ordered_dropout import ordered_dropout
 
 RESNET = preset("resnet-18")
 LABELS = jnp.asarray([1, 3, 3, 7])

@@ -13,8 +13,8 @@ from jfed.errors import ConfigError
 from jfed.models import ResNetConfig, preset
 from jfed.models.exits import exit_resnet
 from jfed.models.model import initialise
+from jfed.tiers.blocks import blocks_for
 from jfed.tiers.communication import tree_size
-from jfed.tiers.nefl import blocks_for
 
 # The shares of the parameters that the authors give for their submodels, in comments of
 # https://github.com/honggkang/nested-federated-learning, NeFL_wd_sepcs.py.

@@ -26,7 +26,7 @@ from jfed.algorithms.training import local_training
 from jfed.models import preset
 from jfed.models.losses import Batch, training_loss
 from jfed.tiers.communication import tree_size
-from jfed.tiers.depthfl import mutual_divergence
+from jfed.tiers.stages import mutual_divergence
 
 KEY = jax.random.key(0)  # which no loss here draws from
 
