@@ -3,6 +3,7 @@
 from jfed.data.partitions import (
     SCHEMES,
     PartitionConfig,
+    by_client,
     class_counts,
     dirichlet,
     dirichlet_balanced,
@@ -14,7 +15,8 @@ from jfed.data.partitions import (
 )
 from jfed.data.partitions import check as check_partition
 from jfed.data.preparation import prepare
-from jfed.data.sources import DataConfig, Dataset, Split, load
+from jfed.data.sources import DataConfig, load
+from jfed.data.splits import Dataset, Split
 
 __all__ = [
     "SCHEMES",
@@ -22,6 +24,7 @@ __all__ = [
     "Dataset",
     "PartitionConfig",
     "Split",
+    "by_client",
     "check_partition",
     "class_counts",
     "dirichlet",

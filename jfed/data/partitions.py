@@ -15,7 +15,15 @@ from jfed.data.dirichlet_counts import Draw, balanced, draw_counts, mixed, share
 from jfed.errors import ConfigError, DataError, check_integer, check_number, check_sequence, one_of
 from jfed.seeds import generator
 
-SCHEMES = ("iid", "dirichlet", "dirichlet-balanced", "dirichlet-clients", "shards", "quantity")
+SCHEMES = (
+    "iid",
+    "dirichlet",
+    "dirichlet-balanced",
+    "dirichlet-clients",
+    "shards",
+    "quantity",
+    "natural",
+)
 """The names that `partition` knows."""
 
 Partition = tuple[np.ndarray, ...]
@@ -28,7 +36,7 @@ class PartitionConfig:
     Attributes:
       scheme: `iid`; `dirichlet`: clients differ in mixture of classes and in size;
         `dirichlet-balanced`: less in size; `dirichlet-clients`: not in size; `shards`; `quantity`
-        (`quantity_skew`): in size alone.
+        (`quantity_skew`): in size alone; `natural` (`by_client`): the clients of the data, all.
       alpha: the concentration of the Dirichlet schemes and of `quantity`; smaller is more uneven.
       shards_per_client: of `shards`: about as many classes a client.
       min_examples: the fewest examples of a client, whatever the scheme.
@@ -46,13 +54,21 @@ class PartitionConfig:
         check_integer("min_examples", self.min_examples, least=1)
 
 
-def partition(config: PartitionConfig, labels: np.ndarray, clients: int, *, seed: int) -> Partition:
+def partition(
+    config: PartitionConfig,
+    labels: np.ndarray,
+    clients: int,
+    *,
+    natural: np.ndarray | None = None,
+    seed: int,
+) -> Partition:
     """Partitions as configured.
 
     Args:
       config: the scheme, which ignores the settings that are not its own.
       labels: `[N]` integers.
-      clients: the number of clients, from 1 to N.
+      clients: the number of clients, from 1 to N; of `natural`, not used.
+      natural: `[N]` the client of each example, see `Dataset.clients`.
       seed: of every random choice.
 
     Returns:
@@ -62,6 +78,8 @@ def partition(config: PartitionConfig, labels: np.ndarray, clients: int, *, seed
       ConfigError: if the scheme cannot do what the settings ask for.
     """
     least, alpha = config.min_examples, config.alpha
+    if config.scheme == "natural":
+        return by_client(natural, min_examples=least)
     _check_counts(labels, clients, least)
     skewed = {
         "dirichlet": dirichlet,
@@ -83,6 +101,28 @@ def partition(config: PartitionConfig, labels: np.ndarray, clients: int, *, seed
             f"{smallest} examples, but min_examples is {least}. Lower one of the three."
         )
     return parts
+
+
+def by_client(clients: np.ndarray | None, *, min_examples: int = 1) -> Partition:
+    """Deals examples out to the clients that they belong to: cameras, writers, hospitals.
+
+    Args:
+      clients: `[N]` integers from 0, the client of each example.
+      min_examples: the fewest examples of a client, at least 1.
+
+    Raises:
+      ConfigError: no clients are told, or one has fewer examples.
+    """
+    if clients is None:
+        raise ConfigError("the partition 'natural' needs data with clients, got none.")
+    check_integer("min_examples", min_examples, least=1)
+    order = np.argsort(clients, kind="stable")
+    counts = np.bincount(clients)
+    if counts.min() < min_examples:
+        raise ConfigError(
+            f"client {counts.argmin()} has {counts.min()} examples; min_examples is {min_examples}."
+        )
+    return _sorted(np.split(order, np.cumsum(counts)[:-1]))
 
 
 def iid(labels: np.ndarray, clients: int, *, seed: int) -> Partition:
@@ -282,12 +322,20 @@ def class_counts(labels: np.ndarray, parts: Sequence[np.ndarray], num_classes: i
     return np.stack([np.bincount(labels[part], minlength=num_classes) for part in parts])
 
 
-def check(parts: Sequence[Any], num_examples: int) -> Partition:
+def check(
+    parts: Sequence[Any],
+    num_examples: int,
+    *,
+    allow_unused: bool = False,
+    allow_overlap: bool = False,
+) -> Partition:
     """Checks that a partition gives every example to exactly one client, and each client some.
 
     Args:
       parts: the partition, indices as anything that NumPy makes an integer array of.
       num_examples: N; the indices are in [0, N).
+      allow_unused: examples may be left out.
+      allow_overlap: an example may belong to several clients (or several times to one).
 
     Returns:
       The partition as arrays.
@@ -319,12 +367,16 @@ def check(parts: Sequence[Any], num_examples: int) -> Partition:
     owners = np.zeros(num_examples, np.int64)
     for part in parts:
         np.add.at(owners, part, 1)  # unlike `+=`, counts a repeated index each time
-    wrong = np.flatnonzero(owners != 1)
-    if wrong.size:
-        raise ConfigError(
-            f"example {wrong[0]} is dealt out {owners[wrong[0]]} times; expected once "
-            f"({wrong.size} such examples)."
-        )
+    for title, wrong, allowed in (
+        ("allow_unused", owners < 1, allow_unused),
+        ("allow_overlap", owners > 1, allow_overlap),
+    ):
+        if wrong.any() and not allowed:
+            first = int(np.flatnonzero(wrong)[0])
+            raise ConfigError(
+                f"example {first} is dealt out {owners[first]} times; expected once "
+                f"({wrong.sum()} such examples; {title} lets them be)."
+            )
     return parts
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Shaped
 
 from jfed.errors import check_integer
 from jfed.models.losses import Batch
@@ -28,14 +28,17 @@ class Augmentation:
     def __post_init__(self) -> None:
         check_integer("augmentation pad", self.pad, least=0)
 
+    def __bool__(self) -> bool:
+        return bool(self.pad or self.flip)
+
 
 class Images(NamedTuple):
     """A set of examples as it lies on the devices.
 
     Attributes:
-      pixels: `[N, H, W, C]` uint8.
+      pixels: `[N, H, W, C]` uint8, uint16 or float32.
       labels: `[N]` int32.
-      mean: `[C]` of each channel, in units of 0 to 255.
+      mean: `[C]` of each channel, in units of the pixels.
       std: `[C]` likewise.
     """
 
@@ -62,8 +65,9 @@ def gather(
       key: consumed.
     """
     x = images.pixels[examples].astype(jnp.float32)
-    x = (x - images.mean[None, None, None]) / images.std[None, None, None]
-    if augmentation is not None and key is not None:
+    along = (1,) * (x.ndim - 1) + (-1,)
+    x = (x - images.mean.reshape(along)) / images.std.reshape(along)
+    if augmentation and key is not None:
         x = augment(x, augmentation, key)
     return Batch(x, images.labels[examples], mask)
 
@@ -82,17 +86,37 @@ def augment(
 
 
 def channel_moments(
-    images: UInt8[np.ndarray, "N H W C"],
+    images: Shaped[np.ndarray, "N ... C"],
 ) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
-    """Mean and standard deviation of each channel over all images, in units of 0 to 255."""
-    values = np.arange(256)
-    counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
-    means = [(n @ values) / n.sum() for n in counts]
-    stds = [
-        max(np.sqrt((n @ np.square(values - m)) / n.sum()), 1e-3)
-        for n, m in zip(counts, means, strict=True)
-    ]
-    return np.asarray(means, np.float32), np.asarray(stds, np.float32)
+    """Mean and standard deviation of each channel over all images, in units of the pixels.
+
+    The deviation is at least 1e-3 of integers, and of floats at least 1e-6 times the largest value.
+    """
+    is_float = images.dtype.kind == "f"
+    means, stds = (_moments if is_float else _counted_moments)(images)
+    tiny = float(np.finfo(np.float32).tiny)
+    least = max(1e-6 * float(np.abs(images).max()), tiny) if is_float else 1e-3
+    return means.astype(np.float32), np.maximum(stds, least).astype(np.float32)
+
+
+def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """In two passes over parts of the images, in float64."""
+    flat = images.reshape(-1, images.shape[-1])
+    parts = np.array_split(flat, -(-len(flat) // 10**6))
+    means = np.sum([part.sum(0, dtype=np.float64) for part in parts], 0) / len(flat)
+    squares = np.sum([np.square(part - means).sum(0) for part in parts], 0)
+    return means, np.sqrt(squares / len(flat))
+
+
+def _counted_moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of integers, by counting how often each value is there."""
+    values = np.arange(np.iinfo(images.dtype).max + 1.0)
+    means, stds = [], []
+    for c in range(images.shape[-1]):
+        counts = np.bincount(images[..., c].ravel(), minlength=len(values))
+        means.append((counts @ values) / counts.sum())
+        stds.append(np.sqrt((counts @ np.square(values - means[-1])) / counts.sum()))
+    return np.asarray(means), np.asarray(stds)
 
 
 def _random_crop(x: Float[Array, "B H W C"], pad: int, key: Array) -> Float[Array, "B H W C"]:

@@ -4,126 +4,26 @@ import dataclasses
 import io
 import os
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
+from jfed.data import own
 from jfed.data.preparation import PREPARED, data_folder
+from jfed.data.splits import Dataset, Split
 from jfed.errors import (
     ConfigError,
     DataError,
     DataNotFoundError,
     JfedError,
     check_integer,
+    check_number,
     one_of,
 )
 from jfed.seeds import generator
 
 _SYNTHETIC_EXAMPLES = {"train": 2000, "test": 500}
-
-
-def as_array(name: str, values: Any) -> np.ndarray:
-    """Anything that NumPy makes an array of; DataError if it cannot."""
-    try:
-        return np.asarray(values)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name} must be an array: {error}.") from error
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Split:
-    """Images and their labels.
-
-    Attributes:
-      images: `[N, H, W, C]` uint8, each value from 0 to 255.
-      labels: `[N]` integers, kept as int32, the class of each image.
-
-    Raises:
-      DataError: if a rank or type is another one, or the two lengths differ.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __post_init__(self) -> None:
-        images, labels = as_array("images", self.images), as_array("labels", self.labels)
-        object.__setattr__(self, "images", images)
-        object.__setattr__(self, "labels", labels)
-        if images.ndim != 4 or images.dtype != np.uint8:
-            raise DataError(
-                f"images have shape {images.shape} and type {images.dtype}; "
-                "expected [N, H, W, C] and uint8."
-            )
-        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-            raise DataError(
-                f"labels have shape {labels.shape} and type {labels.dtype}; "
-                "expected [N] and integers."
-            )
-        if not len(images):
-            raise DataError(f"a split needs images, got shape {images.shape}.")
-        if len(images) != len(labels):
-            raise DataError(f"{len(images)} images have {len(labels)} labels; expected one each.")
-
-        kept = labels.astype(np.int32)
-        if not np.array_equal(kept, labels):
-            raise DataError(f"labels from {labels.min()} to {labels.max()} do not fit int32.")
-        object.__setattr__(self, "labels", kept)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    """A named training and test split. Any arrays will do, not only those of `load`.
-
-    Attributes:
-      name: what reports call the data set.
-      train: the examples that are dealt out to the clients.
-      test: the examples that the global model is evaluated on.
-      class_names: `class_names[k]` is what label `k` stands for.
-
-    Raises:
-      DataError: if a label has no class name, or train and test images differ in shape.
-    """
-
-    name: str
-    train: Split
-    test: Split
-    class_names: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        names = self.class_names
-        if isinstance(names, str) or not isinstance(names, Sequence) or len(names) < 2:
-            raise DataError(f"class_names must be a sequence of 2 names or more, got {names!r}.")
-        for part in (self.train, self.test):
-            if not isinstance(part, Split):
-                raise DataError(f"train and test must be of type Split, got {part!r}.")
-        if self.train.images.shape[1:] != self.test.images.shape[1:]:
-            raise DataError(
-                f"train images have shape {self.train.images.shape[1:]}, "
-                f"test images {self.test.images.shape[1:]}; expected the same."
-            )
-        for split_name, split in (("train", self.train), ("test", self.test)):
-            bad = split.labels[(split.labels < 0) | (split.labels >= self.num_classes)]
-            if bad.size:
-                raise DataError(
-                    f"{split_name} label {bad[0]} is outside [0, {self.num_classes}): "
-                    f"{self.name!r} has {self.num_classes} class names."
-                )
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes; labels are below it."""
-        return len(self.class_names)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """`(H, W, C)` of every image."""
-        height, width, channels = self.train.images.shape[1:]
-        return height, width, channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,17 +32,21 @@ class DataConfig:
 
     `cifar10`, `cifar100`, `fashion_mnist` and `mnist` are read from where `jfed.data.prepare` or
     TFDS itself put them, without TensorFlow. `digits` (scikit-learn, 8x8x1, a fixed stratified
-    80/20 split) and `synthetic` (32x32x3, generated from the seed) need no files.
+    80/20 split) and `synthetic` (32x32x3, generated from the seed) need no files. A path is of data
+    of the user's own, a folder of pictures or an `.npz`, see `jfed.data.own`.
 
     Attributes:
-      name: `cifar10`, `cifar100`, `fashion_mnist`, `mnist`, `digits` or `synthetic`.
+      name: `cifar10`, `cifar100`, `fashion_mnist`, `mnist`, `digits` or `synthetic`; or a path.
       data_dir: the TFDS folder; by default the environment's `TFDS_DATA_DIR`, else
         `~/tensorflow_datasets`.
-      image_size: the wanted height and width in pixels, which divides the data set's own. Images
-        are averaged over blocks of pixels; by default they stay as they are.
+      image_size: the wanted height and width in pixels; by default images stay as they are. It
+        divides the data set's own, and blocks of pixels are averaged; pictures of the user's own
+        are resized, whatever they are.
       train_examples: how many random training examples to keep; by default all.
       test_examples: the same for the test split. `synthetic` generates as many as are asked for,
         by default 2000 and 500.
+      test_share: of each class of the user's own data, kept for the test where there is no test
+        split.
     """
 
     name: str = "digits"
@@ -150,9 +54,17 @@ class DataConfig:
     image_size: int | None = None
     train_examples: int | None = None
     test_examples: int | None = None
+    test_share: float | None = None
 
     def __post_init__(self) -> None:
-        one_of("data set", self.name, (*PREPARED, "digits", "synthetic"))
+        is_own = isinstance(self.name, str) and own.is_path(self.name)
+        if not is_own:
+            one_of("data set", self.name, (*PREPARED, "digits", "synthetic"))
+        if self.test_share is not None:
+            if not is_own:
+                raise ConfigError(f"{self.name!r} has test examples; leave test_share out.")
+            if not 0 < check_number("test_share", self.test_share) < 1:
+                raise ConfigError(f"test_share must be between 0 and 1, got {self.test_share!r}.")
         for name in ("image_size", "train_examples", "test_examples"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least=1)
@@ -183,6 +95,14 @@ def load(name: str | DataConfig, *, seed: int = 0, **settings: Any) -> Dataset:
         dataset = _synthetic(wanted, seed)
     elif config.name == "digits":
         dataset = _digits(wanted, seed)
+    elif own.is_path(config.name):
+        dataset = own.load_path(
+            config.name, image_size=config.image_size, test_share=config.test_share, seed=seed
+        )
+        sizes = {"train": len(dataset.train), "test": len(dataset.test)}
+        return own.subset(
+            dataset, **{name: _subset(name, sizes[name], wanted[name], seed) for name in sizes}
+        )
     else:
         dataset = _prepared(config.name, data_folder(config.data_dir), wanted, seed)
     if config.image_size is None:
@@ -207,8 +127,10 @@ def _subset(split: str, available: int, wanted: int | None, seed: int) -> np.nda
 def _shrink(split: Split, size: int) -> Split:
     """Averages square blocks of pixels, so that the images become `size` pixels high and wide."""
     count, height, width, channels = split.images.shape
-    if height % size or width % size:
-        raise ConfigError(f"image_size is {size}; expected a divisor of {height}.")
+    if height != width or height % size:
+        raise ConfigError(
+            f"image_size is {size}; expected a divisor of {height} (images are {height} x {width})."
+        )
     factor = height // size
     blocks = split.images.reshape(count, size, factor, size, factor, channels)
     total = blocks.sum(axis=(2, 4), dtype=np.uint32)

@@ -10,7 +10,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jfed.models.model import Model, Params
 
 
-def forward_flops(model: Model, params: Params, image_shape: tuple[int, int, int]) -> int:
+def forward_flops(model: Model, params: Params, image_shape: tuple[int, ...]) -> int:
     """FLOPs of classifying one image: two for each multiply-add of convolutions and products.
 
     Element-wise work is not counted, as is usual. A loop of unknown length counts once; of branches

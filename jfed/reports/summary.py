@@ -78,7 +78,7 @@ def find_twin(name: str, network: ModelConfig, tiers: Tiers) -> Twin | None:
 def summarise(
     federation: Federation,
     result: Result,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     compared: Twin | None = None,
 ) -> list[TierSummary]:
     """What the table at the end of a run says, one entry for each evaluated tier."""

@@ -54,6 +54,8 @@ def simulate(
     engine: EngineConfig | None = None,
     faults: FaultConfig | None = None,
     privacy: PrivacyConfig | None = None,
+    allow_unused: bool = False,
+    allow_overlap: bool = False,
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     workdir: epath.PathLike | None = None,
@@ -93,6 +95,8 @@ def simulate(
       engine: how clients are spread over devices.
       faults: clients that fail or attack, simulated.
       privacy: of the clients, see `jfed.algorithms.PrivacyConfig`; none by default.
+      allow_unused: training examples may belong to no client.
+      allow_overlap: an example may belong to several clients.
       seed: of everything random.
       callbacks: functions, each called with the record of every round, in order, as soon as it is
         known. If one raises, the round under way is still recorded, and not told. Rounds of an
@@ -127,6 +131,8 @@ def simulate(
         "engine": EngineConfig() if engine is None else engine,
         "faults": FaultConfig() if faults is None else faults,
         "privacy": PrivacyConfig() if privacy is None else privacy,
+        "allow_unused": allow_unused,
+        "allow_overlap": allow_overlap,
         "seed": seed,
     }
     if workdir is None:

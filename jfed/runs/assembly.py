@@ -44,9 +44,10 @@ def set_up(
     population, seed = config.population, config.seed
     # What can fail without the data does so before they are read.
     tiers = tiers_lib.make_tiers(config.network.make(classes=10, channels=3), config.tiers)
-    tiers_lib.assign(
-        population.clients, len(tiers.members), population.shares, seed=seed, idle=tiers.idle
-    )
+    if config.partition.scheme != "natural":
+        tiers_lib.assign(
+            population.clients, len(tiers.members), population.shares, seed=seed, idle=tiers.idle
+        )
     make_mesh(config.engine.devices)
     algorithm = make_algorithm(config.algorithm, config.client, config.server, tiers.algorithm)
     algorithm = compressed(algorithm, config.codec.up, config.codec.down)
@@ -55,7 +56,7 @@ def set_up(
     data = load(config.data, seed=seed)
     network = config.network.make(data.num_classes, data.image_shape[-1])
     partition = data_lib.partition(
-        config.partition, data.train.labels, population.clients, seed=seed
+        config.partition, data.train.labels, population.clients, natural=data.clients, seed=seed
     )
     federation = Federation(
         data,

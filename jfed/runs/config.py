@@ -38,7 +38,7 @@ class PopulationConfig:
     """The clients, and who of them trains in a round.
 
     Attributes:
-      clients: how many there are.
+      clients: how many there are; with the partition "natural" the data say.
       cohort: how many train in a round, drawn without replacement; by default all.
       shares: share of the clients in each tier, summing to 1; by default equal.
       draw_tiers: each sampled client draws its tier anew in each round, by the shares, among those

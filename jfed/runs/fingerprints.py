@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jfed.data import Dataset
-from jfed.data.sources import Split
+from jfed.data import Dataset, Split
 from jfed.models.model import Params
 from jfed.settings import as_json
 from jfed.simulation.federation import Federation

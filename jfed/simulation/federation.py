@@ -117,6 +117,8 @@ class Federation:
         engine: EngineConfig | None = None,
         faults: FaultConfig | None = None,
         privacy: PrivacyConfig | None = None,
+        allow_unused: bool = False,
+        allow_overlap: bool = False,
         seed: int = 0,
         memory_folder: epath.Path | None = None,
     ) -> None:
@@ -143,6 +145,10 @@ class Federation:
         self.server = server or ServerConfig()
         self.evaluation = evaluation or EvaluationConfig()
         self.augmentation = augmentation or Augmentation()
+        if self.augmentation and len(data.image_shape) != 3:
+            raise ConfigError(
+                f"augmentation needs images [N, H, W, C], got shape {data.train.images.shape}."
+            )
         self.tiers = as_tiers(tiers)
         if self.server.weights is None:
             self.server = dataclasses.replace(self.server, weights=self.tiers.weights)
@@ -151,7 +157,12 @@ class Federation:
         )
         self.key = jax.random.key(check_seed(seed))
         self.seed = seed
-        examples = check_partition(partition, len(data.train))
+        examples = check_partition(
+            partition,
+            len(data.train),
+            allow_unused=allow_unused,
+            allow_overlap=allow_overlap,
+        )
         self._tested: Any = None  # what each client is tested on, if anything
         if share := self.evaluation.local_test:
             examples, self._tested = local_tests.split(examples, share, seed=seed)

@@ -168,9 +168,22 @@ def test_images_are_gathered_and_standardised():
     assert batch.present is None
 
 
-def test_a_channel_of_one_colour_is_not_divided_by_zero():
-    mean, std = channel_moments(np.full((3, 2, 2, 1), 9, np.uint8))
-    assert (mean, std) == (9, np.float32(1e-3))
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(np.uint16, (7, 5, 3, 2)), (np.float32, (7, 5, 3, 2)), (np.float32, (9, 4))],
+)
+def test_moments_of_other_types_and_shapes(dtype, shape):
+    values = np.random.default_rng(0).normal(3000, 40, shape).astype(dtype)
+    mean, std = channel_moments(values)
+    axes = tuple(range(len(shape) - 1))
+    np.testing.assert_allclose(mean, values.mean(axes, dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(std, values.std(axes, dtype=np.float64), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(np.uint8, 1e-3), (np.float32, 9e-6)])
+def test_a_channel_of_one_colour_is_not_divided_by_zero(dtype, least):
+    mean, std = channel_moments(np.full((3, 2, 2, 1), 9, dtype))
+    assert (mean, std) == (9, np.float32(least))
 
 
 def test_augmentation_crops_and_flips_the_given_image():

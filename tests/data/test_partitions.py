@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from jfed.data import (
     PartitionConfig,
+    by_client,
     check_partition,
     class_counts,
     dirichlet,
@@ -19,6 +20,7 @@ from jfed.data.partitions import SCHEMES
 from jfed.errors import ConfigError, DataError
 
 LABELS = np.arange(2000) % 10
+DRAWN = [scheme for scheme in SCHEMES if scheme != "natural"]
 
 
 @st.composite
@@ -34,7 +36,7 @@ def settings_of_a_partition(draw):
     return labels, clients, config, draw(st.integers(0, 2**32 - 1))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", DRAWN)
 @given(given=settings_of_a_partition())
 @settings(max_examples=60, deadline=None)
 def test_every_example_has_one_client_or_the_error_says_why(scheme, given):
@@ -60,7 +62,7 @@ def test_every_example_has_one_client_or_the_error_says_why(scheme, given):
     assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", DRAWN)
 def test_another_seed_gives_another_partition(scheme):
     config = PartitionConfig(scheme, alpha=1.0, min_examples=1)
     one, two = (partition(config, LABELS, 7, seed=seed) for seed in (0, 1))
@@ -309,3 +311,23 @@ def test_labels_of_another_rank_or_type(labels):
 def test_check_finds_what_is_wrong(parts, message):
     with pytest.raises(ConfigError, match=message):
         check_partition([np.array(part, np.int64) for part in parts], 3)
+
+
+def test_natural_clients_get_their_own_examples():
+    clients = np.array([2, 0, 1, 0, 2, 2])
+    parts = partition(
+        PartitionConfig("natural", min_examples=1), LABELS[:6], 9, natural=clients, seed=0
+    )
+    assert [part.tolist() for part in parts] == [[1, 3], [2], [0, 4, 5]]
+    with pytest.raises(ConfigError, match="client 1 has 1 examples; min_examples is 2"):
+        by_client(clients, min_examples=2)
+
+
+def test_unused_and_shared_examples_are_allowed_where_asked():
+    parts = [[0, 1], [1, 3, 3]]
+    with pytest.raises(ConfigError, match=r"example 2 .* 0 times.*\(1 such .* allow_unused lets"):
+        check_partition(parts, 4)
+    with pytest.raises(ConfigError, match=r"example 1 .* 2 times.*\(2 such .* allow_overlap lets"):
+        check_partition(parts, 4, allow_unused=True)
+    found = check_partition(parts, 4, allow_unused=True, allow_overlap=True)
+    assert [part.tolist() for part in found] == parts

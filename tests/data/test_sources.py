@@ -30,8 +30,10 @@ def split(count=4, shape=(4, 4, 1), labels=None):
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (np.zeros((2, 4, 4), np.uint8), np.zeros(2, np.int32), r"\(2, 4, 4\)"),
-        (np.zeros((2, 4, 4, 1), np.float32), np.zeros(2, np.int32), "float32"),
+        (np.zeros(2, np.uint8), np.zeros(2, np.int32), r"shape \(2,\)"),
+        (np.zeros((2, 0, 4, 1), np.uint8), np.zeros(2, np.int32), r"\(2, 0, 4, 1\)"),
+        (np.zeros((2, 4, 4, 1), np.int64), np.zeros(2, np.int32), "int64"),
+        (np.full((2, 4, 4, 1), 1e300), np.zeros(2, np.int32), "image 0 .* not finite in float32"),
         (np.zeros((2, 4, 4, 1), np.uint8), np.zeros((2, 1), np.int32), r"\(2, 1\)"),
         (np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2), "float64"),
         (np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 2**40]), "do not fit int32"),
