@@ -52,6 +52,11 @@ def is_local(path: epath.PathLike) -> bool:
 
 def write_text(path: epath.PathLike, text: str) -> None:
     """Writes a file that a reader never sees half of."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file that a reader never sees half of."""
     partial = epath.Path(path).with_suffix(".partial")
-    partial.write_text(text)
+    partial.write_bytes(content)
     partial.replace(path)

@@ -1,4 +1,4 @@
-"""The command line: `jfed run | report | models | prepare | benchmark`."""
+"""The command line: `jfed run | report | predict | models | prepare | benchmark`."""
 
 import functools
 import sys
@@ -8,6 +8,7 @@ import jfed
 from jfed.cli import (
     benchmark_command,
     models_command,
+    predict_command,
     prepare_command,
     report_command,
     run_command,
@@ -21,6 +22,7 @@ Federated learning of Neural ODE image classifiers with different iteration coun
 commands:
   run        train a federation and write a run folder
   report     tables and figures of several finished runs
+  predict    classify pictures by a trained model
   models     list the model presets: parameters, bytes, FLOPs
   prepare    download and prepare a data set with TFDS
   benchmark  time jfed and other libraries side by side on the same work
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int
     commands: dict[str, Callable[[list[str]], None]] = {
         "run": functools.partial(run_command.execute, restart=own_process),
         "report": report_command.execute,
+        "predict": predict_command.execute,
         "models": models_command.execute,
         "prepare": prepare_command.execute,
         "benchmark": benchmark_command.execute,

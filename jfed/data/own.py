@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 
+from jfed.data.preprocessing import ModelInputs
 from jfed.data.splits import Dataset, Split
 from jfed.errors import ConfigError, DataError, DataNotFoundError
 from jfed.seeds import generator
@@ -120,7 +121,7 @@ def _read_folder(
     listed = [_list(part) for part in parts] if all(there) else [_list(path)]
     names = tuple(sorted({picture.label for picture in listed[0]}))
     kind = _kind([picture.path for part in listed for picture in part], image_size)
-    train, *test = (_decode(part, names, kind, image_size) for part in listed)
+    train, *test = (_decode(part, names, kind) for part in listed)
     return train, test[0] if test else None, names
 
 
@@ -213,22 +214,7 @@ def _reading(path: pathlib.Path) -> Iterator[None]:
         raise DataError(f"{str(path)!r} cannot be read ({why}).") from error
 
 
-def _decode(
-    pictures: Sequence[_Picture], names: Sequence[str], kind: _Kind, image_size: int | None
-) -> Arrays:
-    def pixels(picture: _Picture) -> np.ndarray:
-        with _opened(picture.path) as opened, _reading(picture.path):
-            image = opened if opened.mode.startswith("I") else opened.convert(kind.mode)
-            if image_size is not None:
-                image = image.resize(kind.size, PIL.Image.Resampling.BILINEAR)
-            found = np.asarray(image)
-        if kind.mode == "I;16":
-            if found.min() < 0 or found.max() > np.iinfo(np.uint16).max:
-                raise DataError(f"{str(picture.path)!r} has pixels that do not fit 16 bits.")
-            found = found.astype(np.uint16)
-        return found.reshape(*found.shape[:2], -1)
-
-    images = np.stack(_each(pixels, pictures))
+def _decode(pictures: Sequence[_Picture], names: Sequence[str], kind: _Kind) -> Arrays:
     places = {name: i for i, name in enumerate(names)}
     for picture in pictures:
         if picture.label not in places:
@@ -236,9 +222,43 @@ def _decode(
                 f"{str(picture.path.parent)!r} is of a class that the training pictures lack; they "
                 f"have {list(names)}."
             )
+    images = np.stack(_each(lambda picture: _pixels(picture.path, kind), pictures))
     labels = np.asarray([places[picture.label] for picture in pictures], np.int32)
     clients = np.asarray([p.client for p in pictures]) if pictures[0].client else None
     return Arrays(images, labels, clients)
+
+
+def read_pictures(paths: Sequence[pathlib.Path], inputs: ModelInputs) -> np.ndarray:
+    """Reads pictures as a model takes them, `[N, H, W, C]`, resized.
+
+    Raises:
+      ConfigError: the model takes no pictures.
+      DataError: a file that is not there, no picture or damaged.
+    """
+    modes = {("uint8", 1): "L", ("uint8", 3): "RGB", ("uint16", 1): "I;16", ("float32", 1): "F"}
+    mode = modes.get((inputs.pixels, inputs.shape[-1]))
+    if mode is None or len(inputs.shape) != 3:
+        raise ConfigError(f"the model takes {inputs.pixels} of shape {inputs.shape}, no pictures.")
+    kind = _Kind(mode, (inputs.shape[1], inputs.shape[0]))
+    return np.stack(_each(lambda path: _pixels(path, kind), paths))
+
+
+def _pixels(path: pathlib.Path, kind: _Kind) -> np.ndarray:
+    """The pixels of a picture, `[H, W, C]`, resized where it has another size."""
+    with _opened(path) as opened, _reading(path):
+        image = opened if opened.mode.startswith("I") else opened.convert(kind.mode)
+        if image.size != kind.size:
+            image = image.resize(kind.size, PIL.Image.Resampling.BILINEAR)
+        found = np.asarray(image)
+    if (kind.mode == "I;16") != opened.mode.startswith("I"):
+        raise DataError(
+            f"{str(path)!r} has pixels of Pillow's mode {opened.mode}, not {kind.mode}."
+        )
+    if kind.mode == "I;16":
+        if found.min() < 0 or found.max() > np.iinfo(np.uint16).max:
+            raise DataError(f"{str(path)!r} has pixels that do not fit 16 bits.")
+        found = found.astype(np.uint16)
+    return found.reshape(*found.shape[:2], -1)
 
 
 def _each(function: Any, items: Sequence[Any]) -> list[Any]:

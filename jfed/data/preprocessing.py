@@ -48,6 +48,28 @@ class Images(NamedTuple):
     std: Float[Array, " C"]
 
 
+class ModelInputs(NamedTuple):
+    """What a trained model takes, and what it tells.
+
+    Attributes:
+      shape: of an image, `[H, W, C]`.
+      mean: `[C]` of each channel over the training images, in units of the pixels.
+      std: `[C]` likewise.
+      class_names: of each logit.
+      pixels: the type of the pixels, such as "uint8".
+    """
+
+    shape: tuple[int, ...]
+    mean: Float[np.ndarray, " C"]
+    std: Float[np.ndarray, " C"]
+    class_names: tuple[str, ...]
+    pixels: str = "uint8"
+
+    def standardise(self, pixels: Shaped[np.ndarray, "N ..."]) -> Float[np.ndarray, "N ..."]:
+        """Images as the model takes them, float32."""
+        return (np.asarray(pixels, np.float32) - self.mean) / self.std
+
+
 def gather(
     images: Images,
     examples: Int[Array, " B"],

@@ -18,8 +18,8 @@ from jfed.data.preprocessing import Augmentation
 from jfed.engine.devices import EngineConfig
 from jfed.engine.faults import FaultConfig
 from jfed.errors import ConfigError, RunFolderError, check_type
-from jfed.models.model import Model
-from jfed.runs import assembly, fingerprints, running
+from jfed.models.model import Model, Statistics
+from jfed.runs import assembly, fingerprints, running, trained
 from jfed.runs.assembly import Prepared
 from jfed.runs.checkpoints import CheckpointConfig, Checkpoints, in_tree_of
 from jfed.settings import as_json, differences, read_settings
@@ -185,14 +185,20 @@ def load(workdir: epath.PathLike, tiers: Tiers | Model | None = None) -> Result:
     if found is None:
         return Result(history, variables, None, (), sent, seconds, engine)
     like = jax.eval_shape(found.init, jax.random.key(0))
+    tested, inputs = evaluated_tiers(found, evaluation), None
+    norms: dict[str, Statistics | None] = {}
+    if summary:
+        inputs, norms = trained.read(path, settings["inputs"]["data"], tested, like)
     return Result(
         history=history,
         variables=in_tree_of(like, variables),
         tiers=found,
-        evaluated=evaluated_tiers(found, evaluation),
+        evaluated=tested,
         traffic=sent,
         compile_seconds=seconds,
         engine=engine,
+        norms=norms,
+        inputs=inputs,
     )
 
 

@@ -34,7 +34,9 @@ def inputs(data: Dataset, federation: Federation) -> dict[str, Any]:
         "data": {
             "name": data.name,
             "classes": data.num_classes,
+            "class_names": list(data.class_names),
             "image_shape": list(data.image_shape),
+            "pixels": str(data.train.images.dtype),
             "train": _split(data.train),
             "test": _split(data.test),
         },

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import warnings
@@ -19,7 +20,7 @@ from jfed.errors import CallbackError, PreemptedError, RunFolderError
 from jfed.provenance import hardware, made_with
 from jfed.reports import plots
 from jfed.reports.summary import TierSummary, save_figures, summarise, to_json
-from jfed.runs import fingerprints, folder
+from jfed.runs import fingerprints, folder, trained
 from jfed.runs.assembly import Prepared
 from jfed.runs.checkpoints import Checkpoint, CheckpointConfig, Checkpoints
 from jfed.settings import write_settings
@@ -109,6 +110,8 @@ def run(
             phase("beginning", lambda _: begin(made_with(where)))
         start = functools.partial(_rounds, federation, path, saved, saves, callbacks, writers, stop)
         result = phase("the rounds", lambda check: start(check))
+        if found == "finished":
+            result = _with_norms(path, settings, result)
         table = summarise(federation, result, data.image_shape, twin)
         if found != "finished":
             text = to_json(data, result, table, seed=federation.seed, hardware=where)
@@ -152,12 +155,21 @@ def _begin(
     write_settings(path, settings, made)
 
 
+def _with_norms(path: epath.Path, settings: Mapping[str, Any], result: Result) -> Result:
+    """The result of a finished run, which tests nothing any more, with the norms in its folder."""
+    like = result.variables
+    inputs, norms = trained.read(path, settings["inputs"]["data"], result.evaluated, like)
+    return dataclasses.replace(result, inputs=inputs, norms=norms)
+
+
 def _finish(
     path: epath.Path, result: Result, table: Sequence[TierSummary], summary: dict[str, Any]
 ) -> None:
     """Writes what a run ends with; `summary.json` last, which makes it a finished one."""
     if hosts.is_first():
         save_figures(path, result, table)
+        assert result.inputs is not None
+        trained.write(path, result.inputs, result.norms)
         files.write_json(path / "summary.json", summary)
 
 
@@ -244,6 +256,8 @@ def _rounds(
         ) from failure.__cause__
     if len(history) < federation.rounds:
         raise PreemptedError(f"stopped after {saved_now}; the same command goes on from there.")
+    if not federation.norms and not (path / "summary.json").exists():
+        federation.evaluate(last)  # it was stopped between its last round and its end
     return simulation.make_result(federation, last, history)
 
 

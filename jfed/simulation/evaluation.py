@@ -176,11 +176,14 @@ def make_evaluator(tier: Tier, mesh: Mesh, measure: Measure | None = None) -> ja
     0: for its full tier that is the server's whole model, what the paper reports.
 
     Returns:
-      A jitted `evaluate(variables, setting, calibration, test) -> Metrics`, sums over the test set;
-      `correct` and `examples` are int32, since float32 counts to 2^24 only.
+      A jitted `evaluate(variables, setting, calibration, test) -> (Metrics, Statistics | None)`:
+      sums over the test set, of which `correct` and `examples` are int32, since float32 counts to
+      2^24 only; and the norms' statistics that it tested with.
     """
 
-    def evaluate(variables: Params, setting: Any, calibration: Examples, test: Examples) -> Metrics:
+    def evaluate(
+        variables: Params, setting: Any, calibration: Examples, test: Examples
+    ) -> tuple[Metrics, Statistics | None]:
         model, params = tier.bound(setting), tier.extract(variables, 0)
         statistics = recalibrate(model, params, calibration, AXIS)
 
@@ -203,7 +206,8 @@ def make_evaluator(tier: Tier, mesh: Mesh, measure: Measure | None = None) -> ja
 
         like = jax.eval_shape(count, test.batches[0], test.real[0])
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return jax.lax.psum(jax.lax.scan(add, nothing, (test.batches, test.real))[0], AXIS)
+        total, _ = jax.lax.scan(add, nothing, (test.batches, test.real))
+        return jax.lax.psum(total, AXIS), statistics
 
     examples = Examples(Images(*(EVERYWHERE,) * 4), SPREAD, SPREAD)  # type: ignore[arg-type]
     specs = (EVERYWHERE, EVERYWHERE, examples, examples)

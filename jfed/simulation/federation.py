@@ -26,7 +26,7 @@ from jfed.algorithms.privacy import (
 )
 from jfed.algorithms.servers import ServerConfig, client_weights
 from jfed.data import Dataset, check_partition, class_counts
-from jfed.data.preprocessing import Augmentation, Images, channel_moments
+from jfed.data.preprocessing import Augmentation, Images, ModelInputs, channel_moments
 from jfed.engine import debug
 from jfed.engine.devices import (
     EVERYWHERE,
@@ -200,6 +200,7 @@ class Federation:
             self._mesh,
         )
         self._groups = self._make_groups(data, like)
+        self.norms: dict[str, Any] = {}  # statistics of each evaluated tier, as last measured
         self._place(data)
 
     def _be_private(
@@ -321,6 +322,8 @@ class Federation:
         size, count = self.evaluation.batch_size, self.evaluation.calibration_examples
         chosen = generator(self.seed, "calibration").permutation(len(data.train))[:count]
         moments = channel_moments(data.train.images)
+        pixels = str(data.train.images.dtype)
+        self.inputs = ModelInputs(data.image_shape, *moments, data.class_names, pixels)
         everywhere = functools.partial(put, mesh=self._mesh, spec=EVERYWHERE)
         spread = functools.partial(put, mesh=self._mesh, spec=SPREAD)
         train, test = (
@@ -542,7 +545,8 @@ class Federation:
                 found[self.evaluated[member].name] = program(
                     state.server.variables, self._settings[member], self._calibration, self._test
                 )
-        return {tier.name: found[tier.name] for tier in self.evaluated}
+        self.norms = {name: statistics for name, (_, statistics) in found.items()}
+        return {tier.name: found[tier.name][0] for tier in self.evaluated}
 
     def _local_arguments(self, state: State, number: int, chunk: Chunk) -> tuple[Any, ...]:
         """The arguments of the program that tests clients on examples of their own."""

@@ -5,25 +5,31 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Float, Shaped
 
-from jfed.engine.devices import EngineConfig
+from jfed.data import Dataset, Split
+from jfed.data.preprocessing import ModelInputs
+from jfed.engine.devices import EngineConfig, to_host
 from jfed.errors import (
     CallbackError,
     ConfigError,
     DeviceMemoryError,
     DivergedError,
     check_sequence,
+    check_type,
     name_of,
 )
-from jfed.models.model import Params
+from jfed.models.model import Params, Statistics
 from jfed.simulation.federation import Federation, State
+from jfed.simulation.prediction import Predictor, Test, score
 from jfed.simulation.records import Record
 from jfed.simulation.under_way import UnderWay
-from jfed.tiers import Tier, Tiers
+from jfed.tiers import Iterations, Tier, Tiers
 from jfed.tiers.communication import Traffic
 
 # Rounds that may be under way on the devices while the host waits for an older one's metrics.
@@ -45,6 +51,9 @@ class Result:
       engine: devices, lanes and mapping that were used.
       memory: what a client remembers after the last round, by its number; None where the algorithm
         keeps nothing of the clients, and in a result that was loaded.
+      norms: the statistics of batch norms that each evaluated tier was last tested with, by name;
+        None for models without.
+      inputs: what its models take; None where `jfed.load` cannot know it.
     """
 
     history: tuple[Record, ...]
@@ -55,6 +64,53 @@ class Result:
     compile_seconds: float
     engine: EngineConfig
     memory: Callable[[int], Any] | None = None
+    norms: Mapping[str, Statistics | None] = dataclasses.field(default_factory=dict)
+    inputs: ModelInputs | None = None
+
+    def predict(
+        self,
+        images: Shaped[np.ndarray, "N ..."],
+        *,
+        tier: str | None = None,
+        iterations: Iterations | None = None,
+        solver: str | None = None,
+        batch_size: int = 250,
+    ) -> Float[np.ndarray, "N classes"]:
+        """The probabilities of each class, float32.
+
+        Args:
+          images: `[N, H, W, C]` as those that were trained on, in the same units; they are
+            normalised as those were.
+          tier: an evaluated tier, by its name; by default the last that clients ran.
+          iterations: in place of it, for tiers of iteration counts: a count that was tested.
+          solver: that takes them, by default the one that was trained.
+          batch_size: images at a time.
+
+        Raises:
+          ConfigError: there is no such tier, or it was not tested, so that its norms are unknown.
+          DataError: images of another shape.
+        """
+        predictor = self._predictor()
+        chosen = predictor.choose(tier, iterations, solver)
+        return predictor.probabilities(chosen, images, batch_size)
+
+    def evaluate(self, data: Split | Dataset, **options: Any) -> Test:
+        """How the model does on other examples.
+
+        Args:
+          data: a split, or a data set, of which the test split is taken.
+          **options: see `predict`.
+        """
+        split = data.test if isinstance(data, Dataset) else check_type("data", data, Split)
+        return score(self.predict(split.images, **options), split)
+
+    def _predictor(self) -> Predictor:
+        if self.tiers is None or self.inputs is None:
+            raise ConfigError(
+                "the result does not know its tiers: load it with those that it was trained with, "
+                "jfed.load(workdir, tiers), from a run that has finished."
+            )
+        return Predictor(self.tiers, self.evaluated, self.variables, self.norms, self.inputs)
 
     @property
     def accuracies(self) -> dict[str, float]:
@@ -113,6 +169,8 @@ def make_result(federation: Federation, state: State, history: Sequence[Record])
         compile_seconds=federation.compile_seconds,
         engine=federation.engine,
         memory=federation.recall(state),
+        norms=to_host(federation.norms),
+        inputs=federation.inputs,
     )
 
 
