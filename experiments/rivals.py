@@ -4,7 +4,7 @@
 
 gives every method three tiers of equal shares of the clients, IID, its authors' networks, weights
 of the mean, algorithm and gradient clipping, and the best of three learning rates, each tried once
-with a seed of its own; the rest is the preset's. NeFL's clients draw a tier next to their own in
+with a seed of its own and chosen by its test accuracy; the rest is the preset's. NeFL's clients draw a tier next to their own in
 each round, and DepthFL's distillation rises over 0.3 of the rounds, as in their papers. No two
 budgets are equal at once, so the ODENet comes twice. "ode" has no more parameters than the ResNet:
 every client sends all of them, and computes 2 to 5 times as much as a rival's. "ode, fewer FLOPs"

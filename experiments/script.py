@@ -30,7 +30,7 @@ _SEARCH_SEED = 1000
 
 def best_rates(
     arms: study.Arms, rates: Sequence[float], folder: pathlib.Path, workers: int | None
-) -> tuple[study.Arms, dict[str, dict[str, float]]]:
+) -> tuple[study.Arms, dict[str, dict[str, float | None]]]:
     """The arms, each with the best of the learning rates, and what to tell of that in the table."""
     tried = {
         f"{arm}, rate {rate:g}": config.replace(learning_rate=rate)
@@ -39,15 +39,16 @@ def best_rates(
     }
     runs, _ = study.run_all(tried, folder / "search", seeds=[_SEARCH_SEED], workers=workers)
     accuracy = {run.arm: run.average for run in runs}
-    print("Learning rates tried, mean accuracy of the tiers in %:")
+    print("Learning rates tried, mean test accuracy of the tiers:")
     best, told = {}, {}
     for arm, config in arms.items():
-        found = {rate: accuracy.get(f"{arm}, rate {rate:g}", 0.0) for rate in rates}
-        rate = max(found, key=found.__getitem__)
+        found = {rate: accuracy.get(f"{arm}, rate {rate:g}") for rate in rates}
+        rate = max(rates, key=lambda r, found=found: found[r] or 0.0)  # type: ignore[misc]
         best[arm] = config.replace(learning_rate=rate)
         told[arm] = {"learning_rate": rate}
-        told[arm] |= {f"at_rate_{r:g}": round(a, 6) for r, a in found.items()}
-        print(f"  {arm}: " + ", ".join(f"{100 * a:.2f} at {r:g}" for r, a in found.items()))
+        told[arm] |= {f"at_rate_{r:g}": a and round(a, 6) for r, a in found.items()}
+        shown = [f"{'diverged' if a is None else f'{a:.2%}'} at {r:g}" for r, a in found.items()]
+        print(f"  {arm}: {', '.join(shown)}")
     return best, told
 
 
@@ -67,8 +68,8 @@ def main(
       baseline: see `jfed.reports.tables.arm_table`.
       target: likewise; or by scale.
       rates: learning rates that every arm is tried with first, each once, with a seed of their own;
-        the table is of the best one, by the mean accuracy of the trained tiers. None are tried at
-        the smoke scale.
+        the table is of the best one, by the mean test accuracy of the trained tiers, which is told
+        in the table. None are tried at the smoke scale.
     """
     name = pathlib.Path(script).stem
 
@@ -99,7 +100,7 @@ def main(
             found = [line | told | chosen.get(line["arm"], {}) for line in report.lines(done, goal)]
             files.write_csv(found, table)
 
-        every, chosen = arms(scale), dict[str, dict[str, float]]()
+        every, chosen = arms(scale), dict[str, dict[str, float | None]]()
         if rates and scale != "smoke":
             every, chosen = best_rates(every, rates, folder, workers)
         found, diverged = study.run_all(every, folder, seeds=seeds, workers=workers, on_run=write)

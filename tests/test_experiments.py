@@ -16,6 +16,7 @@ from jfed.models.convolutions.convolution import FORMS
 from jfed.models.flops import forward_flops
 from jfed.models.presets import NetworkConfig
 from jfed.provenance import cores
+from jfed.runs.config import run_preset
 from jfed.tiers import make_tiers
 from jfed.tiers.communication import tree_size
 
@@ -135,3 +136,17 @@ def test_convolution_forms(tmp_path, compiled):
     assert line["auto"] in FORMS
     forms = ["im2col", "winograd2", "xla", *["auto, devices"] * (len(cores()) > 1)]
     assert all(float(line[form]) > 0 for form in forms)
+
+
+@pytest.mark.slow
+def test_the_best_learning_rate_is_taken(tmp_path, monkeypatch, compiled):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
+    script = load("script", monkeypatch)
+    arms = {"one": run_preset("smoke").replace(rounds=3, train_examples=400)}
+    best, told = script.best_rates(arms, (1e-6, 0.2), tmp_path, workers=1)
+    assert best["one"].client.learning_rate == told["one"]["learning_rate"] == 0.2
+    assert told["one"]["at_rate_1e-06"] < told["one"]["at_rate_0.2"]
+    folders = sorted(path.name for path in (tmp_path / "search").iterdir())
+    assert folders == ["one,-rate-0.2", "one,-rate-1e-06"]
+    assert [p.name for p in (tmp_path / "search" / folders[0]).iterdir()] == ["1000"]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jfed.algorithms.algorithm import Algorithm
@@ -59,7 +59,10 @@ class AlgorithmConfig:
             object.__setattr__(self, "personal", tuple(self.personal))
         if self.name is None:
             for name, value in self.given().items():
-                raise ConfigError(f"{name} {value!r} needs an algorithm, got none.")
+                users = ", ".join(other for other in ALGORITHMS if name in _settings(other))
+                raise ConfigError(
+                    f"{name} {value!r} needs an algorithm that has it ({users}), got none."
+                )
             return
         own = _settings(one_of("algorithm", self.name, ALGORITHMS))
         for name, value in self.given().items():
@@ -92,7 +95,7 @@ def make_algorithm(
     config: AlgorithmConfig,
     client: ClientConfig,
     server: ServerConfig,
-    default: Mapping[str, Any] | None = None,
+    default: Sequence[tuple[str, Any]] = (("name", "fedavg"),),
 ) -> Algorithm:
     """The algorithm; ConfigError for a value that cannot work.
 
@@ -103,6 +106,6 @@ def make_algorithm(
       default: the settings of the one to take where `config` names none, see `Tiers.algorithm`.
     """
     if config.name is None:
-        config = AlgorithmConfig(**(default or {"name": "fedavg"}))
+        config = AlgorithmConfig(**dict(default))
     assert config.name is not None
     return _MAKERS[config.name](client, server, **config.given())

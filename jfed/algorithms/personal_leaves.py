@@ -19,7 +19,7 @@ from jfed.errors import ConfigError, check_sequence, check_share
 from jfed.models.model import Params, path_name
 from jfed.tiers.parts import map_parts
 
-CLASSIFIERS = ("*classifier*", "*exits*")  # of jfed's networks
+CLASSIFIERS = ("*classifier*",)  # of jfed's networks
 NORMS = ("*norm*",)
 
 

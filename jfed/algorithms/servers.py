@@ -15,8 +15,7 @@ from jfed.algorithms.optimizers import (
     try_optimizer,
 )
 from jfed.errors import ConfigError, calling, check_number, name_of, one_of
-
-WEIGHTS = ("examples", "count")
+from jfed.tiers.tier import WEIGHTS
 
 
 @dataclasses.dataclass(frozen=True)

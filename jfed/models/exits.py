@@ -37,11 +37,13 @@ class DepthwiseConv(nnx.Module):
     def __init__(self, channels: int, style: Style, rngs: nnx.Rngs, *, stride: int = 1) -> None:
         init = nnx.initializers.he_normal()
         self.kernel = nnx.Param(init(rngs.params(), (3, 3, 1, channels)))
-        self.stride, self.dtype = stride, style.dtype
+        self.stride, self.dtype, self.form = stride, style.dtype, style.form
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo C"]:
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        return conv(x, kernel, stride=self.stride, padding="SYMMETRIC", groups=x.shape[-1])
+        form = self.form if self.form == "xla" else "auto"  # the others are of dense ones
+        groups = x.shape[-1]
+        return conv(x, kernel, stride=self.stride, padding="SYMMETRIC", groups=groups, form=form)
 
 
 class Halving(nnx.Module):
@@ -86,6 +88,19 @@ class BottleneckExit(nnx.Module):
         return self.classifier(x), used
 
 
+class LinearExit(nnx.Module):
+    """A classifier alone."""
+
+    def __init__(self, width: int, classes: int, rngs: nnx.Rngs) -> None:
+        self.classifier = Classifier(width, classes, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+    ) -> tuple[Float[Array, "B classes"], Any]:
+        del mask, given
+        return self.classifier(x), {}
+
+
 class ExitResNet(Trunk):
     """The first stages of a ResNet, and after each of them a classifier."""
 
@@ -98,22 +113,26 @@ class ExitResNet(Trunk):
         made: list[nnx.Module] = []
         for k, width in enumerate(cut.widths):
             if exits == "linear" or k == len(config.widths) - 1:
-                made.append(Classifier(width, config.classes, rngs))
+                made.append(LinearExit(width, config.classes, rngs))
             else:
                 made.append(BottleneckExit(config.widths[k:], config.classes, style, rngs))
         self.exits = nnx.List(made)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+        self,
+        x: Float[Array, "B H W C"],
+        mask: Mask | None,
+        given: Any,
+        *,
+        every: bool = True,
     ) -> tuple[Float[Array, "exits B classes"], Any]:
+        """The logits of every exit, or of the deepest alone."""
         outputs, used = self.features(x, mask, given)
         logits = []
         for k, (leave, z) in enumerate(zip(self.exits, outputs, strict=True)):
-            if isinstance(leave, Classifier):
-                found = leave(z)
-            else:
+            if every or k == len(outputs) - 1:
                 found, used[f"exit{k}"] = leave(z, mask, given and given[f"exit{k}"])
-            logits.append(found)
+                logits.append(found)
         return jnp.stack(logits), used
 
 
@@ -135,7 +154,16 @@ def exit_resnet(
       ensemble: test by the mean of all exits' logits, not by the deepest exit.
     """
     depth = len(config.widths) if depth is None else depth
-    every = network(lambda rngs: ExitResNet(config, depth, exits, rngs), config.norm)
+
+    def create(rngs: nnx.Rngs) -> ExitResNet:
+        return ExitResNet(config, depth, exits, rngs)
+
+    def deepest(module: ExitResNet, *given: Any, record: bool) -> Any:
+        del record
+        return module(*given, every=False)
+
+    every = network(create, config.norm)
+    tested = every if ensemble else network(create, config.norm, deepest)
 
     def apply(
         params: Params,
@@ -143,7 +171,6 @@ def exit_resnet(
         mask: Mask | None = None,
         statistics: Statistics | None = None,
     ) -> Float[Array, "B classes"]:
-        logits = every.apply(params, images, mask, statistics)
-        return logits.mean(0) if ensemble else logits[-1]
+        return tested.apply(params, images, mask, statistics).mean(0)
 
-    return Exits(dataclasses.replace(every, apply=apply), every.apply)
+    return Exits(dataclasses.replace(tested, apply=apply), every.apply)

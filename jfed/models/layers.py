@@ -1,4 +1,4 @@
-"""Layers shared by the ResNet and the ODENet: convolution, norm, the residual block, the head.
+"""Layers shared by the networks: convolutions, norms, pooling, the head.
 
 Norms are functional: a layer returns the moments that it used beside its output, and takes moments
 to use instead of the batch's own. So training is a pure function, and any iteration count can get
@@ -187,6 +187,11 @@ def max_pool(
     x: Float[Array, "B H W C"], window: int, *, stride: int, padding: int = 0
 ) -> Float[Array, "B Ho Wo C"]:
     """The largest value of each window; what is padded is smaller than all."""
+    if min(x.shape[1:3]) + 2 * padding < window:
+        raise ConfigError(
+            f"max-pooling of {window}x{window} does not fit into {x.shape[1]}x{x.shape[2]}: the "
+            "images are too small for the network."
+        )
     for axis in (1, 2):  # slices, as XLA's own gradient of a pooling is slow on a CPU
         pads = [(padding, padding) if i == axis else (0, 0) for i in range(4)]
         padded = jnp.pad(x, pads, constant_values=-jnp.inf)

@@ -84,8 +84,9 @@ def simulate(
       draw_tiers: each sampled client draws its tier anew in each round among those at most so many
         places from its own in `tiers.members`, with `shares` as probabilities (NeFL, arXiv
         2308.07761, has 2); 0: it keeps its own. Clients without a tier keep none.
-      algorithm: what clients and server do, see `jfed.algorithms.Algorithm`; FedAvg with the
-        optimizers of `client` and `server` by default. Another one has optimizers of its own; the
+      algorithm: what clients and server do, see `jfed.algorithms.Algorithm`; by default what the
+        method's authors train with, FedAvg with the optimizers of `client` and `server` for all but
+        DepthFL. Another one has optimizers of its own; the
         rest is still that of `client` (epochs, batches, learning rate and its schedule) and
         of `server` (weights, aggregator).
       client: how clients train.

@@ -238,7 +238,10 @@ def _smoke() -> RunConfig:
 _PRESETS: dict[str, Callable[[], RunConfig]] = {
     "digits": _digits,
     "cifar10-flexible": _cifar10,
-    "cifar10-resnet": lambda: _cifar10().replace(model="resnet-56", iterations=None),
+    # Clients weigh as in its twin, the ODENet.
+    "cifar10-resnet": lambda: _cifar10().replace(
+        model="resnet-56", iterations=None, weights="count"
+    ),
     "cifar10-small": _cifar10_small,
     "smoke": _smoke,
 }

@@ -42,6 +42,10 @@ def inputs(data: Dataset, federation: Federation) -> dict[str, Any]:
         },
         "partition": {"clients": len(partition), "digest": digest(partition)},
         "tiers": of_tiers(federation.tiers),
+        "method": {
+            "weights": as_json(federation.server.weights),
+            "algorithm": federation.algorithm.name,
+        },
         "traffic": {name: list(sent) for name, sent in federation.traffic.items()},
         **({} if started is None else {"weights": started}),
     }

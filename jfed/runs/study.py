@@ -18,7 +18,13 @@ import jax
 
 from jfed import files
 from jfed.data import load
-from jfed.errors import ConfigError, DeviceMemoryError, DivergedError, check_integer
+from jfed.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    DivergedError,
+    check_integer,
+    check_sequence,
+)
 from jfed.provenance import cores
 from jfed.reports import finished
 from jfed.reports.finished import FinishedRun
@@ -27,6 +33,7 @@ from jfed.runs import running as runs
 from jfed.runs.assembly import set_up
 from jfed.runs.compiled import keep_compiled
 from jfed.runs.config import RunConfig
+from jfed.seeds import check_seed
 from jfed.settings import as_json
 
 Arms = Mapping[str, RunConfig]
@@ -63,7 +70,12 @@ def run_all(
       RunFolderError: a folder belongs to other settings.
       JfedError: see `jfed.runs.running.run`.
     """
-    chosen = range(check_integer("seeds", seeds, least=1)) if isinstance(seeds, int) else seeds
+    if isinstance(seeds, Sequence):
+        chosen: Sequence[int] = [check_seed(seed) for seed in check_sequence("seeds", seeds)]
+    else:
+        chosen = range(check_integer("seeds", seeds, least=1))
+    if not chosen:
+        raise ConfigError(f"an experiment needs at least one seed, got {seeds!r}.")
     jobs = _jobs(arms, pathlib.Path(workdir), chosen)
     found: dict[_Key, FinishedRun] = {}
     for key, (config, path) in jobs.items():

@@ -7,12 +7,15 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jfed.errors import ConfigError
+from jfed.models.model import Params
 from jfed.models.ode_nets import is_norm, is_step
 from jfed.models.presets import ModelConfig
 from jfed.models.resnets import Blocks, ResNetConfig, resnet
@@ -40,26 +43,71 @@ def nefl(config: ModelConfig, submodels: Mapping[str, Submodel]) -> Tiers:
     `dirichlet-balanced` with alpha 0.5. Its ResNet-18 and 34 have the entry "3x3-pool", its
     ResNet-56 and 110 projection shortcuts.
 
-    Differs from the authors' code (honggkang/nested-federated-learning) in: what no client of a
-    round trained keeps its value, where theirs becomes zero; a block that is left out does not
-    exist, where theirs is computed and multiplied by zero; batch norms are tested with statistics
-    measured on training images of the server, not with averages of the clients' running ones;
-    convolutions of all networks start from He's normal, theirs only in ResNet-56 and 110.
+    As in the authors' code, the projection of a block that is left out is trained by the tier, but
+    not averaged: it is that of the tiers which have the block.
+
+    Differs from the authors' code (honggkang/nested-federated-learning) in: a block that no client
+    of a round trained keeps its value, where theirs becomes zero (channels that nobody trained keep
+    theirs in both); a block that is left out does not exist, where theirs is computed and
+    multiplied by zero; batch norms are tested with statistics measured on training images of the
+    server, not with averages of the clients' running ones; convolutions start from He's normal by
+    fan-in and the classifier from LeCun's, where theirs start from PyTorch's defaults, and all
+    layers of ResNet-56 and 110 from He's.
+
+    Args:
+      config: the network.
+      submodels: a tier's name, and the share of the channels that it has, and the kept blocks of
+        each stage by number, or None for all.
 
     Raises:
       ConfigError: channels or blocks that the network does not have.
     """
-    config = check_resnet("nefl", config)
-    if not submodels:
-        raise ConfigError(f"nefl needs an entry for each tier, got {submodels!r}.")
-    config = dataclasses.replace(config, learn_steps=True)
-    models = {
-        title: resnet(dataclasses.replace(narrow(config, width), kept=kept))
-        for title, (width, kept) in submodels.items()
-    }
-    members = tuple(select(title, model, is_inconsistent) for title, model in models.items())
+    config = dataclasses.replace(check_resnet("nefl", config), kept=None, learn_steps=True)
+    networks = {title: _network(config, title, one) for title, one in _named(submodels)}
+    models = {title: resnet(network) for title, network in networks.items()}
+    members = tuple(
+        dataclasses.replace(
+            select(title, model, is_inconsistent), mask=_without_lone_projections(networks[title])
+        )
+        for title, model in models.items()
+    )
     init = init_of(resnet(config), list(models.items()), is_inconsistent)
     return Tiers(init, members, kind="tier", weights="count")
+
+
+def _named(submodels: Mapping[str, Submodel]) -> list[tuple[str, Submodel]]:
+    if not isinstance(submodels, Mapping) or not submodels:
+        raise ConfigError(f"nefl needs a submodel for each tier by its name, got {submodels!r}.")
+    return list(submodels.items())
+
+
+def _network(config: ResNetConfig, title: str, submodel: Submodel) -> ResNetConfig:
+    """The network of a tier, without the channels and the blocks that it lacks."""
+    if not isinstance(submodel, tuple | list) or len(submodel) != 2:
+        raise ConfigError(f"tier {title!r} needs a share and blocks, got {submodel!r}.")
+    width, kept = submodel
+    return dataclasses.replace(narrow(config, width), kept=kept)
+
+
+def _without_lone_projections(
+    config: ResNetConfig,
+) -> Callable[[Params, Any], Params] | None:
+    """The mask of a tier that trains shortcuts of blocks it lacks; None where there are none."""
+    alone = {
+        f"stages/{k}/block{i}/projection/conv/kernel"
+        for (k, i), shape in config.shapes().items()
+        if shape.changes and not config.keeps(k, i)
+    }
+    if not alone or config.shortcut != "projection":
+        return None
+
+    def mask(like: Params, setting: Any) -> Params:
+        del setting
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jnp.full(leaf.shape, name(path) not in alone, leaf.dtype), like
+        )
+
+    return mask
 
 
 def nefl_d(config: ModelConfig, ratios: Sequence[float | Blocks] | None = None) -> Tiers:
@@ -76,13 +124,14 @@ def nefl_d(config: ModelConfig, ratios: Sequence[float | Blocks] | None = None) 
       ConfigError: blocks that the network does not have; ratios that are out of reach, with those
         that are not; no ratios for a network of which the paper has no submodels.
     """
-    config = check_resnet("nefl-d", config)
+    config = dataclasses.replace(check_resnet("nefl-d", config), kept=None)
     published = _published(config, DEPTHS)
     given = _entries("nefl-d", config, ratios, RATIOS if published else None)
     found: dict[str, Submodel] = {}
     for entry in given:
-        if isinstance(entry, int | float):
-            blocks: Any = published.get(check_ratio(entry)) or blocks_for(config, entry)
+        if isinstance(entry, numbers.Real):
+            ratio = check_ratio(float(entry))
+            blocks: Any = published.get(round(ratio, 6)) or blocks_for(config, ratio)
             _add(found, f"{entry:g}", (1.0, blocks))
         else:
             kept = dataclasses.replace(config, kept=entry).kept
@@ -98,10 +147,11 @@ def nefl_w(config: ModelConfig, ratios: Sequence[float] = RATIOS) -> Tiers:
       config: the network.
       ratios: of the network's parameters, about; one a tier.
     """
-    config = check_resnet("nefl-w", config)
+    config = dataclasses.replace(check_resnet("nefl-w", config), kept=None)
     found: dict[str, Submodel] = {}
     for ratio in _entries("nefl-w", config, ratios, None):
-        _add(found, f"{ratio:g}", (math.sqrt(check_ratio(ratio)), None))
+        share = math.sqrt(check_ratio(ratio))
+        _add(found, f"{ratio:g}", (share, None))
     return nefl(config, found)
 
 
@@ -112,17 +162,18 @@ def nefl_wd(config: ModelConfig, ratios: Sequence[float] = RATIOS) -> Tiers:
       config: ResNet-18, 34, 56 or 110.
       ratios: of the network's parameters, of those that the authors' code has submodels for.
     """
-    config = check_resnet("nefl-wd", config)
+    config = dataclasses.replace(check_resnet("nefl-wd", config), kept=None)
     published = _published(config, WIDTHS_AND_DEPTHS)
     found: dict[str, Submodel] = {}
     for ratio in _entries("nefl-wd", config, ratios, None):
-        if check_ratio(ratio) not in published:
+        submodel = published.get(round(check_ratio(ratio), 6))
+        if submodel is None:
             raise ConfigError(
                 f"NeFL-WD has no submodel of ratio {ratio!r} of a network of {config.blocks} "
                 f"blocks; the paper's have {tuple(published) or 'none'}. Name its channels and "
                 "blocks by jfed.tiers.nefl(config, {name: (width, blocks)})."
             )
-        _add(found, f"{ratio:g}", published[ratio])
+        _add(found, f"{ratio:g}", submodel)
     return nefl(config, found)
 
 

@@ -28,7 +28,7 @@ def _full(network: ModelConfig, iterations: tuple[Iterations, ...] | None = None
     counts = iterations or (network.iterations,)
     if len(counts) > 1:
         raise ConfigError(f"the full model has one entry of iterations, got {counts!r}.")
-    return ode(network, counts)
+    return dataclasses.replace(ode(network, counts), weights="examples")  # as of any network
 
 
 def _exclusive(

@@ -1,5 +1,7 @@
 """The submodels of NeFL's authors (honggkang/nested-federated-learning, `NeFL_wd_sepcs.py`).
 
+Their script `utils/getData.py` has the same, but for ResNet-18 in NeFL-D, where four others follow.
+
 By the blocks of the network's stages (ResNet-18, 34, 56, 110), then by the ratio of the parameters
 that they are called by. (The 0.6 of ResNet-34 in NeFL-WD has 0.56 of them: the list has a block
 less than the share beside it.)

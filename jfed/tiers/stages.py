@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jfed.errors import ConfigError, check_integer, check_number, one_of
+from jfed.errors import ConfigError, check_integer, check_number, check_sequence, one_of
 from jfed.models.exits import EXITS, Exits, exit_resnet
 from jfed.models.losses import Batch, Loss, Metrics, cross_entropy
 from jfed.models.model import Model, Params
@@ -43,7 +43,8 @@ def depthfl(
     Differs from the authors' code (Flower's baseline `depthfl`) in: batch norms are tested with
     statistics measured on training images of the server, not with running averages that are
     averaged over clients; their target of the divergence has 1e-7 added to each probability;
-    convolutions start from He's normal by fan-in, theirs by fan-out.
+    convolutions start from He's normal by fan-in and classifiers from LeCun's, theirs by
+    fan-out and from PyTorch's default.
 
     Args:
       config: the network.
@@ -64,10 +65,15 @@ def depthfl(
     one_of("exits", exits, EXITS)
     check_number("distillation", distillation, least=0.0)
     check_integer("ramp", ramp, least=0)
+    if config.kept is not None:
+        raise ConfigError(f"depthfl needs a network with all its blocks, got kept {config.kept!r}.")
     check_number("temperature", temperature, above=0.0)
     stages = len(config.widths)
     depths = range(1, stages + 1) if depths is None else depths
-    depths = [check_integer("depths", depth, least=1, most=stages) for depth in depths]
+    depths = [
+        check_integer("depths", depth, least=1, most=stages)
+        for depth in check_sequence("depths", depths)
+    ]
     if not depths:
         raise ConfigError("depths must name at least one tier, got none.")
     most = max(depths)
@@ -80,13 +86,14 @@ def depthfl(
 
     members = tuple(select(str(depth), model(depth), _nothing) for depth in depths)
     whole = exit_resnet(config, exits=exits, ensemble=True).model
+    ensemble = select("ensemble", whole, _nothing)
     return Tiers(
         init_of(whole, (), _nothing),
         members,
-        tested=(select("ensemble", whole, _nothing),),
+        tested=(ensemble,) if most > 1 else (),  # of one exit it is that exit
         kind="stages",
         weights="count",
-        algorithm={"name": "feddyn", "alpha": _ALPHA, "h_over": "clients"},
+        algorithm=(("name", "feddyn"), ("alpha", _ALPHA), ("h_over", "clients")),
     )
 
 

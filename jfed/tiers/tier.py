@@ -5,7 +5,7 @@ tells which entries the tier owns.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jfed.errors import ConfigError, check_integer, check_number, check_sequence
+from jfed.errors import ConfigError, check_integer, check_number, check_sequence, one_of
 from jfed.models.model import Model, Params
 from jfed.seeds import generator
 
+WEIGHTS = ("examples", "count")  # how clients weigh in a mean
 Round = Any  # a round's number, from 0: an int, or a traced int32 scalar
 
 
@@ -113,8 +114,8 @@ class Tiers:
       kind: what the tiers' names tell, such as "iterations": a heading of tables and figures.
       weights: of clients in the mean where `ServerConfig.weights` is None, as the method's authors
         have them.
-      algorithm: the settings of `AlgorithmConfig` that the method's authors train with, where no
-        algorithm is given.
+      algorithm: the settings of `AlgorithmConfig`, by name, that the method's authors train with,
+        where no algorithm is given.
       weights_digest: of the weights that `init` gives, where it gives some, see `start_from`; by it
         a run folder knows them again.
     """
@@ -126,7 +127,7 @@ class Tiers:
     idle: float = 0.0
     kind: str = "tier"
     weights: str = "examples"
-    algorithm: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "fedavg"})
+    algorithm: tuple[tuple[str, Any], ...] = (("name", "fedavg"),)
     weights_digest: str | None = None
 
     def __post_init__(self) -> None:
@@ -136,6 +137,7 @@ class Tiers:
             raise ConfigError("a federation needs at least one tier, got none.")
         if check_number("idle", self.idle, least=0.0) >= 1:
             raise ConfigError(f"idle must leave some clients to train, got {self.idle!r}.")
+        one_of("weights", self.weights, WEIGHTS)
         names = [tier.name for tier in (*self.members, *self.tested)]
         if len(set(names)) < len(names):
             raise ConfigError(f"tiers must have different names, got {names}.")

@@ -41,7 +41,11 @@ def heterofl(config: ModelConfig, ratios: Sequence[float], *, scaler: bool = Tru
 
     Differs from the authors' code (diaoenmao/HeteroFL) in: it averages the classifier's weights of
     a class over clients with examples of it only, jfed over all owners; theirs measures the norms'
-    statistics on all training images, jfed on some of them (`calibration_examples`).
+    statistics on all training images, jfed on some of them (`calibration_examples`); theirs deals
+    tiers to clients by their numbers, or in each round anew, jfed at random and once
+    (`--draw-tiers`); convolutions start from He's normal and the classifier from LeCun's, where
+    theirs start from PyTorch's defaults. Their rate falls to a tenth after rounds 150 and 250 (300
+    and 500 where not IID).
 
     Args:
       config: the network, a ResNet, an ODENet, or HeteroFL's own convolutional one.
@@ -76,8 +80,9 @@ def fedrolex(config: ModelConfig, ratios: Sequence[float], *, scaler: bool = Tru
     `torch.roll(arange(K), j)`, where the paper's formula and jfed roll forwards; with `--overlap`
     it also orders the channels of each layer anew in almost every round, which the paper does not
     (512 rounds between two orders were meant); it averages the classifier's weights of a class over
-    clients with examples of it only. Its IID clients get a random order of the images; its tiers
-    are dealt to clients by their numbers, jfed's at random.
+    clients with examples of it only; it tests norms with the moments of each test batch, jfed with
+    statistics measured on training images; its tiers are dealt to clients by their numbers, jfed's
+    at random; and in initialisation, as HeteroFL.
 
     Args:
       config: the network.

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jfed.models.layers import Norm, ResidualBlock, SeparableTimeConv, Style, TimeConv
+from jfed.errors import ConfigError
+from jfed.models.blocks import ResidualBlock, Shape
+from jfed.models.layers import Norm, SeparableTimeConv, Style, TimeConv, max_pool
 from jfed.models.model import Moments
 
 
@@ -100,7 +102,11 @@ def test_separable_time_convolution_is_depthwise_then_pointwise():
 def test_residual_block_adds_its_shortcut(shortcut, bottleneck):
     """With the last norm's scale at zero only the shortcut is left."""
     block = ResidualBlock(
-        8, 16, Style(norm="group"), nnx.Rngs(0), stride=2, shortcut=shortcut, bottleneck=bottleneck
+        Shape(8, 16, 2),
+        Style(norm="group"),
+        nnx.Rngs(0),
+        shortcut=shortcut,
+        bottleneck=bottleneck,
     )
     block.layers[-1].norm.scale[...] = jnp.zeros(16)
     x = jax.random.normal(jax.random.key(1), (2, 6, 6, 8))
@@ -111,3 +117,18 @@ def test_residual_block_adds_its_shortcut(shortcut, bottleneck):
         conv = _conv(x, block.projection.conv.kernel[...], stride=2)
         expected, _ = block.projection.norm(conv, None, None)
     np.testing.assert_allclose(y, jnp.maximum(expected, 0), atol=1e-4)
+
+
+@pytest.mark.parametrize(("window", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 0)])
+@pytest.mark.parametrize("size", [7, 8])
+def test_max_pooling_equals_xla(window, stride, padding, size):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, size, size + 2, 3)), jnp.float32)
+    pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    shape = (1, window, window, 1), (1, stride, stride, 1)
+    expected = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, *shape, pads)
+    np.testing.assert_array_equal(max_pool(x, window, stride=stride, padding=padding), expected)
+
+
+def test_images_too_small_for_a_pooling_are_named():
+    with pytest.raises(ConfigError, match="2x2 does not fit into 1x4"):
+        max_pool(jnp.zeros((1, 1, 4, 2)), 2, stride=2)

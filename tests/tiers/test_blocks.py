@@ -4,17 +4,20 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_resnets import CONFIG, batch_of, classify, conv_norm, random_like, relu, stage
 
 from jfed import tiers as tiers_lib
+from jfed.engine.merging import Delivered, Group, Report, merge
 from jfed.errors import ConfigError
 from jfed.models import ResNetConfig, preset
 from jfed.models.exits import exit_resnet
 from jfed.models.model import initialise
 from jfed.tiers.blocks import blocks_for
 from jfed.tiers.communication import tree_size
+from jfed.tiers.published_submodels import DEPTHS, WIDTHS_AND_DEPTHS
 
 # The shares of the parameters that the authors give for their submodels, in comments of
 # https://github.com/honggkang/nested-federated-learning, NeFL_wd_sepcs.py.
@@ -197,3 +200,97 @@ def test_blocks_that_the_network_does_not_have_are_refused(blocks, message):
 def test_tiers_need_different_names():
     with pytest.raises(ConfigError, match="'1-1' twice"):
         tiers_lib.nefl_d(CONFIG, [((0,), (0,)), ((1,), (0,))])
+
+
+# Which blocks of each stage are kept, row by row of the authors' lists (`s2D`) but the last, full.
+S2D = {
+    "resnet-18": ["11 00 11 00", "11 11 00 10", "11 11 11 10", "10 11 00 11"],
+    "resnet-34": [
+        "100 1000 100000 100",
+        "111 1111 110001 100",
+        "111 1111 110001 101",
+        "111 1001 110001 111",
+    ],
+    "resnet-56": [
+        "110000000 110000000 110000000",
+        "111000000 111000000 111100000",
+        "111100000 111100000 111111000",
+        "111111111 111111110 111111100",
+    ],
+    "resnet-110": [
+        "111111111111111100 111100000000000000 111000000000000000",
+        "111111111111110000 111111100000000000 111111100000000000",
+        "111111111111111110 111111111111100000 111111111100000000",
+        "111111111111111100 111111111111111100 111111111111110000",
+    ],
+}
+S2D_WD = {
+    "resnet-18": ["11 11 11 10", "11 11 11 11", "11 11 11 11", "11 11 11 11"],
+    "resnet-34": [
+        "111 1001 100001 101",
+        "111 1001 111001 101",
+        "111 1111 111101 101",
+        "111 1111 111001 111",
+    ],
+    "resnet-56": [" ".join(["1" * n + "0" * (9 - n)] * 3) for n in (4, 6, 7, 8)],
+    "resnet-110": [" ".join(["1" * n + "0" * (18 - n)] * 3) for n in (8, 12, 14, 16)],
+}
+
+
+@pytest.mark.parametrize(("lists", "submodels"), [(S2D, DEPTHS), (S2D_WD, WIDTHS_AND_DEPTHS)])
+@pytest.mark.parametrize("name", S2D)
+def test_the_lists_are_those_of_the_authors(name, lists, submodels):
+    full = preset(name).blocks
+    for ratio, row in zip((0.2, 0.4, 0.6, 0.8), lists[name], strict=True):
+        expected = tuple(
+            tuple(i for i, kept in enumerate(stage) if kept == "1") for stage in row.split()
+        )
+        found = submodels[full][ratio]
+        assert (found if submodels is DEPTHS else found[1]) == expected
+    for one in submodels[full].values():
+        assert dataclasses.replace(preset(name), kept=one if submodels is DEPTHS else one[1]).kept
+
+
+def test_the_projection_of_a_block_left_out_is_not_averaged():
+    """As the authors' NeFedAvg gave: two clients of 0.2 whose weights are 1, a full one of 4."""
+    config = dataclasses.replace(
+        CONFIG, widths=(2, 3, 4, 5), blocks=(2, 2, 2, 2), shortcut="projection"
+    )
+    tiers = tiers_lib.nefl_d(config, (0.2, 1.0))
+    like = jax.eval_shape(tiers.init, jax.random.key(0))
+    groups = []
+    for tier, value, count in zip(tiers.members, (1.0, 4.0), (2, 1), strict=True):
+        part = jax.tree.map(lambda x, v=value * count: jnp.full(x.shape, v), tier.shapes(like))
+        if tier.mask is not None:
+            part = jax.tree.map(jnp.multiply, part, tier.mask(tier.shapes(like), ()))
+        report = Report((), jnp.arange(2) < count, jnp.zeros(2, bool))
+        weights = {"update": jnp.float32(jnp.arange(2) < count)}
+        groups.append(
+            Group([tier], Delivered({"update": part}, weights, report), jnp.zeros(2, int))
+        )
+    merged, _ = merge(like, groups)
+    shared = merged["update"]["shared"]
+    assert np.all(shared["stages/1/block0/projection/conv/kernel"] == 4)
+    assert np.all(shared["stages/0/block0/layers/0/conv/kernel"] == 2)
+    assert np.all(merged["update"]["own"]["0.2"]["stages/1/block0/projection/norm/scale"] == 1)
+
+
+def test_a_ratio_need_not_be_exact():
+    config = preset("resnet-18")
+    found = tiers_lib.nefl_d(config, [i * 0.2 for i in range(1, 6)])  # 0.6000000000000001
+    expected = tiers_lib.nefl_d(config)
+    assert _sizes(found) == _sizes(expected)
+    assert len(tiers_lib.nefl_wd(config, [i * 0.2 for i in range(1, 6)]).members) == 5
+
+
+@pytest.mark.parametrize(
+    ("submodels", "message"),
+    [
+        ({}, "a submodel for each tier by its name, got {}"),
+        ({"a": (1.5, None)}, r"at most 1, got 1\.5"),
+        ({"a": (1.0, ((0,), (9,)))}, "from 0 to 1, got 9"),
+    ],
+)
+def test_submodels_that_make_no_sense_are_refused(submodels, message):
+    with pytest.raises(ConfigError, match=message):
+        tiers_lib.nefl(CONFIG, submodels)

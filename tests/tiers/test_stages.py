@@ -23,7 +23,8 @@ from numpy_resnets import (
 from jfed import tiers as tiers_lib
 from jfed.algorithms.algorithm import Client
 from jfed.algorithms.training import local_training
-from jfed.models import preset
+from jfed.models import preset, resnet
+from jfed.models.flops import forward_flops
 from jfed.models.losses import Batch, training_loss
 from jfed.tiers.communication import tree_size
 from jfed.tiers.stages import mutual_divergence
@@ -42,7 +43,7 @@ def exits():
     logits = []
     for k, stride in enumerate((1, 2)):
         z = stage(z, [p["stages"][k][f"block{i}"] for i in range(CONFIG.blocks[k])], stride)
-        logits.append(classify(p["exits"][k], z))
+        logits.append(classify(p["exits"][k]["classifier"], z))
     return tiers, variables, batch, np.stack(logits)
 
 
@@ -165,8 +166,8 @@ def test_bottleneck_exits_are_those_of_a_separately_written_network():
     (ensemble,) = tiers.tested
     for tier, expected in (
         (tiers.members[0], shallow),
-        (deep, classify(p["exits"][1], z)),
-        (ensemble, (shallow + classify(p["exits"][1], z)) / 2),
+        (deep, classify(p["exits"][1]["classifier"], z)),
+        (ensemble, (shallow + classify(p["exits"][1]["classifier"], z)) / 2),
     ):
         logits = jax.jit(tier.model.apply)(tier.extract(variables, 0), batch.images)
         np.testing.assert_allclose(logits, expected, rtol=2e-3, atol=2e-3)
@@ -182,5 +183,17 @@ def test_tiers_have_the_parameters_of_the_authors_network():
 
 def test_depthfl_trains_by_feddyn_unless_told():
     tiers = tiers_lib.depthfl(CONFIG)
-    assert tiers.algorithm == {"name": "feddyn", "alpha": 0.1, "h_over": "clients"}
+    assert dict(tiers.algorithm) == {"name": "feddyn", "alpha": 0.1, "h_over": "clients"}
     assert tiers.weights == "count"
+
+
+def test_a_tier_is_tested_by_its_deepest_exit_alone():
+    """Its FLOPs are those of a plain ResNet, and one exit makes no ensemble."""
+    tiers = tiers_lib.depthfl(preset("resnet-20"))
+    like = jax.eval_shape(tiers.init, jax.random.key(0))
+    deep = tiers.members[-1]
+    plain = resnet(preset("resnet-20"))
+    shapes = jax.eval_shape(plain.init, jax.random.key(0))
+    expected = forward_flops(plain, shapes, (16, 16, 3))
+    assert forward_flops(deep.model, deep.shapes(like), (16, 16, 3)) == expected
+    assert tiers_lib.depthfl(CONFIG, (1,)).tested == ()
