@@ -8,11 +8,12 @@ decay, a tenth of it after half and after three quarters of the rounds, crop and
 with projection shortcuts and the authors' five submodels, and in each round a client draws a tier
 within two of its own. Where it is not NeFL's to the letter: batch norms are tested with statistics
 measured on 2,000 training images, not with the clients' running averages; every arm has the best of
-three learning rates, each tried once and chosen by test accuracy. NeFL reports 85.96 % for the worst tier of NeFL-D on
-ResNet-110 (1.73 M parameters) and 86.66 % for the mean of the tiers. "ode" has as many parameters
-as NeFL-D's full model; its clients send all of them and compute 3 to 4 times as much as NeFL-D's in
-the same tier. "ode, fewer FLOPs" computes no more than NeFL-D in any tier, with about a quarter of
-the parameters (at `--scale cpu` 37 %, and no iterations in its smallest tier).
+three learning rates, each tried once and chosen by test accuracy. NeFL reports 85.96 % for the
+worst tier of NeFL-D on ResNet-110 (1.73 M parameters) and 86.66 % for the mean of the tiers. "ode"
+has as many parameters as NeFL-D's full model; its clients send all of them and compute 3 to 4 times
+as much as NeFL-D's in the same tier. "ode, fewer FLOPs" computes no more than NeFL-D in any tier,
+with about a quarter of the parameters (at `--scale cpu` 37 %, and no iterations in its smallest
+tier).
 For an accelerator; not run yet. `--scale cpu` has the same federation with 12 rounds on a tenth of
 the images at 16x16 pixels, and ResNet-32, of which the authors have no submodels: the first blocks
 of each stage. It compares the methods with each other, not with the published figures, and writes

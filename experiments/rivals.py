@@ -4,16 +4,16 @@
 
 gives every method three tiers of equal shares of the clients, IID, its authors' networks, weights
 of the mean, algorithm and gradient clipping, and the best of three learning rates, each tried once
-with a seed of its own and chosen by its test accuracy; the rest is the preset's. NeFL's clients draw a tier next to their own in
-each round, and DepthFL's distillation rises over 0.3 of the rounds, as in their papers. No two
-budgets are equal at once, so the ODENet comes twice. "ode" has no more parameters than the ResNet:
-every client sends all of them, and computes 2 to 5 times as much as a rival's. "ode, fewer FLOPs"
-computes no more than a rival's client in any tier, with two thirds of the parameters (a fifth at
-`--scale full`). The rivals' clients send about 1/3, 2/3 and all of the parameters (DepthFL, whose
-tiers are stages with an exit each, others). The upper bounds train the full model on every client,
-the lower one on the third that can afford it. Bytes and FLOPs by tier stand beside the accuracies.
-It writes `experiments/results/rivals_cpu.csv`. `--scale full` is ResNet-56 on the preset
-`cifar10-resnet`, but IID, for an accelerator; not run yet.
+with a seed of its own and chosen by its test accuracy; the rest is the preset's. NeFL's clients
+draw a tier next to their own in each round, and DepthFL's distillation rises over 0.3 of the
+rounds, as in their papers. No two budgets are equal at once, so the ODENet comes twice. "ode" has
+no more parameters than the ResNet: every client sends all of them, and computes 2 to 5 times as
+much as a rival's. "ode, fewer FLOPs" computes no more than a rival's client in any tier, with two
+thirds of the parameters (a fifth at `--scale full`). The rivals' clients send about 1/3, 2/3 and
+all of the parameters (DepthFL, whose tiers are stages with an exit each, others). The upper bounds
+train the full model on every client, the lower one on the third that can afford it. Bytes and FLOPs
+by tier stand beside the accuracies. It writes `experiments/results/rivals_cpu.csv`. `--scale full`
+is ResNet-56 on the preset `cifar10-resnet`, but IID, for an accelerator; not run yet.
 """
 
 from typing import Any

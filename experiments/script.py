@@ -12,6 +12,7 @@ from jfed.errors import JfedError, RunFolderError
 from jfed.reports import tables as report
 from jfed.reports.finished import FinishedRun
 from jfed.runs import study
+from jfed.runs.config import RunConfig
 
 
 def table_of(script: str, scale: str, output: pathlib.Path | None) -> pathlib.Path | None:
@@ -40,7 +41,8 @@ def best_rates(
     runs, _ = study.run_all(tried, folder / "search", seeds=[_SEARCH_SEED], workers=workers)
     accuracy = {run.arm: run.average for run in runs}
     print("Learning rates tried, mean test accuracy of the tiers:")
-    best, told = {}, {}
+    best: dict[str, RunConfig] = {}
+    told: dict[str, dict[str, float | None]] = {}
     for arm, config in arms.items():
         found = {rate: accuracy.get(f"{arm}, rate {rate:g}") for rate in rates}
         rate = max(rates, key=lambda r, found=found: found[r] or 0.0)  # type: ignore[misc]
