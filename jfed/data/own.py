@@ -50,7 +50,7 @@ class Arrays(NamedTuple):
 def is_path(name: str) -> bool:
     """Whether a data set is given as a path, not by its name."""
     path = pathlib.Path(name)
-    return path.suffix == ".npz" or len(path.parts) > 1 or path.is_dir()
+    return path.suffix == ".npz" or "/" in name or os.sep in name or path.is_dir()
 
 
 def load_path(name: str, *, image_size: int | None, test_share: float | None, seed: int) -> Dataset:

@@ -223,6 +223,8 @@ def test_settings_that_do_not_fit_the_files(tmp_path):
         jfed.data.load("digits", test_share=0.5)
     with pytest.raises(DataNotFoundError, match=r"no data set at '.*nowhere\.npz'"):
         jfed.data.load(str(tmp_path / "nowhere.npz"))
+    with pytest.raises(DataNotFoundError, match=r"no data set at 'photos'"):
+        jfed.data.load("./photos")
     with pytest.raises(ConfigError, match="'natural' needs data with clients"):
         jfed.data.partition(jfed.data.PartitionConfig("natural"), np.zeros(9, np.int32), 3, seed=0)
 
