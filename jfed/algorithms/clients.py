@@ -36,6 +36,8 @@ class ClientConfig:
         "step" (a tenth of it after half of the rounds, a hundredth after three quarters); or a
         function from the round (from 0) to the learning rate, such as an Optax schedule, which
         takes the place of `learning_rate`.
+      restart_schedule: the rounds after which a named schedule begins anew, for those that are
+        left; 0: it never does. For a run that goes on after its last round.
       momentum: of optimizers that have one, from 0 to below 1; None leaves Optax's default.
       optimizer_args: further arguments of a named optimizer, by Optax's names: a mapping, kept as
         sorted pairs, in a command `b1=0.95 eps=0.001`.
@@ -53,6 +55,7 @@ class ClientConfig:
     optimizer: str | MakeOptimizer = "sgd"
     learning_rate: float = 0.1
     schedule: str | Schedule = "constant"
+    restart_schedule: int = 0
     momentum: float | None = None
     optimizer_args: tuple[Argument, ...] | Mapping[str, Any] = ()
     weight_decay: float = 0.0
@@ -74,6 +77,7 @@ class ClientConfig:
             object.__setattr__(self, name, number)
         if not callable(self.schedule):
             one_of("schedule", self.schedule, SCHEDULES)
+        check_integer("restart_schedule", self.restart_schedule, least=0)
         arguments = check_arguments("optimizer_args", self.optimizer_args)
         object.__setattr__(self, "optimizer_args", arguments)
         try_optimizer(make_optimizer(self), self.optimizer, arguments)
@@ -121,7 +125,10 @@ def learning_rate(config: ClientConfig, round_: int, rounds: int) -> float:
         return check_number(
             f"schedule {name_of(config.schedule)} of round {round_}", rate, least=0.0
         )
-    done = round_ / rounds
+    restart = config.restart_schedule
+    done = round_ / (restart or rounds)
+    if restart and round_ >= restart:
+        done = (round_ - restart) / max(rounds - restart, 1)
     if config.schedule == "cosine":
         return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
     if config.schedule == "step":

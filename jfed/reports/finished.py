@@ -123,10 +123,13 @@ def read(folder: epath.PathLike, arm: str = "") -> FinishedRun:
         _ = run.seed, run.bytes_total, summary["rounds"], summary["hardware"]["commit"]
         _ = [(t["kind"], t["flops"], t["iterations"], t["solver"]) for t in run.tiers]
         _ = [run.average, *map(run.average_at, run.history)]
+        asked, done = config["rounds"], summary["rounds"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise RunFolderError(
             f"{str(path)!r} is damaged, or of another version of jfed: {error!r}."
         ) from error
+    if asked != done:
+        raise RunFolderError(f"{str(path)!r} has not finished: it got {asked} rounds after {done}.")
     return run
 
 

@@ -19,7 +19,7 @@ from jfed.engine.devices import EngineConfig
 from jfed.engine.faults import FaultConfig
 from jfed.errors import ConfigError, RunFolderError, check_type
 from jfed.models.model import Model, Statistics
-from jfed.runs import assembly, fingerprints, running, trained
+from jfed.runs import assembly, fingerprints, growth, running, trained
 from jfed.runs.assembly import Prepared
 from jfed.runs.checkpoints import CheckpointConfig, Checkpoints, in_tree_of
 from jfed.settings import as_json, differences, read_settings
@@ -171,7 +171,7 @@ def load(workdir: epath.PathLike, tiers: Tiers | Model | None = None) -> Result:
     if not (path / "config.json").exists():
         raise RunFolderError(f"{str(path)!r} holds no run: it has no config.json.")
     settings, _ = read_settings(path)
-    summary = files.read_json(path / "summary.json") if (path / "summary.json").exists() else {}
+    summary = files.read_json(path / "summary.json") if growth.has_finished(path) else {}
     try:
         found, evaluation, engine = _rebuilt(settings, tiers)
         engine = EngineConfig(**summary["engine"]) if summary else engine

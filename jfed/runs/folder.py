@@ -12,6 +12,7 @@ from etils import epath
 
 from jfed.errors import JfedError, RunFolderError
 from jfed.files import is_local
+from jfed.runs import growth
 from jfed.settings import CONFIG, differences, read_settings
 
 _LOCK = ".lock"
@@ -47,13 +48,13 @@ def inspect(folder: epath.Path, settings: Mapping[str, Any]) -> str:
     there, _ = read_settings(folder)
     if "inputs" not in settings:  # they are known only once the data are read
         there.pop("inputs", None)
-    found = differences(there, settings)
+    found = growth.differing(folder, there, settings)
     if found:
         raise RunFolderError(
             f"the run folder {str(folder)!r} belongs to a run with other settings: "
             f"{'; '.join(found)}. Choose another folder, or give the same settings to go on."
         )
-    return "finished" if "summary.json" in names else "begun"
+    return "finished" if growth.rounds_done(folder) == settings["rounds"] else "begun"
 
 
 def warn_of_others(folder: epath.Path, made_with: Mapping[str, Any]) -> None:

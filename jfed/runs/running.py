@@ -20,7 +20,7 @@ from jfed.errors import CallbackError, PreemptedError, RunFolderError
 from jfed.provenance import hardware, made_with
 from jfed.reports import plots
 from jfed.reports.summary import TierSummary, save_figures, summarise, to_json
-from jfed.runs import fingerprints, folder, trained
+from jfed.runs import fingerprints, folder, growth, trained
 from jfed.runs.assembly import Prepared
 from jfed.runs.checkpoints import Checkpoint, CheckpointConfig, Checkpoints
 from jfed.settings import write_settings
@@ -105,6 +105,7 @@ def run(
             phase("compiling", lambda _: federation.compile())
         if found == "begun" and hosts.is_first():
             folder.warn_of_others(path, made_with(where))
+            growth.grow(path, settings)
         if found == "nothing":
             begin = functools.partial(_begin, path, settings, federation, data)
             phase("beginning", lambda _: begin(made_with(where)))
@@ -256,7 +257,7 @@ def _rounds(
         ) from failure.__cause__
     if len(history) < federation.rounds:
         raise PreemptedError(f"stopped after {saved_now}; the same command goes on from there.")
-    if not federation.norms and not (path / "summary.json").exists():
+    if not federation.norms and growth.rounds_done(path) < federation.rounds:
         federation.evaluate(last)  # it was stopped between its last round and its end
     return simulation.make_result(federation, last, history)
 

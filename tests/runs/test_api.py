@@ -248,7 +248,7 @@ LARGER = jfed.models.Model(lambda key: {**_init(key), "more": jnp.zeros(3)}, _ap
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rounds": 7}, "rounds is 6 there, 7 here"),
+        ({"rounds": 5}, "has 6 rounds, got 5; a run can only get more"),
         ({"client": jfed.ClientConfig(epochs=2)}, "client.epochs is 1 there, 2 here"),
         ({"server": jfed.ServerConfig()}, r"server.optimizer is '.*noisy' there, 'sgd' here"),
         ({"data": _data(OTHER)}, r"inputs.data.train.digest is '\w+' there, '\w+' here"),

@@ -24,7 +24,7 @@ from jfed.runs.config import run_preset
 from jfed.runs.folder import claim, explain_disk, inspect, warn_of_others
 from jfed.settings import as_json, read_settings, write_settings
 
-CONFIG = {"seed": 1, "tiers": {"iterations": [1, 2]}, "population": {"shares": None}}
+CONFIG = {"rounds": 4, "seed": 1, "tiers": {"iterations": [1, 2]}, "population": {"shares": None}}
 MADE_WITH = {"jfed": "0.1.0", "commit": "abc", "jax": "0.10.2", "devices": {"cpu": 2}}
 
 
@@ -39,7 +39,7 @@ def test_a_folder_is_nothing_then_begun_then_finished(folder):
         assert inspect(folder, CONFIG) == "nothing"
         write_settings(folder, CONFIG, MADE_WITH)
         assert inspect(folder, CONFIG) == "begun"
-        write_json(folder / "summary.json", {})
+        write_json(folder / "summary.json", {"rounds": 4})
         assert inspect(folder, CONFIG) == "finished"
     assert inspect(folder, CONFIG) == "finished"
 
@@ -47,10 +47,10 @@ def test_a_folder_is_nothing_then_begun_then_finished(folder):
 def test_other_settings_are_refused_and_shown(folder):
     folder.mkdir()
     write_settings(folder, CONFIG, MADE_WITH)
-    other = {"seed": 2, "tiers": {"iterations": [1, 2]}, "population": {"shares": [1]}, "rounds": 9}
+    other = CONFIG | {"seed": 2, "population": {"shares": [1]}, "more": 9}
     with pytest.raises(RunFolderError) as error:
         inspect(folder, other)
-    assert "rounds is 'not set' there, 9 here" in str(error.value)
+    assert "more is 'not set' there, 9 here" in str(error.value)
     assert "seed is 1 there, 2 here" in str(error.value)
     assert "population.shares is None there, [1] here" in str(error.value)
     assert "iterations" not in str(error.value)
