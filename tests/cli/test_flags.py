@@ -17,7 +17,8 @@ FLAGS = """
     --partition --alpha --shards-per-client --min-examples
     --clients --cohort --shares --draw-tiers
     --model --widths --shortcut --entry --solver --horizon --function
-    --learn-steps --no-learn-steps --norm --unroll --no-unroll --dtype --conv --init --init-fresh --test-share --restart-schedule
+    --learn-steps --no-learn-steps --norm --unroll --no-unroll --dtype --conv --init --init-fresh
+    --test-share --restart-schedule
     --method --iterations --sharing --ratios --scaler --depths --exits --distillation --ramp --able
     --rounds --seed
     --algorithm --mu --feddyn-alpha --ditto-strength --personal --h-over --head-share
