@@ -3,6 +3,8 @@
 import concurrent.futures
 import contextlib
 import functools
+import gc
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -35,6 +37,7 @@ from jfed.runs.compiled import keep_compiled
 from jfed.runs.config import RunConfig
 from jfed.seeds import check_seed
 from jfed.settings import as_json
+from jfed.simulation.programs import programs
 
 Arms = Mapping[str, RunConfig]
 _Key = tuple[str, int]  # arm and seed
@@ -174,6 +177,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+_DONE, _KEPT = itertools.count(1), 4  # runs, and of how many a process keeps the programs
+
 # Arms follow each other with the same data, which take long to decode.
 _load = functools.lru_cache(maxsize=1)(load)
 
@@ -185,4 +190,14 @@ def _run_job(config: RunConfig, path: pathlib.Path) -> str | None:
         runs.run(path, as_json(config), functools.partial(set_up, config, memory, _load))
     except DivergedError as error:
         return str(error)
+    finally:
+        if next(_DONE) % _KEPT == 0:
+            _forget_programs()
     return None
+
+
+def _forget_programs() -> None:
+    """Gives up the compiled programs of this process: many arms would fill its memory with them."""
+    programs.cache_clear()
+    jax.clear_caches()
+    gc.collect()
