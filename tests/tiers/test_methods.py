@@ -67,8 +67,10 @@ def _case(case):
     def owned(i, r):
         """The numbers of the entries that a tier owns, and which of its variables they are."""
         found = _flat(extract[i](numbered, np.int32(r))).astype(int)
-        mine = np.flatnonzero(_flat(_mine(case, i, like))) if tiers.members[i].mask else found
-        return mine, np.flatnonzero(np.isin(found, mine))
+        if tiers.members[i].mask is None:
+            return found, np.arange(len(found))
+        at = np.flatnonzero(np.isin(found, np.flatnonzero(_flat(_mine(case, i, like)))))
+        return found[at], at
 
     embed = [
         jax.jit(lambda local, r, t=tier: (t.embed(local, like, r), t.owned(like, r)))
@@ -96,8 +98,22 @@ def _groups(tiers):
     return list(groups.values())
 
 
+# Stages of which a tier of NeFL has no first block, so that it does not own its projection.
+LONE = {"nefl-d published": ((1, 3), (2,))}
+
+
 def _mine(case, place, like):
-    """1 for what a tier of iterations owns where something is kept per depth, written out."""
+    """1 for what a tier with a mask owns: of iterations where something is kept per depth, or NeFL.
+
+    Written out, but for what the tier of NeFL extracts.
+    """
+    if case in LONE:
+        tier = make_tiers(*CASES[case]).members[place]
+        ones = jax.tree.map(lambda x: jnp.ones(x.shape), tier.shapes(like))
+        mine = jax.tree.map(np.array, tier.embed(ones, like))
+        for stage in LONE[case][place]:
+            mine["shared"][f"stages/{stage}/block0/projection/conv/kernel"][:] = 0
+        return mine
     steps = np.broadcast_to(CASES[case][1].iterations[place], 2)
     own = {name: np.zeros(x.shape) for name, x in like["own"].items()}
     for name, rows in own.items():
