@@ -44,7 +44,7 @@ def test_in_batches_pads_the_last():
 
 def _evaluate(tier, params, calibration, test, devices=1):
     setting = jax.tree.map(jnp.int32, tier.setting)
-    return make_evaluator(tier, make_mesh(devices))(params, setting, calibration, test)
+    return make_evaluator(tier, make_mesh(devices))(params, setting, calibration, test)[0]
 
 
 def test_pooled_moments_are_those_of_all_examples():
