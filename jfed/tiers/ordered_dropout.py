@@ -54,14 +54,14 @@ def fjord(config: ModelConfig, ratios: Sequence[float], *, distillation: float =
     def with_loss(tier: Tier, ratio: float) -> Tier:
         assert isinstance(tier.model, Model)
         widths = [build(narrow(config, p)) for p in drawn if p <= ratio]
-        loss = ordered_dropout(widths, distillation)
+        loss = dropout_loss(widths, distillation)
         return dataclasses.replace(tier, model=dataclasses.replace(tier.model, loss=loss))
 
     members = tuple(map(with_loss, tiers, check_ratios(ratios)))
     return Tiers(build(config).init, members, kind="ratio")
 
 
-def ordered_dropout(widths: Sequence[Model], distillation: float) -> Loss:
+def dropout_loss(widths: Sequence[Model], distillation: float) -> Loss:
     """The training loss of a client that affords networks of several widths, the last the widest.
 
     `params` are those of the widest; the others have the first entries of its arrays.

@@ -88,8 +88,8 @@ def test_run_writes_its_folder(run_folder, cache_folder):
 
 def test_a_run_folder_is_never_overwritten(run_folder, capsys):
     before = (run_folder / "metrics.csv").read_bytes()
-    assert main(["run", *SMALL, "--workdir", str(run_folder), "--rounds", "4"]) == 2
-    assert "other settings: rounds is 3 there, 4 here" in capsys.readouterr().err
+    assert main(["run", *SMALL, "--workdir", str(run_folder), "--alpha", "2"]) == 2
+    assert "other settings: partition.alpha is" in capsys.readouterr().err
     assert (run_folder / "metrics.csv").read_bytes() == before
 
 

@@ -41,8 +41,8 @@ def test_arms_run_once(tmp_path, workers, capsys):
     del arms["diverges"]
     assert study.run_all(arms, tmp_path, seeds=1, workers=workers) == (runs, {})
     assert capsys.readouterr().err == ""
-    arms["IID/small"] = SMOKE.replace(rounds=3)
-    with pytest.raises(RunFolderError, match="rounds is 1 there, 3 here"):
+    arms["IID/small"] = SMOKE.replace(epochs=3)
+    with pytest.raises(RunFolderError, match=r"client.epochs is 1 there, 3 here"):
         study.run_all(arms, tmp_path, seeds=1, workers=workers)
 
 

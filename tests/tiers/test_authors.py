@@ -21,7 +21,7 @@ from jfed.engine.merging import Delivered, Group, Report, merge
 from jfed.models import ConvNetConfig, preset
 from jfed.models.losses import Batch
 from jfed.tiers.communication import tree_size
-from jfed.tiers.ordered_dropout import ordered_dropout
+from jfed.tiers.ordered_dropout import dropout_loss
 
 RESNET = preset("resnet-18")
 LABELS = jnp.asarray([1, 3, 3, 7])
@@ -352,7 +352,7 @@ def test_the_widths_of_fjord_are_drawn_alike():
             lambda params, images: jnp.zeros((len(images), 3)).at[:, 0].set(logit * params["w"]),
         )
 
-    loss = ordered_dropout([model(0.0), model(1.0), model(2.0)], 0.0)
+    loss = dropout_loss([model(0.0), model(1.0), model(2.0)], 0.0)
     batch = Batch(jnp.zeros((2, 1, 1, 1)), jnp.zeros(2, int), jnp.ones(2))
     keys = jax.random.split(jax.random.key(0), 3000)
     found = jax.vmap(lambda key: loss({"w": jnp.ones(1)}, batch, key)[0])(keys)
