@@ -38,6 +38,10 @@ class Split:
         images, labels = as_array("images", self.images), as_array("labels", self.labels)
         object.__setattr__(self, "images", images)
         object.__setattr__(self, "labels", labels)
+        if images.ndim < 2 or not all(images.shape[1:]):
+            raise DataError(
+                f"images have shape {images.shape} and type {images.dtype}; expected [N, H, W, C]."
+            )
         if images.dtype.kind == "f":
             object.__setattr__(self, "images", _finite(images))
         elif images.dtype not in (np.uint8, np.uint16):
@@ -45,8 +49,6 @@ class Split:
                 f"images have shape {images.shape} and type {images.dtype}; "
                 "expected [N, H, W, C] and uint8, uint16 or floats."
             )
-        if images.ndim < 2 or not all(images.shape[1:]):
-            raise DataError(f"images have shape {images.shape}; expected [N, H, W, C].")
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             raise DataError(
                 f"labels have shape {labels.shape} and type {labels.dtype}; "

@@ -302,7 +302,9 @@ def test_a_round_that_nobody_delivers_in_leaves_variables_and_momentum(aggregato
         Training((tier,), algorithm, Augmentation(), make_mesh(1), "map", slots, stacked=True)
         for tier, slots in zip(TIERS, SLOTS, strict=True)
     )
-    step = make_server(Plan(trainings, (), make_aggregator(config), ((7,),) * len(trainings), None))
+    step = make_server(
+        Plan(trainings, (), make_aggregator(config), ((7,),) * len(trainings), 7, None)
+    )
 
     def after(*rounds):
         variables = jax.tree.map(jnp.copy, LIKE)

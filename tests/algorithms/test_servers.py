@@ -36,7 +36,7 @@ def _server(config, rounds, tiers=(TIER,)):
     trainings = tuple(
         Training((tier,), algorithm, Augmentation(), make_mesh(1), "map", slots=1) for tier in tiers
     )
-    step = make_server(Plan(trainings, (), None, ((9,),) * len(trainings), None))
+    step = make_server(Plan(trainings, (), None, ((9,),) * len(trainings), 9, None))
     variables = jnp.array([1.0, 2.0])
     server, finite = Server(variables, algorithm.server_init(variables)), True
     for number, delivered in enumerate(rounds):

@@ -100,6 +100,7 @@ def test_the_cnn_benchmark_is_the_published_one():
     assert task.work() == (50, 2500, 3 * forward * 2500)
 
 
+@pytest.mark.slow
 def test_work_of_mixed_tiers_counts_each_tier():
     shallow, deep = (
         dataclasses.replace(ODENET, users=1, cohort=1, iterations=(count,)) for count in (1, 2)

@@ -62,6 +62,7 @@ def test_ratios_are_those_of_the_same_turn():
     assert ratio(Measured(PRODUCTS), fast) is None
 
 
+@pytest.mark.slow
 def test_contenders_that_do_other_work_or_fail_are_out_and_the_rest_go_on():
     other = dataclasses.replace(TASK, seed=1)
     contenders = [

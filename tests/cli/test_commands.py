@@ -93,6 +93,7 @@ def test_a_run_folder_is_never_overwritten(run_folder, capsys):
     assert (run_folder / "metrics.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_resnet_runs_in_the_same_federation(tmp_path, capsys):
     flags = [*SMALL[: SMALL.index("--iterations")], "--widths", "4", "8", "--conv", "transposed"]
     flags += ["--model", "resnet-digits", "--iterations", "--workdir", str(tmp_path / "run")]

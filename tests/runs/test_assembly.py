@@ -19,7 +19,7 @@ def test_presets_make_the_network_that_they_name():
     resnet = run_preset("cifar10-resnet").network.make(10, 3)
     assert isinstance(resnet, ResNetConfig)
     assert resnet.blocks == (9, 9, 9)
-    same = {"model": "resnet-56", "iterations": None}
+    same = {"model": "resnet-56", "iterations": None, "weights": "count"}
     assert run_preset("cifar10-flexible").replace(**same) == run_preset("cifar10-resnet")
 
 

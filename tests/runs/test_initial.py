@@ -53,6 +53,7 @@ def started(source, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_nothing_is_as_good_as_the_one_that_it_starts_from(
     source, started, tmp_path
 ):
@@ -167,6 +168,7 @@ def torch_weights(classes=1000):
 PROJECTING = SMALL.replace(shortcut="projection")
 
 
+@pytest.mark.slow
 def test_weights_of_pytorch_start_methods(tmp_path):
     given = torch_weights()
     save_file(given, tmp_path / "weights")

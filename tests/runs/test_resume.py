@@ -156,6 +156,7 @@ def test_a_finished_run_is_left_as_it_is(cache, left_alone):
     assert contents() == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(tmp_path, cache, left_alone):
     """Files may not grow beyond what 20 rounds of metrics need."""
     limit = sum(map(len, (left_alone / "metrics.csv").read_bytes().splitlines(True)[:21]))

@@ -56,6 +56,7 @@ def test_all_counts_share_one_program_to_train_and_one_to_test(options, compiled
     assert compiled == {"train": 1, "evaluate": 1, "step": 1}
 
 
+@pytest.mark.slow
 def test_another_solver_has_one_program_to_test_of_its_own(compiled):
     result = _simulate(jfed.tiers.ode(NETWORK, (1, 2)), solvers=("Midpoint", "Heun"))
     assert len(result.accuracies) == 9
@@ -71,6 +72,7 @@ def test_another_seed_or_data_set_compiles_nothing(compiled):
     assert first.history[0].train_loss != other.history[0].train_loss
 
 
+@pytest.mark.slow
 def test_traced_steps_compile_once_for_each_count(compiled):
     tiers = jfed.tiers.ode(dataclasses.replace(NETWORK, unroll=True), (0, 1))
     _simulate(tiers)

@@ -29,6 +29,9 @@ PUBLISHED = {
 }
 
 
+RESNET_110 = pytest.param("resnet-110", marks=pytest.mark.slow)  # which takes long to trace
+
+
 def _authors(name):
     """The network as the authors have it."""
     changes = {"entry": "3x3-pool"} if name in ("resnet-18", "resnet-34") else {}
@@ -49,7 +52,7 @@ def _sizes(tiers):
     ]
 
 
-@pytest.mark.parametrize("name", ["resnet-18", "resnet-34", "resnet-56", "resnet-110"])
+@pytest.mark.parametrize("name", ["resnet-18", "resnet-34", "resnet-56", RESNET_110])
 def test_submodels_hold_the_published_shares_of_the_parameters(name):
     tiers = tiers_lib.nefl_d(_authors(name))
     assert [tier.name for tier in tiers.members] == ["0.2", "0.4", "0.6", "0.8", "1"]
@@ -83,7 +86,7 @@ def test_the_smallest_resnet_18_has_two_stages_of_a_shortcut_alone():
     ]
 
 
-@pytest.mark.parametrize("name", ["resnet-18", "resnet-110"])
+@pytest.mark.parametrize("name", ["resnet-18", RESNET_110])
 def test_nefl_w_keeps_the_root_of_the_ratio_of_each_width(name):
     """Parameters shrink by about the ratio; channels are rounded up as the authors' `up` does."""
     config = _authors(name)
@@ -96,7 +99,7 @@ def test_nefl_w_keeps_the_root_of_the_ratio_of_each_width(name):
     assert stem == math.ceil(math.sqrt(0.2) * config.widths[0])
 
 
-@pytest.mark.parametrize("name", ["resnet-18", "resnet-34", "resnet-56", "resnet-110"])
+@pytest.mark.parametrize("name", ["resnet-18", "resnet-34", "resnet-56", RESNET_110])
 def test_nefl_wd_holds_about_the_ratio_of_the_parameters(name):
     sizes = _sizes(tiers_lib.nefl_wd(_authors(name)))
     shares = [size / sizes[-1] for size in sizes]
