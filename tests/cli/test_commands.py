@@ -177,7 +177,8 @@ def test_an_unknown_command_names_the_close_ones(capsys):
 def test_models_lists_every_preset():
     table = model_table(32, (1,))
     lines = {line.split()[0]: line.split() for line in table.splitlines()[2:]}
-    assert len(lines) == 30
+    assert len(lines) == 40
+    assert lines["preresnet-18"][1] == "11,172,170"
     assert lines["odenet-34"][-2:] == ["resnet-34", "92.6%"]
     assert lines["dsodenet-34"][-2:] == ["resnet-34", "96.1%"]
     assert lines["odenet-20"][2:4] == ["169,978", "679,912"]
