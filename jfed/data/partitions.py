@@ -251,7 +251,7 @@ def shards(labels: np.ndarray, clients: int, *, shards_per_client: int = 2, seed
     """
     _check_counts(labels, clients)
     check_integer("shards_per_client", shards_per_client, least=1)
-    total = clients * shards_per_client
+    total = int(clients) * int(shards_per_client)  # which may be NumPy's, and overflow
     if total > len(labels):
         raise ConfigError(
             f"{clients} clients with {shards_per_client} shards each need {total} examples; "
@@ -391,9 +391,10 @@ def _check_counts(labels: np.ndarray, clients: int, min_examples: int = 1) -> No
     if not 1 <= clients <= len(labels):
         raise ConfigError(f"clients is {clients}; expected 1 to {len(labels)}, one per example.")
     check_integer("min_examples", min_examples, least=1)
-    if min_examples * clients > len(labels):
+    least = int(min_examples) * int(clients)  # which may be NumPy's, and overflow
+    if least > len(labels):
         raise ConfigError(
-            f"{clients} clients with min_examples {min_examples} need {min_examples * clients} "
+            f"{clients} clients with min_examples {min_examples} need {least} "
             f"examples; there are {len(labels)}."
         )
 
