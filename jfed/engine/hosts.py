@@ -159,13 +159,25 @@ class Phase:
         try:
             result = function()
         except BaseException as error:
-            told = _as_seen(error, self._what)
+            told = self._cause(client, error) or _as_seen(error, self._what)
             self._tell(client, {"error": [type(told).__name__, str(told)]})
             if isinstance(error, Exception | SystemExit):
                 raise told from error
             raise
         self._tell(client, {"returned": _json_or_none(result)})
         return result
+
+    def _cause(self, client: Any, error: BaseException) -> JfedError | None:
+        """What another host has failed by, where that made the devices of this one fail too."""
+        until = time.monotonic() + _POLL
+        while isinstance(error, jax.errors.JaxRuntimeError) and time.monotonic() < until:
+            try:
+                for key in dict.fromkeys((*_OPEN, self._key)):
+                    _raise_failure(_outcomes(client, key))
+            except JfedError as other:
+                return other
+            time.sleep(0.05)
+        return None
 
     def check(self) -> None:
         """Raises what another host raised, in this phase or one around it. Looks once a second."""
