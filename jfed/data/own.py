@@ -175,7 +175,7 @@ def _kind(paths: Sequence[pathlib.Path], image_size: int | None) -> _Kind:
     """What pictures have in common; grey ones among coloured ones are read as coloured."""
     heads = _each(_head, paths)
     modes = {mode for mode, _ in heads}
-    if (modes > {"RGB"} and modes != {"L", "RGB"}) or (len(modes) > 1 and "RGB" not in modes):
+    if len(modes) > 1 and modes != {"L", "RGB"}:
         other = next(i for i, (mode, _) in enumerate(heads) if mode != heads[0][0])
         raise DataError(
             f"{str(paths[0])!r} is read as {heads[0][0]} and {str(paths[other])!r} as "

@@ -99,6 +99,8 @@ def load(name: str | DataConfig, *, seed: int = 0, **settings: Any) -> Dataset:
         dataset = own.load_path(
             config.name, image_size=config.image_size, test_share=config.test_share, seed=seed
         )
+        if config.train_examples is None and config.test_examples is None:
+            return dataset
         sizes = {"train": len(dataset.train), "test": len(dataset.test)}
         return own.subset(
             dataset, **{name: _subset(name, sizes[name], wanted[name], seed) for name in sizes}

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jfed.models.model import Model, Params, path_name
+from jfed.models.model import Model, Params
 
 
 class Batch(NamedTuple):
@@ -43,12 +42,6 @@ class Metrics(NamedTuple):
 
 # Of local training: `(params, batch, key) -> (loss, metrics)`.
 Loss = Callable[[Params, Batch, Array], tuple[Float[Array, ""], Metrics]]
-
-
-def by_name(metrics: Any) -> dict[str, Any]:
-    """The leaves of metrics by their path, such as "loss" or "others/calibration"."""
-    found = jax.tree_util.tree_leaves_with_path(metrics)
-    return {path_name(path): leaf for path, leaf in found}
 
 
 def cross_entropy(

@@ -18,6 +18,11 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their path, such as "classifier/kernel"."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 class Moments(NamedTuple):
     """Mean and biased variance, what a batch norm normalises with (float32)."""
 

@@ -5,12 +5,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jfed.errors import ConfigError, check_sequence
-from jfed.models.model import Params, path_name
 
 
 def as_float32(name: str, value: Any) -> np.ndarray:
@@ -33,11 +31,6 @@ def as_float32(name: str, value: Any) -> np.ndarray:
             f"weights {name!r} must be finite, got {array[~np.isfinite(array)].flat[0]}."
         )
     return array
-
-
-def by_name(params: Params) -> dict[str, Any]:
-    """The leaves of a pytree by name, such as "stages/0/block1/layers/0/conv/kernel"."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def chosen(patterns: Sequence[str], names: Sequence[str]) -> set[str]:

@@ -11,7 +11,8 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from jfed.errors import ConfigError, check_sequence, check_type
-from jfed.models.named_parameters import as_float32, by_name, chosen, misfit
+from jfed.models.model import by_name
+from jfed.models.named_parameters import as_float32, chosen, misfit
 from jfed.models.presets import ModelConfig, build
 from jfed.models.resnets import ResNetConfig
 from jfed.models.torch_weights import entries_of

@@ -13,8 +13,8 @@ from jfed.algorithms.optimizers import MakeOptimizer
 from jfed.algorithms.servers import ServerConfig
 from jfed.data import Dataset
 from jfed.errors import ConfigError, calling, name_of
-from jfed.models.losses import Batch, Metrics, by_name, training_loss
-from jfed.models.model import Params
+from jfed.models.losses import Batch, Metrics, training_loss
+from jfed.models.model import Params, by_name
 from jfed.seeds import is_key
 from jfed.simulation.evaluation import Measure
 from jfed.tiers.parts import is_like, map_parts

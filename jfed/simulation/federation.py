@@ -43,8 +43,8 @@ from jfed.engine.merging import Report
 from jfed.engine.packing import Load, Packing, Schedule, Work, capacity, load, pack
 from jfed.errors import ConfigError, check_integer, check_type, name_of
 from jfed.models.flops import forward_flops
-from jfed.models.losses import Metrics, by_name
-from jfed.models.model import Model, Params, initialise
+from jfed.models.losses import Metrics
+from jfed.models.model import Model, Params, by_name, initialise
 from jfed.seeds import check_seed, generator
 from jfed.simulation import local_tests
 from jfed.simulation.checks import (

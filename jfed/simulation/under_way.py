@@ -11,7 +11,8 @@ from jaxtyping import Array
 
 from jfed.engine.merging import Report
 from jfed.engine.packing import Load, Work
-from jfed.models.losses import Metrics, by_name
+from jfed.models.losses import Metrics
+from jfed.models.model import by_name
 from jfed.simulation.local_tests import local_evaluation
 from jfed.simulation.records import Evaluation, Record
 from jfed.tiers.communication import Traffic

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from jfed.errors import ConfigError
-from jfed.models.model import Params
+from jfed.models.model import Params, path_name
 from jfed.models.ode_nets import is_norm, is_step
 from jfed.models.presets import ModelConfig
 from jfed.models.resnets import Blocks, ResNetConfig, resnet
-from jfed.tiers.entries import Path, check_resnet, init_of, name, select
+from jfed.tiers.entries import Path, check_resnet, init_of, select
 from jfed.tiers.published_submodels import DEPTHS, WIDTHS_AND_DEPTHS
 from jfed.tiers.tier import Tiers, check_ratio
 from jfed.tiers.width import narrow
@@ -104,7 +104,7 @@ def _without_lone_projections(
     def mask(like: Params, setting: Any) -> Params:
         del setting
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jnp.full(leaf.shape, name(path) not in alone, leaf.dtype), like
+            lambda path, leaf: jnp.full(leaf.shape, path_name(path) not in alone, leaf.dtype), like
         )
 
     return mask
@@ -242,7 +242,7 @@ def _block_sizes(config: ResNetConfig) -> tuple[int, list[list[int]]]:
     fixed, sizes = 0, [[0] * count for count in config.blocks]
     shapes = jax.eval_shape(resnet(config).init, jax.random.key(0))
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        parts = name(path).split("/")
+        parts = path_name(path).split("/")
         if parts[0] == "stages":
             sizes[int(parts[1])][int(parts[2].removeprefix("block"))] += math.prod(leaf.shape)
         else:

@@ -11,17 +11,12 @@ import jax
 from jaxtyping import Array
 
 from jfed.errors import ConfigError
-from jfed.models.model import Model, Params
+from jfed.models.model import Model, Params, path_name
 from jfed.models.resnets import ResNetConfig
 from jfed.tiers.tier import Round, Tier
 
 Path = tuple[Any, ...]  # of an array in a pytree, as `jax.tree_util` gives it
 Own = Callable[[Path], bool]  # whether each tier keeps the entry at that path for itself
-
-
-def name(path: Path) -> str:
-    """The name of the entry at a path."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def first(leaf: Array, shape: tuple[int, ...]) -> Array:
@@ -39,9 +34,9 @@ def init_of(full: Model, members: Sequence[tuple[str, Model]], own: Own) -> Call
         whole = jax.tree_util.tree_leaves_with_path(full.init(key))
         mine = {tier: jax.tree_util.tree_leaves_with_path(m.init(key)) for tier, m in members}
         return {
-            "shared": {name(path): leaf for path, leaf in whole if not own(path)},
+            "shared": {path_name(path): leaf for path, leaf in whole if not own(path)},
             "own": {
-                tier: {name(path): leaf for path, leaf in leaves if own(path)}
+                tier: {path_name(path): leaf for path, leaf in leaves if own(path)}
                 for tier, leaves in mine.items()
             },
         }
@@ -65,9 +60,9 @@ def select(title: str, model: Model, own: Own) -> Tier:
     def extract(variables: Params, round_: Round) -> Params:
         del round_
         chosen = [
-            variables["own"][title][name(path)]
+            variables["own"][title][path_name(path)]
             if own(path)
-            else first(variables["shared"][name(path)], leaf.shape)
+            else first(variables["shared"][path_name(path)], leaf.shape)
             for path, leaf in found
         ]
         return jax.tree.unflatten(structure, chosen)

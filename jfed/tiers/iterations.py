@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from jfed.errors import ConfigError, check_number, one_of
 from jfed.models.integration import step_size
-from jfed.models.model import Model, Params
+from jfed.models.model import Model, Params, path_name
 from jfed.models.ode_nets import (
     Depth,
     Iterations,
@@ -26,7 +26,7 @@ from jfed.models.ode_nets import (
 )
 from jfed.models.presets import ModelConfig
 from jfed.tiers.distillation import teaching
-from jfed.tiers.entries import Own, name
+from jfed.tiers.entries import Own
 from jfed.tiers.tier import Tier, Tiers, everything
 
 
@@ -156,8 +156,10 @@ class _Network:
             return params
         leaves = jax.tree_util.tree_leaves_with_path(params)
         return {
-            "shared": {name(path): leaf for path, leaf in leaves if not self.own(path)},
-            "own": {name(path): self._rows(path, leaf) for path, leaf in leaves if self.own(path)},
+            "shared": {path_name(path): leaf for path, leaf in leaves if not self.own(path)},
+            "own": {
+                path_name(path): self._rows(path, leaf) for path, leaf in leaves if self.own(path)
+            },
         }
 
     def _rows(self, path: Any, leaf: Array) -> Array:
@@ -220,8 +222,8 @@ class _Network:
 
         def entry(path: Any) -> Array:
             if not self.own(path):
-                return variables["shared"][name(path)]
-            own = variables["own"][name(path)][row]
+                return variables["shared"][path_name(path)]
+            own = variables["own"][path_name(path)][row]
             return jnp.pad(own, (0, most[_stage(path)] - len(own))) if is_step(path) else own
 
         return jax.tree.unflatten(structure, [entry(path) for path, _ in found])
@@ -269,7 +271,7 @@ def _bounds(counts: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[i
 
 def _stage(path: Any) -> int:
     """Which stage's step sizes an entry holds."""
-    return int(name(path).removeprefix("steps/"))
+    return int(path_name(path).removeprefix("steps/"))
 
 
 def _check_distillation(config: ODENetConfig, sharing: str, weight: float) -> None:

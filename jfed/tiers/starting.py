@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array
 
 from jfed.errors import ConfigError
-from jfed.models.model import Model, Params
-from jfed.models.named_parameters import as_float32, by_name, chosen, digest, misfit
-from jfed.tiers.entries import Path, name
+from jfed.models.model import Model, Params, by_name, path_name
+from jfed.models.named_parameters import as_float32, chosen, digest, misfit
+from jfed.tiers.entries import Path
 from jfed.tiers.tier import Tiers, as_tiers
 
 
@@ -108,7 +108,7 @@ def _has_names(variables: Any) -> bool:
 
 def _entry(path: Path, shape: tuple[int, ...], named: bool) -> _Entry:
     if not named:
-        return _Entry(name(path), shape, "all")
+        return _Entry(path_name(path), shape, "all")
     room, *_, title = (key.key for key in path)
     if room == "shared":
         return _Entry(title, shape, "all")
