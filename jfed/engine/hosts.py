@@ -30,6 +30,7 @@ _OPEN: list[str] = []  # the phases that this host is in, the outermost first
 _POLL = 1.0  # seconds between two looks at how the others do
 _HEARTBEAT = 30  # seconds without a sign of life, after which JAX gives a process up
 _GRACE = 20.0  # seconds to end by itself for a process that waits for a host that failed
+_LAST = 10.0  # seconds more for the first, whose end JAX answers by aborting those still there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +244,6 @@ def _end_if_stuck() -> None:
             return
         failed = [json.loads(text)["error"] for _, text in found if '"error"' in text]
         if failed:
-            time.sleep(_GRACE)
+            time.sleep(_GRACE + _LAST * is_first())
             print(f"\njfed: error: {failed[0][1]}", file=sys.stderr, flush=True)
             os._exit(2)

@@ -223,6 +223,19 @@ def test_an_error_in_mid_run_ends_both(tmp_path, before, message):
     assert (tmp_path / "run" / "checkpoints").exists()
 
 
+STUCK = FAILS.replace('raise ValueError("a cosmic ray")', "import time; time.sleep(1000)")
+SLOW_TO_LEAVE = "from jfed.engine import hosts; hosts._POLL = 5.0"
+
+
+@pytest.mark.slow
+def test_a_first_host_that_is_stuck_leaves_last(tmp_path):
+    """If it left while the other one waits for it, JAX would abort that one."""
+    processes = _start_both(
+        [*LONG, "--workdir", tmp_path / "run"], (STUCK, f"{FAILS}\n{SLOW_TO_LEAVE}")
+    )
+    _end_alike(processes, "host 1: the rounds failed with ValueError: a cosmic ray")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_host_that_is_killed_ends_the_other(tmp_path, victim):
