@@ -9,7 +9,7 @@ from tabulate import tabulate
 import jfed
 from jfed import files
 from jfed.cli.flags import parse_iterations
-from jfed.data.own import read_pictures
+from jfed.data import pictures as pictures_lib
 from jfed.errors import ConfigError, RunFolderError
 
 
@@ -41,7 +41,8 @@ def execute(args: list[str]) -> None:
             raise RunFolderError(
                 f"the run in {folder!r} has not finished, so its norms are unknown."
             )
-        images = read_pictures(pictures, result.inputs)
+        kind = pictures_lib.model_kind(result.inputs)
+        images = pictures_lib.read(list(map(pictures_lib.of_file, pictures)), kind)
         counts = None if iterations is None else parse_iterations(iterations)
         found = result.predict(images, tier=tier, iterations=counts, solver=solver)
         names = result.inputs.class_names

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from jfed.data import own
+from jfed.data import examples, own
 from jfed.data.preparation import PREPARED, data_folder
 from jfed.data.splits import Dataset, Split
 from jfed.errors import (
@@ -102,7 +102,7 @@ def load(name: str | DataConfig, *, seed: int = 0, **settings: Any) -> Dataset:
         if config.train_examples is None and config.test_examples is None:
             return dataset
         sizes = {"train": len(dataset.train), "test": len(dataset.test)}
-        return own.subset(
+        return examples.subset(
             dataset, **{name: _subset(name, sizes[name], wanted[name], seed) for name in sizes}
         )
     else:
