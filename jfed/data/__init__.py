@@ -1,5 +1,6 @@
 """Data sets, and how their examples are dealt out to the clients."""
 
+from jfed.data.adapters import from_huggingface, from_torchvision
 from jfed.data.partitions import (
     SCHEMES,
     PartitionConfig,
@@ -30,6 +31,8 @@ __all__ = [
     "dirichlet",
     "dirichlet_balanced",
     "dirichlet_clients",
+    "from_huggingface",
+    "from_torchvision",
     "iid",
     "load",
     "partition",
