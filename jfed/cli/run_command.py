@@ -127,7 +127,7 @@ def execute(args: list[str], *, restart: bool = False) -> None:
     if (epsilon := result.history[-1].epsilon) is not None:
         print(f"Clients are ({epsilon:.3g}, {config.privacy.delta:g})-differentially private.\n")
     if (local := result.history[-1].local) is not None:
-        print(f"{format_local(local)}\n")
+        print(f"{format_local(local, result.client_names)}\n")
     if finished:
         print(f"The run in {workdir} had finished already; nothing was changed.")
         return

@@ -123,8 +123,7 @@ def channel_moments(
 
 def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """In two passes over parts of the images, in float64."""
-    flat = images.reshape(-1, images.shape[-1])
-    parts = np.array_split(flat, -(-len(flat) // 10**6))
+    flat, parts = _parts(images)
     means = np.sum([part.sum(0, dtype=np.float64) for part in parts], 0) / len(flat)
     squares = np.sum([np.square(part - means).sum(0) for part in parts], 0)
     return means, np.sqrt(squares / len(flat))
@@ -133,12 +132,20 @@ def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _counted_moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of integers, by counting how often each value is there."""
     values = np.arange(np.iinfo(images.dtype).max + 1.0)
-    means, stds = [], []
-    for c in range(images.shape[-1]):
-        counts = np.bincount(images[..., c].ravel(), minlength=len(values))
-        means.append((counts @ values) / counts.sum())
-        stds.append(np.sqrt((counts @ np.square(values - means[-1])) / counts.sum()))
-    return np.asarray(means), np.asarray(stds)
+    flat, parts = _parts(images)
+    counts = np.zeros((flat.shape[-1], len(values)), np.int64)
+    for part in parts:
+        for own, channel in zip(counts, part.T, strict=True):
+            own += np.bincount(channel, minlength=len(values))
+    means = counts @ values / len(flat)
+    squares = [own @ np.square(values - mean) for own, mean in zip(counts, means, strict=True)]
+    return means, np.sqrt(np.asarray(squares) / len(flat))
+
+
+def _parts(images: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """All pixels, `[..., C]`, and the same in parts that are read one after another."""
+    flat = images.reshape(-1, images.shape[-1])
+    return flat, np.array_split(flat, -(-len(flat) // 10**6))
 
 
 def _random_crop(x: Float[Array, "B H W C"], pad: int, key: Array) -> Float[Array, "B H W C"]:

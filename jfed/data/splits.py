@@ -154,6 +154,18 @@ class Dataset:
         """The number of classes; labels are below it."""
         return len(self.class_names)
 
+    def names_of(self, partition: Sequence[np.ndarray]) -> tuple[str, ...]:
+        """What the clients of a partition are called: by nature if it is by these, else by number.
+
+        Args:
+          partition: row numbers of each client; a part of its examples will do.
+        """
+        found, clients = enumerate(partition), self.clients
+        fits = clients is not None and len(partition) == len(self.client_names)
+        if fits and all((clients[examples] == i).all() for i, examples in found):  # type: ignore[index]
+            return self.client_names
+        return tuple(map(str, range(len(partition))))
+
     @property
     def image_shape(self) -> tuple[int, ...]:
         """`(H, W, C)` of every image."""

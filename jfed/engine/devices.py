@@ -12,6 +12,7 @@ from jfed.errors import ConfigError, check_integer, one_of
 from jfed.seeds import is_key
 
 MAPPINGS = ("auto", "vmap", "map", "unroll", "debug")
+IMAGES = ("device", "host")
 AXIS = "clients"  # the mesh axis that lanes and evaluation batches are spread over
 EVERYWHERE = PartitionSpec()
 SPREAD = PartitionSpec(AXIS)
@@ -33,17 +34,22 @@ class EngineConfig:
       mapping: how a device runs its lanes: "vmap" all at once, "map" or "unroll" one after another;
         "auto": "map" on a CPU, "vmap" on an accelerator. "debug" is another engine, a plain Python
         loop over clients and batches on one device, to compare with and to step through.
+      images: where the training images lie: all of them on each "device"; or on the "host", which
+        sends each device the rows of its clients before every round, for data that a device has no
+        room for. The test images are on the devices in any case.
     """
 
     devices: int | None = None
     lanes: int | None = None
     mapping: str = "auto"
+    images: str = "device"
 
     def __post_init__(self) -> None:
         for name in ("devices", "lanes"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least=1)
         one_of("mapping", self.mapping, MAPPINGS)
+        one_of("images", self.images, IMAGES)
 
     def resolve(self, clients: int, backend: str | None = None) -> "EngineConfig":
         """The same with numbers in place of None and a mapping in place of "auto".
@@ -57,11 +63,12 @@ class EngineConfig:
         """
         cpu = (backend or jax.default_backend()) == "cpu"
         if self.mapping == "debug":
-            return EngineConfig(devices=1, lanes=1, mapping="debug")
+            return dataclasses.replace(self, devices=1, lanes=1)
         devices = make_mesh(self.devices).size
         lanes = 1 if cpu else max(1, min(8, clients // devices))
         mapping = "map" if cpu else "vmap"
-        return EngineConfig(
+        return dataclasses.replace(
+            self,
             devices=devices,
             lanes=self.lanes or lanes,
             mapping=mapping if self.mapping == "auto" else self.mapping,

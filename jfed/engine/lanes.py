@@ -50,6 +50,7 @@ class Training:
       slots: the most clients in a round.
       stacked: keep every client's message by itself, for an aggregator that needs it.
       clip: the largest L2 norm of an update that counts as it is; longer ones are scaled down.
+      streamed: each device has images of its own, in place of the whole training set.
       faults: of clients whose `Work` has some; None compiles none in.
       metrics: the structure of what the algorithm's `client_step` tells, float32 scalars all.
     """
@@ -62,6 +63,7 @@ class Training:
     slots: int
     stacked: bool = False
     clip: float | None = None
+    streamed: bool = False
     faults: FaultConfig | None = None
     metrics: Any = _PLAIN
 
@@ -71,7 +73,7 @@ class Inputs(NamedTuple):
 
     Attributes:
       server: what the server keeps.
-      images: the whole training set.
+      images: the whole training set; or each device's own, `[devices * rows, ...]`.
       present: `[clients, classes]` which classes each client has examples of, where the logits of
         the others are masked; None where they are not.
       key: of the run.
@@ -291,11 +293,19 @@ def make_trainer(config: Training) -> jax.stages.Wrapped:
     sharded = jax.shard_map(
         train,
         mesh=config.mesh,
-        in_specs=(EVERYWHERE, Schedule(*SCHEDULE), SPREAD),  # type: ignore[arg-type]
+        in_specs=(spread_inputs(config.streamed), Schedule(*SCHEDULE), SPREAD),  # type: ignore[arg-type]
         out_specs=(EVERYWHERE, SPREAD),
         check_vma=False,
     )
     return jax.jit(sharded, donate_argnums=2)
+
+
+def spread_inputs(streamed: bool) -> Any:
+    """How `Inputs` are spread over devices: everywhere, but for images that are streamed."""
+    if not streamed:
+        return EVERYWHERE
+    images = Images(SPREAD, SPREAD, EVERYWHERE, EVERYWHERE)  # type: ignore[arg-type]
+    return Inputs(*(EVERYWHERE,) * len(Inputs._fields))._replace(images=images)  # type: ignore[arg-type]
 
 
 # How a schedule is spread over devices: lanes, the table of clients, lengths.

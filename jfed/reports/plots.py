@@ -1,7 +1,7 @@
 """Figures of a run, as matplotlib figures that the caller shows or saves."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jfed.simulation.records import LocalEvaluation, Record
+
+_NAMED = 40  # clients whose names have room below their bars
 
 
 def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
@@ -95,33 +97,55 @@ def accuracy_over(
     return figure
 
 
-def classes_by_client(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+def classes_by_client(
+    counts: np.ndarray, class_names: Sequence[str], client_names: Sequence[str]
+) -> Figure:
     """How many examples of each class each client holds, `counts` `[clients, classes]`."""
     figure, axes = _axes("client", "examples")
-    left = np.zeros(len(counts))
+    tops = np.cumsum(counts, 1)
     for label, name in enumerate(class_names):
         colour = f"C{label}" if len(class_names) <= 10 else None
-        axes.bar(np.arange(len(counts)), counts[:, label], bottom=left, color=colour, label=name)
-        left += counts[:, label]
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        below = tops[:, label] - counts[:, label]
+        _bars(axes, tops[:, label], below, color=colour, label=name)
+    _name_clients(axes, client_names)
     if len(class_names) <= 20:
         figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 
-def local_accuracy(local: LocalEvaluation, kind: str = "tier") -> Figure:
-    """Accuracy of every client on examples of its own, sorted, a colour for each tier."""
+def _bars(axes: Axes, tops: np.ndarray, below: Any = 0, **options: Any) -> None:
+    """A bar at each of 0, 1, ..., drawn as one shape, however many they are."""
+    edges = np.arange(len(tops) + 1) - 0.5
+    low, high = (np.append(x, x[-1]) for x in np.broadcast_arrays(below, tops))
+    axes.fill_between(edges, low, high, step="post", linewidth=0, **options)
+
+
+def _name_clients(axes: Axes, names: Sequence[str]) -> None:
+    """Names below the bars of clients, if they have some and there is room for them."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(names) <= _NAMED and not all(name.isdigit() for name in names):
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
+
+
+def local_accuracy(
+    local: LocalEvaluation, client_names: Sequence[str], kind: str = "tier"
+) -> Figure:
+    """Accuracy of every client on examples of its own, sorted, a colour for each tier.
+
+    Args:
+      local: of some clients or all.
+      client_names: of all, by number.
+      kind: what the tiers' names are.
+    """
     figure, axes = _axes("clients, by accuracy", "local accuracy")
-    order, names = np.argsort(local.accuracies, kind="stable"), np.asarray(local.tiers)
-    place = np.empty(len(order), int)
-    place[order] = np.arange(len(order))
-    values = np.asarray(local.accuracies)
+    order = np.argsort(local.accuracies, kind="stable")
+    values, tiers = np.asarray(local.accuracies)[order], np.asarray(local.tiers)[order]
     for number, name in enumerate(sorted(set(local.tiers))):
-        own = names == name
-        axes.bar(place[own], values[own], width=1.0, color=f"C{number % 10}", label=name)
+        own = np.where(tiers == name, values, 0)
+        _bars(axes, own, color=f"C{number % 10}", label=name)
+    _name_clients(axes, [client_names[local.clients[i]] for i in order])
     axes.axhline(values.mean(), color="black", linewidth=1, linestyle="--", label="mean")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(title=kind, fontsize="small")
     return figure
 

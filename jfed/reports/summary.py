@@ -148,7 +148,7 @@ def to_json(
         "train_examples": len(data.train),
         "test_examples": len(data.test),
         "tiers": [_line(line) for line in table],
-        "local": _local(last.local),
+        "local": _local(last.local, result.client_names),
         "epsilon": last.epsilon if last.epsilon != math.inf else None,
         "bytes_down_total": last.bytes_down_total,
         "bytes_up_total": last.bytes_up_total,
@@ -167,18 +167,20 @@ def _line(line: TierSummary) -> dict[str, Any]:
     return dataclasses.asdict(line) | {"loss": line.loss if math.isfinite(line.loss) else None}
 
 
-def _local(found: LocalEvaluation | None) -> dict[str, Any] | None:
+def _local(found: LocalEvaluation | None, names: Sequence[str]) -> dict[str, Any] | None:
     """What clients came to on examples of their own; None where that is not tested."""
     if found is None:
         return None
-    clients = {str(c): a for c, a in zip(found.clients, found.accuracies, strict=True)}
+    clients = {names[c]: a for c, a in zip(found.clients, found.accuracies, strict=True)}
     return found.summary | {"by_tier": found.by_tier, "clients": clients}
 
 
-def format_local(found: LocalEvaluation) -> str:
-    """What clients came to on examples of their own, as a line of text."""
+def format_local(found: LocalEvaluation, names: Sequence[str]) -> str:
+    """What clients came to on examples of their own, as a line of text; `names` by number."""
     told = {"mean": "mean", "worst": "worst", "p10": "10th percentile", "std": "deviation"}
     parts = [f"{title} {found.summary[name]:.2%}" for name, title in told.items()]
+    worst = found.clients[int(np.argmin(found.accuracies))]
+    parts[1] += f" (client {names[worst]})"
     tiers = [f"{name}: {value:.2%}" for name, value in found.by_tier.items()]
     return f"Accuracy of clients on examples of their own: {', '.join(parts)}; {', '.join(tiers)}."
 
@@ -193,7 +195,9 @@ def save_figures(path: epath.Path, result: Result, table: Sequence[TierSummary])
     plots.save(plots.accuracy(result.history, kind), path / "accuracy.png")
     plots.save(plots.accuracy_by_bytes(result.history, kind), path / "accuracy_by_bytes.png")
     if (local := result.history[-1].local) is not None:
-        plots.save(plots.local_accuracy(local, kind), path / "local_accuracy.png")
+        plots.save(
+            plots.local_accuracy(local, result.client_names, kind), path / "local_accuracy.png"
+        )
     by_flops: dict[str, list[plots.Reached]] = {}
     by_iterations: dict[str, list[plots.Reached]] = {}
     for line in table:

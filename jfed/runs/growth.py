@@ -11,7 +11,10 @@ from jfed.errors import RunFolderError
 from jfed.settings import differences, flat, read_settings, write_settings
 
 # Settings that may be others when a run goes on: where it is done, and when it is looked at.
-_FREE = ("engine.devices", "engine.lanes", "engine.mapping", "evaluation.every")
+_FREE = (
+    *(f"engine.{name}" for name in ("devices", "lanes", "mapping", "images")),
+    "evaluation.every",
+)
 _ROUNDS, _RESTART = "rounds", "client.restart_schedule"
 
 

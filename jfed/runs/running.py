@@ -152,7 +152,8 @@ def _begin(
         return
     partition = federation.population.partition
     counts = data_lib.class_counts(data.train.labels, partition, data.num_classes)
-    plots.save(plots.classes_by_client(counts, data.class_names), path / "clients.png")
+    figure = plots.classes_by_client(counts, data.class_names, federation.client_names)
+    plots.save(figure, path / "clients.png")
     write_settings(path, settings, made)
 
 

@@ -62,6 +62,7 @@ from jfed.simulation.measured_traffic import Sizes, as_sizes, wire_bytes
 from jfed.simulation.population import Sampler, make_population
 from jfed.simulation.programs import Plan, group_tiers, make_merged, programs
 from jfed.simulation.records import columns
+from jfed.simulation.training_images import Resident, Streamed, TrainingImages
 from jfed.simulation.under_way import UnderWay
 from jfed.tiers import Tier, Tiers
 from jfed.tiers.communication import Traffic, traffic
@@ -85,10 +86,17 @@ class State(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Tiers that share a program: their numbers, and what their clients are packed on."""
+    """Tiers that share a program.
+
+    Attributes:
+      tiers: their numbers.
+      packing: what their clients are packed on.
+      images: the most that a device needs in a round.
+    """
 
     tiers: tuple[int, ...]
     packing: Packing
+    images: int
 
 
 class Federation:
@@ -184,6 +192,7 @@ class Federation:
             idle=self.tiers.idle,
             faults=faults,
         )
+        self.client_names = data.names_of(examples)
         self.server.check_cohort(self.population.cohort)
         self.evaluated = evaluated_tiers(self.tiers, self.evaluation)
         like = jax.eval_shape(self.tiers.init, self.key)
@@ -281,7 +290,9 @@ class Federation:
                 rows=min(slots, even + max(2, even // 4)) if self._rows.remember else slots,
                 costs=costs,
             )
-            groups.append(_Group(members, packing))
+            sizes = sorted(map(len, self.population.partition))
+            most = min(sum(sizes[-slots:]), lanes // devices * packing.steps * packing.batch_size)
+            groups.append(_Group(members, packing, min(most, len(data.train))))
         return groups
 
     @functools.cached_property
@@ -297,6 +308,7 @@ class Federation:
                 slots=group.packing.slots,
                 stacked=aggregator is not None,
                 clip=self.server.clip_updates,
+                streamed=isinstance(self._images, Streamed),
                 faults=self.population.faults,
                 metrics=self._metrics[group.tiers],
             )
@@ -310,7 +322,7 @@ class Federation:
         population = tuple(tuple(counts[i] for i in group.tiers) for group in self._groups)
         tuning = self.client if self.evaluation.finetune_epochs else None
         local = tuple(
-            LocalTesting(t.tiers, self.algorithm, tuning, self.augmentation, self._mesh)
+            LocalTesting(t.tiers, self.algorithm, tuning, self.augmentation, t.mesh, t.streamed)
             for t in trainings
             if self._tested
         )
@@ -318,7 +330,7 @@ class Federation:
         return Plan(trainings, tested, aggregator, population, clients, measure, local)
 
     def _place(self, data: Dataset) -> None:
-        """Puts the images on the devices, once for the whole run."""
+        """Puts images on the devices, once for the whole run, but for those that are streamed."""
         size, count = self.evaluation.batch_size, self.evaluation.calibration_examples
         chosen = generator(self.seed, "calibration").permutation(len(data.train))[:count]
         moments = channel_moments(data.train.images)
@@ -326,11 +338,11 @@ class Federation:
         self.inputs = ModelInputs(data.image_shape, *moments, data.class_names, pixels)
         everywhere = functools.partial(put, mesh=self._mesh, spec=EVERYWHERE)
         spread = functools.partial(put, mesh=self._mesh, spec=SPREAD)
-        train, test = (
-            Images(*everywhere((split.images, split.labels, *moments)))
-            for split in (data.train, data.test)
-        )
-        self._calibration = Examples(train, *spread(in_batches(chosen, size, self._mesh.size)))
+        lying = Streamed if self.engine.images == "host" else Resident
+        self._images: TrainingImages = lying(data.train, moments, self._mesh)
+        some, places = self._images.some(chosen)
+        self._calibration = Examples(some, *spread(in_batches(places, size, self._mesh.size)))
+        test = Images(*everywhere((data.test.images, data.test.labels, *moments)))
         every = np.arange(len(data.test))
         self._test = Examples(test, *spread(in_batches(every, size, self._mesh.size)))
         present = None
@@ -341,7 +353,7 @@ class Federation:
             everywhere(jax.random.key_data(jax.random.fold_in(self.key, 1)))
         )
         self._local = [self._chunks(group.tiers) for group in self._groups if self._tested]
-        self._fixed = {"images": train, "present": present, "key": key}
+        self._fixed = {"present": present, "key": key}
         self._settings = everywhere(
             [jax.tree.map(np.int32, tier.setting) for tier in self.evaluated]
         )
@@ -356,6 +368,7 @@ class Federation:
             self._tested,
             client=self.client,
             evaluation=self.evaluation,
+            images=self._images,
             mesh=self._mesh,
             seed=self.seed,
         )
@@ -415,11 +428,11 @@ class Federation:
         if self.engine.mapping == "debug":
             return programs(self._plan).compile(self._evaluations(self.start)), 0.0
         start, shared = self.start, programs(self._plan)
-        inputs = self._inputs(start.server, 0, 0.0)
         arguments, delivered, tiers = self._evaluations(start), [], []
         for i, group in enumerate(self._groups):
             packed = pack([], group.packing)
-            schedule = self._put_schedule(packed)
+            schedule, images = self._on_devices(group, packed)
+            inputs = self._inputs(start.server, 0, 0.0, images)
             rows = self._rows.packed([], packed, group.packing, start.latest)
             arguments[f"train {i}"] = (inputs, schedule, rows)
             told, _ = shared.shapes(f"train {i}", *arguments[f"train {i}"])
@@ -470,12 +483,12 @@ class Federation:
     def _train(
         self, state: State, number: int, rate: float, work: Sequence[Sequence[Work]]
     ) -> tuple[State, Array, list[Report], list[Load]]:
-        inputs = self._inputs(state.server, number, rate)
         delivered, tiers, loads, kept = [], [], [], []
         for i, (group, items) in enumerate(zip(self._groups, work, strict=True)):
             packed = pack(items, group.packing)
             loads.append(load(items, packed, group.packing))
-            schedule = self._put_schedule(packed)
+            schedule, images = self._on_devices(group, packed)
+            inputs = self._inputs(state.server, number, rate, images)
             rows = self._rows.packed(items, packed, group.packing, state.latest)
             told, rows = self._compiled[0][f"train {i}"](inputs, schedule, rows)
             delivered.append(told)
@@ -492,7 +505,7 @@ class Federation:
         self, state: State, number: int, rate: float, work: Sequence[Sequence[Work]]
     ) -> tuple[State, Array, list[Report], list[Load]]:
         """A round by the debug engine."""
-        inputs, plan = self._inputs(state.server, number, rate), self._plan
+        inputs, plan = self._inputs(state.server, number, rate, self._images.whole), self._plan
         sent: list[debug.Sent] = []
         reports, rows = [], {}
         for training, items in zip(plan.trainings, work, strict=True):
@@ -523,9 +536,9 @@ class Federation:
         parts = self._sent.items()
         return {n: nothing if is_like(p, like) else zeros(p) for n, p in parts}, nothing
 
-    def _inputs(self, server: Server, number: int, rate: float) -> Inputs:
+    def _inputs(self, server: Server, number: int, rate: float, images: Images) -> Inputs:
         numbers = put((np.int32(number), np.float32(rate)), self._mesh, EVERYWHERE)
-        return Inputs(server, *self._fixed.values(), *numbers)
+        return Inputs(server, images, *self._fixed.values(), *numbers)
 
     def _evaluations(self, state: State) -> dict[str, tuple[Any, ...]]:
         """The arguments of all programs that test, each with the setting of its first tier."""
@@ -554,7 +567,8 @@ class Federation:
         rows: Any = ()
         if self.algorithm.personalise is not None:
             rows = self._rows.some(chunk.clients, len(chunk.tested.client), state.latest)
-        return self._inputs(state.server, number, rate), chunk.tested, rows
+        images = self._images.send(chunk.needed, chunk.images)
+        return self._inputs(state.server, number, rate, images), chunk.tested, rows
 
     def test_locally(self, state: State, number: int) -> list[tuple[Sequence[int], Metrics]]:
         """Tests of clients on examples of their own: numbers, and arrays on the devices."""
@@ -587,14 +601,16 @@ class Federation:
         by_tier = self.population.work(number, self.population.sample(number))
         for group in self._groups:
             items = _as_in([w for i in group.tiers for w in by_tier[i]], group.tiers)
-            jax.block_until_ready(self._put_schedule(pack(items, group.packing)))
+            jax.block_until_ready(self._on_devices(group, pack(items, group.packing)))
         return time.perf_counter() - began
 
-    def _put_schedule(self, schedule: Schedule) -> Schedule:
-        """Sends each device its lanes, and all of them the table of clients."""
-        return Schedule(
-            *(put(part, self._mesh, spec) for part, spec in zip(schedule, SCHEDULE, strict=True))
-        )
+    def _on_devices(self, group: _Group, packed: Schedule) -> tuple[Schedule, Images]:
+        """Sends each device its lanes and images, and all of them the table of clients."""
+        lanes = packed.lanes
+        needed = self._images.needed((np.asarray(lanes.examples), np.asarray(lanes.real)))
+        packed = packed._replace(lanes=lanes._replace(examples=needed.indices[0]))
+        parts = (put(x, self._mesh, spec) for x, spec in zip(packed, SCHEDULE, strict=True))
+        return Schedule(*parts), self._images.send(needed, group.images)
 
     def _everywhere(self, like: Any) -> Any:
         sharding = jax.sharding.NamedSharding(self._mesh, EVERYWHERE)
@@ -614,7 +630,7 @@ class Federation:
 
         That one trains for it alone; nothing of it is kept.
         """
-        inputs = self._inputs(state.server, number, rate)
+        inputs = self._inputs(state.server, number, rate, self._images.whole)
         found = np.zeros_like(state.sizes)
         for i, group in enumerate(self._groups):
             for place, tier in enumerate(group.tiers):
@@ -665,7 +681,8 @@ class Federation:
             return to_host(found) if one.counts else None
         packed = pack([item], group.packing)
         rows = self._rows.packed([item], packed, group.packing, state.latest)
-        told, _ = self._compiled[0][f"train {i}"](inputs, self._put_schedule(packed), rows)
+        schedule, images = self._on_devices(group, packed)
+        told, _ = self._compiled[0][f"train {i}"](inputs._replace(images=images), schedule, rows)
         found = told.of_one(training.tiers[0].shapes(inputs.server.variables))
         return to_host(found) if np.asarray(told.report.delivered).any() else None
 

@@ -16,7 +16,7 @@ from jfed.algorithms.training import local_training
 from jfed.data.partitions import Partition
 from jfed.data.preprocessing import Augmentation, Images
 from jfed.engine.devices import AXIS, EVERYWHERE, SPREAD, put
-from jfed.engine.lanes import Inputs
+from jfed.engine.lanes import Inputs, spread_inputs
 from jfed.engine.packing import client_batches
 from jfed.errors import ConfigError
 from jfed.models.losses import Metrics, cross_entropy, training_loss
@@ -24,6 +24,7 @@ from jfed.models.model import Model, Params, Statistics
 from jfed.seeds import generator
 from jfed.simulation.evaluation import EvaluationConfig, Examples, batch_of, pool, recalibrate
 from jfed.simulation.records import LocalEvaluation
+from jfed.simulation.training_images import Needed, TrainingImages
 from jfed.tiers.parts import map_parts
 from jfed.tiers.tier import Tier, settings_of
 
@@ -97,6 +98,7 @@ class LocalTesting:
       client: the optimizer that fine-tunes; None for no fine-tuning.
       augmentation: of what is fine-tuned on.
       mesh: that clients are spread over.
+      streamed: see `jfed.engine.lanes.Training`.
     """
 
     tiers: tuple[Tier, ...]
@@ -104,6 +106,7 @@ class LocalTesting:
     client: ClientConfig | None
     augmentation: Augmentation
     mesh: Mesh
+    streamed: bool = False
 
     @property
     def has_own_models(self) -> bool:
@@ -134,7 +137,7 @@ def make_local_tester(config: LocalTesting) -> jax.stages.Wrapped:
         found = jax.lax.map(one, (tested, memory))
         return jax.tree.map(lambda m: jax.lax.all_gather(m, AXIS, tiled=True), found)
 
-    specs = (EVERYWHERE, SPREAD, SPREAD, EVERYWHERE)
+    specs = (spread_inputs(config.streamed), SPREAD, SPREAD, EVERYWHERE)
     # Unchecked for the reason given in `jfed.engine.lanes.make_trainer`.
     return jax.jit(
         jax.shard_map(test, mesh=config.mesh, in_specs=specs, out_specs=EVERYWHERE, check_vma=False)
@@ -253,10 +256,19 @@ def make_measurer(config: LocalTesting) -> jax.stages.Wrapped:
 
 
 class Chunk(NamedTuple):
-    """Clients that one call tests: their numbers, in the order of their places, and on what."""
+    """Clients that one call tests.
+
+    Attributes:
+      clients: their numbers, in the order of their places.
+      tested: on what, on the devices.
+      needed: images for it.
+      images: the most that a device needs for any of the calls.
+    """
 
     clients: list[int]
     tested: Tested
+    needed: Needed
+    images: int
 
 
 def chunks(
@@ -267,6 +279,7 @@ def chunks(
     *,
     client: ClientConfig,
     evaluation: EvaluationConfig,
+    images: TrainingImages,
     mesh: Mesh,
     seed: int,
 ) -> list[Chunk]:
@@ -279,6 +292,7 @@ def chunks(
       test: likewise.
       client: whose batches are trained on.
       evaluation: how long clients are fine-tuned, and how large batches of tests are.
+      images: of the federation.
       mesh: that clients are spread over.
       seed: of the order of examples.
     """
@@ -293,13 +307,15 @@ def chunks(
         rows.append((c, place(c), batches, len(batches) // epochs, tests))
     together = min(_AT_ONCE * mesh.size, -(-len(clients) // mesh.size) * mesh.size)
     shapes = max(len(row[2]) for row in rows), max(len(row[4]) for row in rows)
-    return [
-        Chunk(
-            [row[0] for row in rows[first : first + together]],
-            put(_stacked(rows[first : first + together], together, shapes), mesh, SPREAD),
-        )
-        for first in range(0, len(rows), together)
-    ]
+    found = []
+    for first in range(0, len(rows), together):
+        some = rows[first : first + together]
+        tested = _stacked(some, together, shapes)
+        needed = images.needed((tested.train, tested.train_real), (tested.test, tested.test_real))
+        tested = tested._replace(train=needed.indices[0], test=needed.indices[1])
+        found.append(Chunk([row[0] for row in some], put(tested, mesh, SPREAD), needed, 0))
+    most = max((len(rows) for chunk in found for rows in chunk.needed.rows), default=0)
+    return [chunk._replace(images=most) for chunk in found]
 
 
 def _stacked(rows: Sequence[Any], length: int, shapes: tuple[int, int]) -> Tested:

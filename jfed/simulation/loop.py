@@ -54,6 +54,7 @@ class Result:
       norms: the statistics of batch norms that each evaluated tier was last tested with, by name;
         None for models without.
       inputs: what its models take; None where `jfed.load` cannot know it.
+      client_names: by number; () in a result that was loaded.
     """
 
     history: tuple[Record, ...]
@@ -66,6 +67,7 @@ class Result:
     memory: Callable[[int], Any] | None = None
     norms: Mapping[str, Statistics | None] = dataclasses.field(default_factory=dict)
     inputs: ModelInputs | None = None
+    client_names: tuple[str, ...] = ()
 
     def predict(
         self,
@@ -171,6 +173,7 @@ def make_result(federation: Federation, state: State, history: Sequence[Record])
         memory=federation.recall(state),
         norms=to_host(federation.norms),
         inputs=federation.inputs,
+        client_names=federation.client_names,
     )
 
 
@@ -254,7 +257,8 @@ def explain_memory(federation: Federation) -> Iterator[None]:
         raise DeviceMemoryError(
             f"out of device memory with {engine.lanes} lanes on each of {engine.devices} devices "
             f"and client batches of {federation.client.batch_size}; lower lanes, the clients' "
-            f"batch_size or evaluation's batch_size ({federation.evaluation.batch_size}). "
+            f"batch_size or evaluation's batch_size ({federation.evaluation.batch_size}), or keep "
+            "the training images on the host (engine images). "
             f"JAX: {first_line}"
         ) from error
 

@@ -1,0 +1,98 @@
+"""Where training images lie: all of them on the devices, or on the host.
+
+Those on the host are sent as they are needed: each device gets, before a round, the rows that its
+clients train on. Since the next round is prepared while the devices do this one, sending does not
+keep them waiting. What is computed is the same, bit for bit.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jfed.data.preprocessing import Images
+from jfed.data.splits import Split
+from jfed.engine.devices import EVERYWHERE, SPREAD, put
+
+# Indices of examples, `[D, ...]` or `[D * n, ..., B]`, and how many of each batch count, `[..., ]`.
+Batches = tuple[np.ndarray, np.ndarray]
+
+
+class Needed(NamedTuple):
+    """Which rows each device needs, and indices among them in place of those among all.
+
+    Attributes:
+      rows: of each device, ascending; () where the devices have all images.
+      indices: in the shapes of those that were asked for.
+    """
+
+    rows: Sequence[np.ndarray]
+    indices: list[np.ndarray]
+
+
+class Resident:
+    """All images on every device.
+
+    Attributes:
+      whole: the images, wherever they are.
+    """
+
+    def __init__(self, split: Split, moments: Any, mesh: Mesh) -> None:
+        self.whole = Images(*put((split.images, split.labels, *moments), mesh, EVERYWHERE))
+
+    def needed(self, *batches: Batches) -> Needed:
+        """What the devices need for batches whose first axis is spread over them."""
+        return Needed((), [indices for indices, _ in batches])
+
+    def send(self, needed: Needed, room: int) -> Images:
+        """Those images for each device, padded to so many."""
+        return self.whole
+
+    def some(self, chosen: np.ndarray) -> tuple[Images, np.ndarray]:
+        """Images that hold the chosen ones, on every device, and where among them they are."""
+        return self.whole, chosen
+
+
+class Streamed:
+    """All images on the host, those of an `np.memmap` too; as `Resident` otherwise."""
+
+    def __init__(self, split: Split, moments: Any, mesh: Mesh) -> None:
+        self._mesh, self._moments = mesh, put(moments, mesh, EVERYWHERE)
+        self.whole = Images(split.images, split.labels, *self._moments)  # type: ignore[arg-type]
+
+    def needed(self, *batches: Batches) -> Needed:
+        devices, rows = self._mesh.size, []
+        found = [np.zeros_like(indices) for indices, _ in batches]
+        for d in range(devices):
+            own = [_part(x, d, devices) for pair in batches for x in pair]
+            asked, real = own[::2], own[1::2]
+            counted = [x[r > 0].ravel() for x, r in zip(asked, real, strict=True)]
+            rows.append(np.unique(np.concatenate(counted)))
+            for x, r, new in zip(asked, real, found, strict=True):
+                _part(new, d, devices)[r > 0] = np.searchsorted(rows[-1], x[r > 0])
+        return Needed(rows, found)
+
+    def send(self, needed: Needed, room: int) -> Images:
+        shape = len(needed.rows) * room
+        pixels = np.zeros((shape, *self.whole.pixels.shape[1:]), self.whole.pixels.dtype)
+        labels = np.zeros(shape, np.int32)
+        for d, rows in enumerate(needed.rows):
+            at = slice(d * room, d * room + len(rows))
+            pixels[at], labels[at] = self.whole.pixels[rows], self.whole.labels[rows]
+        return Images(*put((pixels, labels), self._mesh, SPREAD), *self._moments)
+
+    def some(self, chosen: np.ndarray) -> tuple[Images, np.ndarray]:
+        rows = np.sort(chosen)
+        parts = self.whole.pixels[rows], self.whole.labels[rows]
+        images = Images(*put(parts, self._mesh, EVERYWHERE), *self._moments)
+        return images, np.searchsorted(rows, chosen)
+
+
+TrainingImages = Resident | Streamed
+
+
+def _part(array: np.ndarray, device: int, devices: int) -> np.ndarray:
+    """A device's part of an array, a view."""
+    each = len(array) // devices
+    return array[device * each : (device + 1) * each]
