@@ -1,6 +1,5 @@
 """What a program calls: run a federation, in a folder or in memory, and have a run back."""
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,14 +20,13 @@ from jfed.errors import ConfigError, RunFolderError, check_type
 from jfed.models.model import Model, Statistics
 from jfed.runs import assembly, fingerprints, growth, running, trained
 from jfed.runs.assembly import Prepared
-from jfed.runs.checkpoints import CheckpointConfig, Checkpoints, in_tree_of
+from jfed.runs.checkpoints import CheckpointConfig, in_tree_of, stored
 from jfed.settings import as_json, differences, read_settings
 from jfed.simulation import loop
 from jfed.simulation.evaluation import EvaluationConfig, evaluated_tiers
 from jfed.simulation.federation import Federation
 from jfed.simulation.loop import Callback, Result
 from jfed.simulation.population import Sampler
-from jfed.simulation.records import Record
 from jfed.tiers import Tiers
 from jfed.tiers.communication import Traffic
 from jfed.tiers.tier import as_tiers
@@ -181,17 +179,18 @@ def load(workdir: epath.PathLike, tiers: Tiers | Model | None = None) -> Result:
         raise RunFolderError(
             f"{str(path)!r} is damaged, or of another version of jfed: {error!r}."
         ) from error
-    variables, sizes, history = _latest(path)
+    saved = stored(path)
+    variables, sizes = saved.state["server"]["variables"], saved.state["sizes"]
     sent = {n: Traffic(*map(int, row)) for n, row in zip(names, sizes, strict=True)}
     if found is None:
-        return Result(history, variables, None, (), sent, seconds, engine)
+        return Result(saved.history, variables, None, (), sent, seconds, engine)
     like = jax.eval_shape(found.init, jax.random.key(0))
     tested, inputs = evaluated_tiers(found, evaluation), None
     norms: dict[str, Statistics | None] = {}
     if summary:
         inputs, norms = trained.read(path, settings["inputs"]["data"], tested, like)
     return Result(
-        history=history,
+        history=saved.history,
         variables=in_tree_of(like, variables),
         tiers=found,
         evaluated=tested,
@@ -222,12 +221,3 @@ def _rebuilt(
         if differing:
             raise ConfigError(f"the run was made with other tiers: {'; '.join(differing)}.")
     return found, evaluation, engine
-
-
-def _latest(path: epath.Path) -> tuple[Any, Any, tuple[Record, ...]]:
-    """Variables and bytes of clients as they are stored, and records, of the latest checkpoint."""
-    with contextlib.closing(Checkpoints(path / "checkpoints", CheckpointConfig())) as checkpoints:
-        saved = checkpoints.latest(None, repair=False)
-    if saved is None:
-        raise RunFolderError(f"the run in {str(path)!r} has not saved any round yet.")
-    return saved.state["server"]["variables"], saved.state["sizes"], saved.history

@@ -52,7 +52,7 @@ def set_up(
     algorithm = make_algorithm(config.algorithm, config.client, config.server, tiers.algorithm)
     algorithm = compressed(algorithm, config.codec.up, config.codec.down)
     path = config.initial.weights
-    weights = None if path is None else initial.read_file(path)
+    weights = None if path is None else initial.read(path)
     data = load(config.data, seed=seed)
     network = config.network.make(data.num_classes, data.image_shape[-1])
     partition = data_lib.partition(

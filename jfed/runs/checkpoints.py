@@ -192,6 +192,23 @@ class Checkpoints:
         )
 
 
+def stored(path: epath.Path) -> Checkpoint:
+    """The latest intact checkpoint of the run in a folder, its state as it is stored.
+
+    That is `{"server": {"variables": ...}, ...}`: dictionaries and lists, with texts for keys.
+
+    Raises:
+      RunFolderError: there is no run in the folder, or it saved nothing so far, or is damaged.
+    """
+    if not (path / "config.json").exists():
+        raise RunFolderError(f"{str(path)!r} holds no run: it has no config.json.")
+    with contextlib.closing(Checkpoints(path / "checkpoints", CheckpointConfig())) as checkpoints:
+        saved = checkpoints.latest(None, repair=False)
+    if saved is None:
+        raise RunFolderError(f"the run in {str(path)!r} has not saved any round yet.")
+    return saved
+
+
 def _as_numpy(x: Any) -> np.ndarray:
     """An array on the host, all of it; of typed PRNG keys their data."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:

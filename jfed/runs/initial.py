@@ -1,4 +1,4 @@
-"""The weights that a run starts from, read from a file."""
+"""The weights that a run starts from, read from a file or from another run's folder."""
 
 import dataclasses
 import os
@@ -11,11 +11,13 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from jfed.errors import ConfigError, check_sequence, check_type
+from jfed.files import absolute
 from jfed.models.model import by_name
 from jfed.models.named_parameters import as_float32, chosen, misfit
 from jfed.models.presets import ModelConfig, build
 from jfed.models.resnets import ResNetConfig
 from jfed.models.torch_weights import entries_of
+from jfed.runs.checkpoints import stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +25,9 @@ class InitialConfig:
     """What the global model begins with.
 
     Attributes:
-      weights: a safetensors file of weights of the network, in PyTorch's names (a ResNet's, see
-        `jfed.models.load_torch`) or in jfed's; None: random ones. Statistics of batch norms in it
-        are not used, as a federation measures its own.
+      weights: a run folder, whose latest weights they are; or a safetensors file of weights of the
+        network, in PyTorch's names (a ResNet's, see `jfed.models.load_torch`) or in jfed's; None:
+        random ones. Statistics of batch norms are not used, as a federation measures its own.
       fresh: shell patterns of jfed's names of entries that begin at random all the same and that
         the file may lack, such as classifier/* for other classes.
     """
@@ -41,15 +43,20 @@ class InitialConfig:
             raise ConfigError(f"init_fresh needs weights to start from, got {self.fresh!r} alone.")
 
 
-def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file by name; ConfigError if it cannot be read, or has none."""
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file or of a run's latest checkpoint, by name.
+
+    Raises:
+      ConfigError: the file cannot be read, or has none.
+      RunFolderError: the folder is no run's, or it has no checkpoint.
+    """
+    if absolute(path).is_dir():
+        return by_name(stored(absolute(path)).state["server"]["variables"])
     try:
         found = safetensors.numpy.load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
-        folder = " It is a folder." if os.path.isdir(path) else ""
         raise ConfigError(
-            f"init must be a safetensors file that can be read, got {os.fspath(path)!r}: "
-            f"{error}.{folder}"
+            f"init must be a safetensors file that can be read, got {os.fspath(path)!r}: {error}."
         ) from error
     if not found:
         raise ConfigError(f"init {os.fspath(path)!r} holds no weights.")

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 import jfed
 from jfed.cli import main
-from jfed.errors import ConfigError
+from jfed.errors import ConfigError, RunFolderError
 from jfed.models import build
 from jfed.models.model import path_name
 from jfed.runs.assembly import set_up
@@ -51,6 +51,22 @@ def started(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("started") / "run"
     assert run(f"{STILL} --init {source / 'weights.safetensors'}", folder) == 0
     return folder
+
+
+def test_a_folder_of_a_run_is_as_good_as_a_file_of_its_weights(source):
+    config = run_preset("smoke").replace(iterations=(1,), widths=(8, 8))
+    from_file, from_run = (
+        set_up(config.replace(init=str(source / name))).federation.start.server.variables
+        for name in ("weights.safetensors", "run")
+    )
+    for name, array in named(from_file).items():
+        np.testing.assert_array_equal(named(from_run)[name], array)
+    assert len(named(from_file)) == len(named(from_run))
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(RunFolderError, match=r"holds no run: it has no config\.json"):
+        set_up(run_preset("smoke").replace(init=str(tmp_path)))
 
 
 @pytest.mark.slow
@@ -224,12 +240,10 @@ def test_weights_of_pytorch_that_do_not_fit_are_refused(changes, message, tmp_pa
         set_up(PROJECTING.replace(init=tmp_path / "weights", **changes))
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "text", "cut", "empty"])
+@pytest.mark.parametrize("kind", ["missing", "text", "cut", "empty"])
 def test_what_is_no_file_of_weights_is_told_by_its_path(kind, tmp_path, capsys):
     path = tmp_path / "weights.safetensors"
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "text":
+    if kind == "text":
         path.write_text("nothing of the kind " * 9)
     elif kind != "missing":
         save_file({"a": np.ones(3, np.float32)} if kind == "cut" else {}, path)
