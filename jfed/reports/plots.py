@@ -1,5 +1,6 @@
 """Figures of a run, as matplotlib figures that the caller shows or saves."""
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +15,17 @@ from jfed.simulation.records import LocalEvaluation, Record
 _NAMED = 40  # clients whose names have room below their bars
 
 
+class ShownFigure(Figure):
+    """A figure that notebooks show, without pyplot and its backends."""
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png", dpi=100)
+        return picture.getvalue()
+
+
 def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = ShownFigure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)

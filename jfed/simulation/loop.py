@@ -121,9 +121,7 @@ class Result:
         return {name: evaluation.accuracy for name, evaluation in last.items()}
 
     def plot(self) -> Any:
-        """A matplotlib figure of test accuracy over rounds, one line a tier."""
-        import matplotlib.pyplot  # noqa: F401  (teaches a notebook to show figures)
-
+        """A matplotlib figure of test accuracy over rounds, one line a tier; notebooks show it."""
         from jfed.reports import plots
 
         return plots.accuracy(self.history, self.tiers.kind if self.tiers else "tier")

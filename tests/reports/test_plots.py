@@ -1,6 +1,9 @@
 """Figures, by what is drawn in them."""
 
+import io
+
 import numpy as np
+import PIL.Image
 
 from jfed.reports import plots
 from jfed.simulation.records import LocalEvaluation
@@ -42,3 +45,10 @@ def test_local_accuracy_is_sorted_and_named():
     names = [label.get_text() for label in axes.get_xticklabels()]
     assert names == ["cleo", "dora", "anna"]
     assert len(axes.collections) == 2
+
+
+def test_a_notebook_gets_a_picture():
+    figure = plots.accuracy_over("round", {"a": ([1.0, 2.0], [0.1, 0.2])})
+    picture = PIL.Image.open(io.BytesIO(figure._repr_png_()))
+    assert picture.format == "PNG"
+    assert min(picture.size) > 300
