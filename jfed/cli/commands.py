@@ -1,4 +1,4 @@
-"""The command line: `jfed run | report | predict | models | prepare | benchmark`."""
+"""The command line: `jfed run | report | predict | export | models | prepare | benchmark`."""
 
 import functools
 import sys
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import jfed
 from jfed.cli import (
     benchmark_command,
+    export_command,
     models_command,
     predict_command,
     prepare_command,
@@ -23,6 +24,7 @@ commands:
   run        train a federation and write a run folder
   report     tables and figures of several finished runs
   predict    classify pictures by a trained model
+  export     a trained model as a file for a device: safetensors, StableHLO, ONNX
   models     list the model presets: parameters, bytes, FLOPs
   prepare    download and prepare a data set with TFDS
   benchmark  time jfed and other libraries side by side on the same work
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int
         "run": functools.partial(run_command.execute, restart=own_process),
         "report": report_command.execute,
         "predict": predict_command.execute,
+        "export": export_command.execute,
         "models": models_command.execute,
         "prepare": prepare_command.execute,
         "benchmark": benchmark_command.execute,

@@ -6,8 +6,8 @@ import numpy as np
 import tyro
 from tabulate import tabulate
 
-import jfed
 from jfed import files
+from jfed.cli import finished_runs
 from jfed.cli.flags import parse_iterations
 from jfed.data import pictures as pictures_lib
 from jfed.errors import ConfigError, RunFolderError
@@ -36,16 +36,13 @@ def execute(args: list[str]) -> None:
         """
         if not pictures:
             raise ConfigError("no pictures were given; name at least one.")
-        result = jfed.load(folder)
-        if result.inputs is None:
-            raise RunFolderError(
-                f"the run in {folder!r} has not finished, so its norms are unknown."
-            )
-        kind = pictures_lib.model_kind(result.inputs)
+        result = finished_runs.load(folder)
+        inputs = result.predictor().inputs
+        kind = pictures_lib.model_kind(inputs)
         images = pictures_lib.read(list(map(pictures_lib.of_file, pictures)), kind)
         counts = None if iterations is None else parse_iterations(iterations)
         found = result.predict(images, tier=tier, iterations=counts, solver=solver)
-        names = result.inputs.class_names
+        names = inputs.class_names
         if output is None:
             print(_table(pictures, found, names))
             return

@@ -1,7 +1,7 @@
 """From images as they are stored to what a model sees: gathered, standardised, augmented."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jfed.errors import check_integer
 from jfed.models.losses import Batch
+
+AnyArray = np.ndarray | Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,15 @@ class ModelInputs(NamedTuple):
 
     def standardise(self, pixels: Shaped[np.ndarray, "N ..."]) -> Float[np.ndarray, "N ..."]:
         """Images as the model takes them, float32."""
-        return (np.asarray(pixels, np.float32) - self.mean) / self.std
+        return normalise(np.asarray(pixels), self.mean, self.std)
+
+
+def normalise(
+    pixels: Shaped[AnyArray, "*N C"], mean: Float[AnyArray, " C"], std: Float[AnyArray, " C"]
+) -> Any:
+    """Float32 images whose channels have mean 0 and deviation 1, of NumPy as of JAX."""
+    along = (1,) * (pixels.ndim - 1) + (-1,)
+    return (pixels.astype(np.float32) - mean.reshape(along)) / std.reshape(along)
 
 
 def gather(
@@ -86,9 +96,7 @@ def gather(
       augmentation: what to do to them with the key.
       key: consumed.
     """
-    x = images.pixels[examples].astype(jnp.float32)
-    along = (1,) * (x.ndim - 1) + (-1,)
-    x = (x - images.mean.reshape(along)) / images.std.reshape(along)
+    x = normalise(images.pixels[examples], images.mean, images.std)
     if augmentation and key is not None:
         x = augment(x, augmentation, key)
     return Batch(x, images.labels[examples], mask)

@@ -82,10 +82,17 @@ class BottleneckExit(nnx.Module):
         used = {}
         y, used["attention"] = self.attention(x, mask, given and given["attention"])
         y, used["norm"] = self.norm(y, mask, given and given["norm"])
-        x = x * nnx.sigmoid(jax.image.resize(nnx.relu(y), x.shape, "bilinear"))
+        x = x * nnx.sigmoid(_enlarge(nnx.relu(y), x))
         for i, halve in enumerate(self.halvings):
             x, used[f"halving{i}"] = halve(x, mask, given and given[f"halving{i}"])
         return self.classifier(x), used
+
+
+def _enlarge(y: Float[Array, "B h w C"], like: Float[Array, "B H W C"]) -> Array:
+    """Bilinear interpolation: `jax.image.resize`, in the form that takes any number of images."""
+    scale = jnp.asarray([like.shape[i] / y.shape[i] for i in (1, 2)], jnp.float32)
+    still = jnp.zeros(2)
+    return jax.image.scale_and_translate(y, like.shape, (1, 2), scale, still, "bilinear")
 
 
 class LinearExit(nnx.Module):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jfed.models.model import Model, Params
+from jfed.models.model import Model, Params, Statistics
 
 
 class Batch(NamedTuple):
@@ -63,6 +63,14 @@ def training_logits(model: Model, params: Params, batch: Batch) -> Float[Array, 
     if model.measure is None:
         return model.apply(params, batch.images)
     return model.apply(params, batch.images, batch.mask)
+
+
+def tested_logits(
+    model: Model, params: Params, images: Float[Array, "B ..."], statistics: Statistics | None
+) -> Float[Array, "B classes"]:
+    """Logits in a test: batch norms use these statistics; None for a model without."""
+    given = (images,) if statistics is None else (images, None, statistics)
+    return model.apply(params, *given)
 
 
 def training_loss(model: Model) -> Loss:

@@ -14,7 +14,7 @@ from jfed.data.preprocessing import Images, gather
 from jfed.engine.devices import AXIS, EVERYWHERE, SPREAD
 from jfed.errors import ConfigError, check_integer, check_number, check_sequence
 from jfed.models.integration import check_solver
-from jfed.models.losses import Batch, Metrics, cross_entropy
+from jfed.models.losses import Batch, Metrics, cross_entropy, tested_logits
 from jfed.models.model import Model, Moments, Params, Statistics
 from jfed.tiers import Iterations, Tier, Tiers
 
@@ -189,10 +189,7 @@ def make_evaluator(tier: Tier, mesh: Mesh, measure: Measure | None = None) -> ja
 
         def count(indices: Array, real: Array) -> Metrics:
             batch = batch_of(test.images, indices, real)
-            if statistics is None:
-                logits = model.apply(params, batch.images)
-            else:
-                logits = model.apply(params, batch.images, None, statistics)
+            logits = tested_logits(model, params, batch.images, statistics)
             _, found = cross_entropy(logits, batch)
             found = found._replace(
                 correct=found.correct.astype(jnp.int32), examples=found.examples.astype(jnp.int32)

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from jfed.errors import (
     name_of,
 )
 from jfed.models.model import Params, Statistics
+from jfed.simulation import exports
 from jfed.simulation.federation import Federation, State
 from jfed.simulation.prediction import Predictor, Test, score
 from jfed.simulation.records import Record
@@ -92,7 +94,7 @@ class Result:
           ConfigError: there is no such tier, or it was not tested, so that its norms are unknown.
           DataError: images of another shape.
         """
-        predictor = self._predictor()
+        predictor = self.predictor()
         chosen = predictor.choose(tier, iterations, solver)
         return predictor.probabilities(chosen, images, batch_size)
 
@@ -106,7 +108,54 @@ class Result:
         split = data.test if isinstance(data, Dataset) else check_type("data", data, Split)
         return score(self.predict(split.images, **options), split)
 
-    def _predictor(self) -> Predictor:
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: str,
+        tier: str | None = None,
+        iterations: Iterations | None = None,
+        solver: str | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        """Writes one tier's model into a file, for a device that can afford that tier.
+
+        The file is there whole or not at all; one that was there is replaced. See
+        `jfed.simulation.exports` for what the program of "stablehlo" and "onnx" takes and gives.
+
+        "safetensors": arrays `params/PATH`, the tier's parameters by their path in its model's
+        tree; `norms/PATH/mean` and `norms/PATH/var`, what its batch norms normalise with (of an ODE
+        block `[steps, solver's stages, C]`, zeros in steps that the tier does not take);
+        `images/mean` and `images/std`, `[C]`, of the pixels. Where tiers keep entries for
+        themselves, these are `params/shared/NAME` and `params/own/NAME`, with one row. Its metadata
+        tell tier, iterations, solver, class names, and shape and type of the images.
+
+        "stablehlo": `jax.export.deserialize(bytes).call(pixels)` runs it on CPU, CUDA and TPU; JAX
+        promises to read it for half a year. It has no place for metadata.
+
+        "onnx", by jax2onnx (`pip install 'jfed[onnx]'`): from `pixels` to `logits`, with
+        safetensors' metadata. Convolutions in bfloat16 stay so, which ONNX Runtime has for few
+        devices.
+
+        Args:
+          path: of the file, local or remote.
+          format: "safetensors", "stablehlo" or "onnx".
+          tier: see `predict`, as `iterations` and `solver`.
+          iterations: see `predict`.
+          solver: see `predict`.
+          batch_size: images at a time; None: any number.
+
+        Raises:
+          ConfigError: no such format or tier, or one that was not tested; jax2onnx is not
+            installed, or does not know what a model of the user's own computes.
+          RunFolderError: the file cannot be written.
+        """
+        predictor = self.predictor()
+        chosen = predictor.choose(tier, iterations, solver)
+        exports.write(predictor, chosen, path, format=format, batch_size=batch_size)
+
+    def predictor(self) -> Predictor:
+        """What predictions and exports are made of; ConfigError if the result lacks some of it."""
         if self.tiers is None or self.inputs is None:
             raise ConfigError(
                 "the result does not know its tiers: load it with those that it was trained with, "

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from jfed.data import Split
 from jfed.data.preprocessing import ModelInputs
 from jfed.errors import ConfigError, DataError, check_integer, one_of
+from jfed.models.losses import tested_logits
 from jfed.models.model import Model, Params, Statistics
 from jfed.tiers import Iterations, Tier, Tiers
 
@@ -103,8 +104,7 @@ def _classifier(model: Model) -> Callable[..., Array]:
     """The jitted `(params, statistics, images) -> probabilities` of a model."""
 
     def classify(params: Params, norms: Statistics | None, images: Array) -> Array:
-        given = (images,) if norms is None else (images, None, norms)
-        return jax.nn.softmax(model.apply(params, *given), -1)
+        return jax.nn.softmax(tested_logits(model, params, images, norms), -1)
 
     return jax.jit(classify)
 

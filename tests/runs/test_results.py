@@ -2,6 +2,7 @@
 
 import csv
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -64,6 +65,17 @@ def test_predictions_need_no_other_images(finished):
     np.testing.assert_allclose(all_.sum(1), 1, rtol=1e-5)
     np.testing.assert_allclose(result.predict(DATA.test.images[7:8]), all_[7:8], atol=1e-5)
     assert result.predict(DATA.test.images[:0]).shape == (0, 10)
+
+
+def test_a_result_on_several_devices_is_exported_for_one(finished, tmp_path):
+    """At a count that no client ran."""
+    result, file = finished[2], tmp_path / "model.stablehlo"
+    assert result.engine.devices > 1
+    result.export(file, format="stablehlo", iterations=3)
+    program = jax.export.deserialize(bytearray(file.read_bytes()))
+    assert program.nr_devices == 1
+    found = jax.nn.softmax(program.call(DATA.test.images), -1)
+    np.testing.assert_allclose(found, result.predict(DATA.test.images, iterations=3), atol=1e-4)
 
 
 def test_group_norm_needs_no_statistics(tmp_path):
