@@ -25,6 +25,7 @@ from jfed.runs.compiled import keep_compiled
 from jfed.simulation.evaluation import EvaluationConfig
 from jfed.simulation.loop import Result
 from jfed.simulation.records import Evaluation, Record
+from jfed.simulation.simulated_time import TimeConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "Result",
     "RunFolderError",
     "ServerConfig",
+    "TimeConfig",
     "algorithms",
     "data",
     "keep_compiled",

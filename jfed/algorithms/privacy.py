@@ -295,7 +295,12 @@ def _quiet() -> Iterator[None]:
 
 
 def check_guarantee(
-    config: PrivacyConfig, server: ServerConfig, clients: int, *, attacks: bool
+    config: PrivacyConfig,
+    server: ServerConfig,
+    clients: int,
+    *,
+    attacks: bool,
+    late_by_message: bool = False,
 ) -> None:
     """Raises ConfigError for what would break the guarantee.
 
@@ -304,6 +309,8 @@ def check_guarantee(
       server: how it weighs and merges.
       clients: of the federation.
       attacks: whether some send other messages than clipped ones.
+      late_by_message: whether the bytes of one client's message tell who else is too late. (Who
+        drops out, or is late by its own examples, is as one that sends zeros.)
     """
     if config.delta is not None and config.delta >= 1 / clients:
         raise ConfigError(
@@ -313,6 +320,11 @@ def check_guarantee(
     if attacks:
         raise ConfigError(
             "dp_clip cannot be with exploding or hostile clients, which send what they do not clip."
+        )
+    if late_by_message:
+        raise ConfigError(
+            "dp_clip cannot be with a deadline and codecs: bytes that are measured on one client's "
+            "message would decide whether others are late."
         )
     _check_server(server)
 

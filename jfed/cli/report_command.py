@@ -26,7 +26,8 @@ def execute(args: list[str]) -> None:
         Args:
           folders: run folders.
           baseline: compare all others with the runs of this name, as the table calls them.
-          target: accuracy from 0 to 1; tells how many rounds and bytes it took.
+          target: accuracy from 0 to 1; tells how many rounds, bytes and simulated
+            seconds it took.
           style: of the tables: simple, github or latex_booktabs.
           output: a folder for runs.csv and figures.
         """

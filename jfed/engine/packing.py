@@ -129,6 +129,13 @@ def client_steps(examples: int, config: ClientConfig) -> int:
     return config.steps or config.epochs * -(-examples // config.batch_size)
 
 
+def client_examples(examples: int, config: ClientConfig, steps: int | None = None) -> int:
+    """How many examples a client processes in its first `steps` batches of a round, or in all."""
+    steps = client_steps(examples, config) if steps is None else steps
+    epochs, rest = divmod(steps, -(-examples // config.batch_size))
+    return epochs * examples + min(rest * config.batch_size, examples)
+
+
 def client_batches(
     examples: Int[np.ndarray, " N"], config: ClientConfig, rng: np.random.Generator
 ) -> Int[np.ndarray, "steps B"]:

@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from jfed.models.losses import batch_shapes, training_loss
 from jfed.models.model import Model, Params
+
+TRAINING = 3  # a gradient costs the forward pass, and twice as much on the way back
 
 
 def forward_flops(model: Model, params: Params, image_shape: tuple[int, ...]) -> int:
@@ -23,6 +26,23 @@ def forward_flops(model: Model, params: Params, image_shape: tuple[int, ...]) ->
     """
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return _count(jax.make_jaxpr(model.apply)(params, image).jaxpr)
+
+
+def training_flops(model: Model, params: Params, image_shape: tuple[int, ...]) -> int:
+    """FLOPs of the gradient of one example: three times those of the loss.
+
+    The way back multiplies as much for the gradient of each layer's input as for that of its
+    weights, hence `TRAINING` (exact but for the first layer, whose input needs none). All that the
+    loss computes counts, also the students of a self-distillation; what a model with little memory
+    computes again on the way back does not.
+
+    Args:
+      model: as clients train it.
+      params: its parameters, or their shapes and dtypes.
+      image_shape: `(H, W, C)`.
+    """
+    shapes = batch_shapes(1, image_shape), jax.eval_shape(lambda: jax.random.key(0))
+    return TRAINING * _count(jax.make_jaxpr(training_loss(model))(params, *shapes).jaxpr)
 
 
 def _count(jaxpr: Jaxpr) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
@@ -22,6 +23,17 @@ class Batch(NamedTuple):
     mask: Float[Array, " B"]
     present: Bool[Array, " classes"] | None = None
     round: Int[Array, ""] | None = None
+
+
+def batch_shapes(size: int, image_shape: tuple[int, ...]) -> Any:
+    """Shapes and dtypes of a batch that clients train on, a `Batch`; images as `(H, W, C)`."""
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    images, labels = array(jnp.float32, size, *image_shape), array(jnp.int32, size)
+    mask: Any = array(jnp.float32, size)
+    return Batch(images, labels, mask, round=array(jnp.int32))  # type: ignore[arg-type]
 
 
 class Metrics(NamedTuple):

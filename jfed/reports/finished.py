@@ -27,12 +27,14 @@ class Point:
       bytes_total: sent by then.
       accuracies: on the test set, by tier.
       local: mean accuracy of clients on examples of their own; None where that is not tested.
+      seconds: simulated, by then; None where clients have no devices.
     """
 
     round: int
     bytes_total: int
     accuracies: Mapping[str, float]
     local: float | None = None
+    seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,11 @@ class FinishedRun:
         return self.summary.get("local")
 
     @property
+    def seconds(self) -> float | None:
+        """Simulated, of all rounds; None where clients have no devices."""
+        return self.summary.get("simulated_seconds")
+
+    @property
     def epsilon(self) -> float | None:
         """That its clients spent, where they are private."""
         return self.summary.get("epsilon")
@@ -141,9 +148,9 @@ def _points(metrics: str) -> tuple[Point, ...]:
         if found:
             sent = int(row["bytes_down_total"]) + int(row["bytes_up_total"])
             accuracies = {tier: float(accuracy) for tier, accuracy in found.items()}
-            local = row.get("local_accuracy_mean")
-            point = Point(int(row["round"]), sent, accuracies, float(local) if local else None)
-            points.append(point)
+            others = (row.get("local_accuracy_mean"), row.get("simulated_seconds"))
+            local, seconds = (float(text) if text else None for text in others)
+            points.append(Point(int(row["round"]), sent, accuracies, local, seconds))
     return tuple(points)
 
 

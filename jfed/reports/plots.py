@@ -1,7 +1,7 @@
 """Figures of a run, as matplotlib figures that the caller shows or saves."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jfed.simulation.records import LocalEvaluation, Record
 
+TIME = "simulated time [s]"
 _NAMED = 40  # clients whose names have room below their bars
 
 
@@ -54,10 +55,25 @@ def accuracy(history: Sequence[Record], kind: str = "tier") -> Figure:
 
 def accuracy_by_bytes(history: Sequence[Record], kind: str = "tier") -> Figure:
     """Test accuracy against all bytes sent so far in both directions, one line a tier."""
-    figure, axes = _axes("communication [MB]", "test accuracy")
+
+    def sent(record: Record) -> float:
+        return (record.bytes_down_total + record.bytes_up_total) / 1e6
+
+    return _accuracy_by("communication [MB]", history, sent, kind)
+
+
+def accuracy_by_time(history: Sequence[Record], kind: str = "tier") -> Figure:
+    """Test accuracy over simulated seconds, one line a tier; every record has some."""
+    return _accuracy_by(TIME, history, lambda record: record.simulated_seconds or 0.0, kind)
+
+
+def _accuracy_by(
+    xlabel: str, history: Sequence[Record], place: Callable[[Record], float], kind: str
+) -> Figure:
+    figure, axes = _axes(xlabel, "test accuracy")
     for name, points in _curves(history).items():
-        sent = [(r.bytes_down_total + r.bytes_up_total) / 1e6 for r, _ in points]
-        axes.plot(sent, [a for _, a in points], marker=".", label=name)
+        x, y = [place(record) for record, _ in points], [value for _, value in points]
+        axes.plot(x, y, marker=".", label=name)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(title=kind)
     return figure
@@ -98,7 +114,7 @@ def accuracy_curves(xlabel: str, curves: Mapping[str, Sequence[Reached]]) -> Fig
 def accuracy_over(
     xlabel: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
 ) -> Figure:
-    """Test accuracy over rounds or bytes: x and y for each label."""
+    """Test accuracy over rounds, bytes or time: x and y for each label."""
     figure, axes = _axes(xlabel, "test accuracy")
     for label, (x, y) in curves.items():
         axes.plot(x, y, marker=".", label=label)

@@ -36,6 +36,10 @@ class TierSummary:
       loss: on the test set, in nats.
       parameters: of the tier's submodel.
       flops: of classifying one image, see `jfed.models.flops.forward_flops`.
+      training_flops: of a client in a round, the mean over those of the tier, see
+        `jfed.models.flops.training_flops`; None where clients did not run it.
+      peak_bytes: of a client's memory while it trains, see
+        `jfed.simulation.training_costs.peak_bytes`; likewise.
       bytes_down: to one client in one round.
       bytes_up: from one client in one round.
       twin: the ResNet it is compared with; None where the model is itself one, or not of jfed.
@@ -52,6 +56,8 @@ class TierSummary:
     loss: float
     parameters: int
     flops: int
+    training_flops: float | None
+    peak_bytes: int | None
     bytes_down: int
     bytes_up: int
     twin: str | None
@@ -83,10 +89,12 @@ def summarise(
 ) -> list[TierSummary]:
     """What the table at the end of a run says, one entry for each evaluated tier."""
     last, lines = result.history[-1].evaluations, []
+    costs = federation.training_costs()
     for tier in federation.evaluated:
         shapes = tier.shapes(result.variables)
         # Of a tier that no client trains, what an update of it would take.
         bytes_ = result.traffic.get(tier.name) or traffic(tier, result.variables)
+        cost = costs.get(tier.name)
         lines.append(
             TierSummary(
                 kind=federation.tiers.kind,
@@ -98,6 +106,8 @@ def summarise(
                 loss=last[tier.name].loss,
                 parameters=owned_size(tier, result.variables),
                 flops=forward_flops(tier.bound(), shapes, image_shape),
+                training_flops=cost and cost.flops,
+                peak_bytes=cost and cost.peak_bytes,
                 bytes_down=bytes_.down,
                 bytes_up=bytes_.up,
                 twin=compared.name if compared else None,
@@ -116,6 +126,8 @@ def format_table(lines: list[TierSummary]) -> str:
             "accuracy": f"{line.accuracy:.2%}",
             "parameters": f"{line.parameters:,}",
             "MFLOPs": f"{line.flops / 1e6:,.1f}",
+            "training GFLOPs": _in_units(line.training_flops, 1e9),
+            "memory [MB]": _in_units(line.peak_bytes, 1e6),
             "bytes down": f"{line.bytes_down:,}",
             "bytes up": f"{line.bytes_up:,}",
             **(
@@ -130,6 +142,10 @@ def format_table(lines: list[TierSummary]) -> str:
         for line in lines
     ]
     return tabulate(rows, headers="keys", disable_numparse=True, stralign="right")
+
+
+def _in_units(value: float | None, unit: float) -> str:
+    return "" if value is None else f"{value / unit:,.3g}"
 
 
 def to_json(
@@ -152,6 +168,7 @@ def to_json(
         "epsilon": last.epsilon if last.epsilon != math.inf else None,
         "bytes_down_total": last.bytes_down_total,
         "bytes_up_total": last.bytes_up_total,
+        "simulated_seconds": last.simulated_seconds,
         "seconds": last.seconds,
         "compile_seconds": result.compile_seconds,
         "lane_utilisation": _mean(result, "lane_utilisation"),
@@ -190,10 +207,13 @@ def _mean(result: Result, column: str) -> float:
 
 
 def save_figures(path: epath.Path, result: Result, table: Sequence[TierSummary]) -> None:
-    """Accuracy over rounds and over bytes, against FLOPs, and against iteration counts."""
+    """Accuracy over rounds, bytes and simulated time, against FLOPs and iteration counts."""
     kind = table[0].kind
     plots.save(plots.accuracy(result.history, kind), path / "accuracy.png")
     plots.save(plots.accuracy_by_bytes(result.history, kind), path / "accuracy_by_bytes.png")
+    if result.history[-1].simulated_seconds is not None:
+        figure = plots.accuracy_by_time(result.history, kind)
+        plots.save(figure, path / "accuracy_by_time.png")
     if (local := result.history[-1].local) is not None:
         plots.save(
             plots.local_accuracy(local, result.client_names, kind), path / "local_accuracy.png"

@@ -1,6 +1,7 @@
 """Finished runs as tables and figures: mean and standard deviation over seeds."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,8 +44,8 @@ def lines(runs: Sequence[FinishedRun], target: Target | None = None) -> list[dic
 
     Args:
       runs: of any arms and seeds.
-      target: adds `bytes_to_target` and `rounds_to_target`, see `FinishedRun.reaching`; with tests
-        of clients also the two of `local`.
+      target: adds `bytes_to_target` and `rounds_to_target`, see `FinishedRun.reaching`, and
+        `seconds_to_target` of simulated ones; with tests of clients also those of `local`.
     """
     found = []
     for run in runs:
@@ -59,6 +60,8 @@ def lines(runs: Sequence[FinishedRun], target: Target | None = None) -> list[dic
         }
         if run.epsilon is not None:
             about["epsilon"] = run.epsilon
+        if run.seconds is not None:
+            about["simulated_seconds"] = run.seconds
         if run.local is not None:
             about |= {f"local_{name}": round(run.local[name], 6) for name in LOCAL}
         if target is not None:
@@ -67,11 +70,14 @@ def lines(runs: Sequence[FinishedRun], target: Target | None = None) -> list[dic
                 point = run.reaching(goal_of(run, target), local=bool(kind))
                 about[f"{kind}bytes_to_target"] = point and point.bytes_total
                 about[f"{kind}rounds_to_target"] = point and point.round
+                if run.seconds is not None:
+                    about[f"{kind}seconds_to_target"] = point and point.seconds
         for tier in run.tiers:
             own = {"arm": run.arm, "seed": run.seed}
             own |= {name: tier[name] for name in ("kind", "tier", "trained")}
             own |= {name: round(tier[name], 6) for name in ("accuracy", "loss")}
             own |= {name: tier[name] for name in ("parameters", "flops", "bytes_up")}
+            own |= {name: tier.get(name) for name in ("training_flops", "peak_bytes")}
             found.append(own | about)
     return found
 
@@ -137,13 +143,14 @@ def arm_table(
       runs: of any arms and seeds.
       baseline: the arm whose mean and worst tier others' are compared with, where they have as many
         tiers; none by default.
-      target: adds the rounds and bytes that it took to get there.
+      target: adds the rounds, bytes and simulated seconds that it took to get there.
       style: one of `STYLES`.
 
     Raises:
       ConfigError: no such arm or style, a target outside of 0 to 1, an arm with a seed twice.
     """
     groups, rows = by_arm(runs), []
+    timed = any(run.seconds is not None for run in runs)
     for arm, group in groups.items():
         trained = [tier for run in group for tier in run.trained]
         row = {
@@ -156,6 +163,9 @@ def arm_table(
             "upload [kB]": _size(np.mean([tier["bytes_up"] for tier in trained]) / 1e3),
             "all traffic [MB]": f"{np.mean([run.bytes_total for run in group]) / 1e6:,.1f}",
         }
+        if timed:
+            lasted = [run.seconds for run in group if run.seconds is not None]
+            row["simulated [s]"] = f"{np.mean(lasted):,.4g}" if lasted else ""
         local = [run.local for run in group if run.local is not None]
         if any(run.epsilon is not None for run in runs):
             spent = [run.epsilon for run in group if run.epsilon is not None]
@@ -164,7 +174,7 @@ def arm_table(
             for name in ("mean", "worst"):
                 row[f"clients' {name} [%]"] = spread([own[name] for own in local]) if local else ""
         if target is not None:
-            row |= _to_target(group, goal_of(group[0], target))
+            row |= _to_target(group, goal_of(group[0], target), timed)
         if baseline is not None:
             baseline = arm_of(baseline, tuple(groups))
             other = groups[baseline]
@@ -215,13 +225,15 @@ def _format(rows: Sequence[Mapping[str, str]], style: str) -> str:
     return tabulate(rows, headers="keys", tablefmt=style, disable_numparse=True, stralign="right")
 
 
-def _to_target(group: Sequence[FinishedRun], target: float) -> dict[str, str]:
-    """Rounds and bytes that an arm took to a target, in columns."""
+def _to_target(group: Sequence[FinishedRun], target: float, timed: bool) -> dict[str, str]:
+    """Rounds and bytes that an arm took to a target, and simulated seconds, in columns."""
     reached = [point for run in group if (point := run.reaching(target)) is not None]
     places: dict[str, Callable[[Point], float]] = {
         "rounds": lambda point: point.round,
         "MB": lambda point: point.bytes_total / 1e6,
     }
+    if timed:
+        places["s"] = lambda point: math.nan if point.seconds is None else point.seconds
     missing = f"reached by {len(reached)} of {len(group)}"
     return {
         f"{name} to {100 * target:g} %": (
@@ -269,14 +281,18 @@ def text(
 
 
 def figures(runs: Sequence[FinishedRun]) -> dict[str, Figure]:
-    """Accuracy of each arm over rounds and bytes, against FLOPs and iterations, by name."""
+    """Accuracy of each arm over rounds, bytes and time, against FLOPs and iterations, by name."""
     groups, found = by_arm(runs), {}
-    curves = {arm: _over_rounds(group) for arm, group in groups.items()}
-    if max(len(rounds) for rounds, _, _ in curves.values()) > 1:
-        over_rounds = {arm: (rounds, mean) for arm, (rounds, _, mean) in curves.items()}
-        over_bytes = {arm: (sent, mean) for arm, (_, sent, mean) in curves.items()}
-        found["accuracy"] = plots.accuracy_over("round", over_rounds)
-        found["accuracy_by_bytes"] = plots.accuracy_over("communication [MB]", over_bytes)
+    if max(len(run.history) for run in runs) > 1:
+        places: dict[str, tuple[str, Callable[[Point], float | None]]] = {
+            "accuracy": ("round", lambda point: point.round),
+            "accuracy_by_bytes": ("communication [MB]", lambda point: point.bytes_total / 1e6),
+            "accuracy_by_time": (plots.TIME, lambda point: point.seconds),
+        }
+        for name, (title, where) in places.items():
+            curves = {arm: _over(group, where) for arm, group in groups.items()}
+            if there := {arm: curve for arm, curve in curves.items() if curve is not None}:
+                found[name] = plots.accuracy_over(title, there)
     flops = _reached(groups, lambda tier: tier["flops"] / 1e6)
     found["accuracy_by_flops"] = plots.accuracy_curves("MFLOPs an image", flops)
     counts = _reached(groups, lambda tier: tier["iterations"] and np.mean(tier["iterations"]))
@@ -286,19 +302,16 @@ def figures(runs: Sequence[FinishedRun]) -> dict[str, Figure]:
     return found
 
 
-def _over_rounds(
-    group: Sequence[FinishedRun],
-) -> tuple[list[float], list[float], list[float]]:
-    """Rounds, MB sent by then and accuracy, the tiers' mean, averaged over an arm's runs."""
-    shortest = min((run.history for run in group), key=len)
-    rounds = [float(point.round) for point in shortest]
-    sent = np.mean(
-        [[point.bytes_total / 1e6 for point in run.history[: len(rounds)]] for run in group], 0
-    )
-    mean = np.mean(
-        [[run.average_at(point) for point in run.history[: len(rounds)]] for run in group], 0
-    )
-    return rounds, sent.tolist(), mean.tolist()
+def _over(
+    group: Sequence[FinishedRun], place: Callable[[Point], float | None]
+) -> tuple[list[float], list[float]] | None:
+    """Places and accuracies, the tiers' mean, averaged over an arm's runs; None without a place."""
+    count = min(len(run.history) for run in group)
+    x = [[place(point) for point in run.history[:count]] for run in group]
+    if any(value is None for row in x for value in row):
+        return None
+    y = [[run.average_at(point) for point in run.history[:count]] for run in group]
+    return np.mean(np.asarray(x, float), 0).tolist(), np.mean(y, 0).tolist()
 
 
 def _reached(

@@ -27,6 +27,7 @@ from jfed.simulation.evaluation import EvaluationConfig, evaluated_tiers
 from jfed.simulation.federation import Federation
 from jfed.simulation.loop import Callback, Result
 from jfed.simulation.population import Sampler
+from jfed.simulation.simulated_time import TimeConfig
 from jfed.tiers import Tiers
 from jfed.tiers.communication import Traffic
 from jfed.tiers.tier import as_tiers
@@ -52,6 +53,7 @@ def simulate(
     engine: EngineConfig | None = None,
     faults: FaultConfig | None = None,
     privacy: PrivacyConfig | None = None,
+    time: TimeConfig | None = None,
     allow_unused: bool = False,
     allow_overlap: bool = False,
     seed: int = 0,
@@ -94,6 +96,7 @@ def simulate(
       engine: how clients are spread over devices.
       faults: clients that fail or attack, simulated.
       privacy: of the clients, see `jfed.algorithms.PrivacyConfig`; none by default.
+      time: the clients' devices, for a simulated clock with a deadline; none by default.
       allow_unused: training examples may belong to no client.
       allow_overlap: an example may belong to several clients.
       seed: of everything random.
@@ -130,6 +133,7 @@ def simulate(
         "engine": EngineConfig() if engine is None else engine,
         "faults": FaultConfig() if faults is None else faults,
         "privacy": PrivacyConfig() if privacy is None else privacy,
+        "time": TimeConfig() if time is None else time,
         "allow_unused": allow_unused,
         "allow_overlap": allow_overlap,
         "seed": seed,

@@ -74,6 +74,7 @@ def set_up(
         engine=config.engine,
         faults=config.faults,
         privacy=config.privacy,
+        time=config.time,
         seed=seed,
         memory_folder=memory_folder,
     )

@@ -30,6 +30,7 @@ from jfed.models.presets import NetworkConfig
 from jfed.runs.initial import InitialConfig
 from jfed.seeds import check_seed
 from jfed.simulation.evaluation import EvaluationConfig
+from jfed.simulation.simulated_time import TimeConfig
 from jfed.tiers.methods import MethodConfig
 
 
@@ -79,6 +80,7 @@ class RunConfig:
       server: what is made of their updates.
       privacy: of the clients.
       faults: clients that fail or attack.
+      time: a simulated clock, by the clients' devices.
       augmentation: of training images.
       evaluation: when and how the global model is tested.
       engine: how clients are spread over hardware.
@@ -98,6 +100,7 @@ class RunConfig:
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
     privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
     faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
+    time: TimeConfig = dataclasses.field(default_factory=TimeConfig)
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)

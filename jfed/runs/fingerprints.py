@@ -26,9 +26,9 @@ def digest(arrays: Sequence[Any]) -> str:
 def inputs(data: Dataset, federation: Federation) -> dict[str, Any]:
     """What a run is given beside its settings: data, partition and tiers; and what travels.
 
-    A run that starts from given weights has their digest too.
+    A run that starts from given weights, or whose clients have devices, has their digest too.
     """
-    partition = federation.population.partition
+    partition, clock = federation.population.partition, federation.clock
     started = federation.tiers.weights_digest
     return {
         "data": {
@@ -48,6 +48,7 @@ def inputs(data: Dataset, federation: Federation) -> dict[str, Any]:
         },
         "traffic": {name: list(sent) for name, sent in federation.traffic.items()},
         **({} if started is None else {"weights": started}),
+        **({} if clock is None else {"devices": digest(clock.devices)}),
     }
 
 

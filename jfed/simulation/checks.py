@@ -13,7 +13,7 @@ from jfed.algorithms.optimizers import MakeOptimizer
 from jfed.algorithms.servers import ServerConfig
 from jfed.data import Dataset
 from jfed.errors import ConfigError, calling, name_of
-from jfed.models.losses import Batch, Metrics, training_loss
+from jfed.models.losses import Metrics, batch_shapes, training_loss
 from jfed.models.model import Params, by_name
 from jfed.seeds import is_key
 from jfed.simulation.evaluation import Measure
@@ -119,11 +119,15 @@ class Exchange(NamedTuple):
       sent: to the client.
       message: from it.
       metrics: of its training.
+      local: what the client holds while it trains.
+      gradients: how often a step of its training calls the loss.
     """
 
     sent: Any
     message: dict[str, Any]
     metrics: Metrics
+    local: Any
+    gradients: int
 
 
 def check_algorithm(
@@ -160,7 +164,13 @@ def check_algorithm(
     number, real = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.float32))
     sent = cut(call("send", server))
     known = (sent, number, number, number, real, number, real)
-    loss, batch, key = training_loss(tier.bound()), _training_batch(data), _key()
+    own, batch, key = training_loss(tier.bound()), _training_batch(data), _key()
+    calls = 0  # of the loss
+
+    def loss(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return own(*args)
 
     def of_client(name: str, *args: Any) -> Any:
         def run(known: Any, *args: Any) -> Any:
@@ -170,9 +180,11 @@ def check_algorithm(
             return jax.eval_shape(run, known, *args)
 
     local = of_client("client_init", memory, key)
+    calls = 0
     after, metrics = _pair(
         _title(algorithm, "client_step"), of_client("client_step", local, batch, key)
     )
+    gradients = max(calls, 1)  # an algorithm may have a loss of its own
     _check_metrics(_title(algorithm, "client_step"), metrics)
     _check_same(_title(algorithm, "client_step"), "local state", after, local)
     message, kept = _pair(_title(algorithm, "client_final"), of_client("client_final", local, key))
@@ -193,7 +205,7 @@ def check_algorithm(
     with calling(_title(algorithm, "server_step"), parts=sorted(merged)):
         stepped = jax.eval_shape(step, server, merged, like, real, like, number, key, real)
     _check_same(_title(algorithm, "server_step"), "server", stepped, server)
-    return Exchange(sent, message, metrics)
+    return Exchange(sent, message, metrics, local, gradients)
 
 
 def check_parts(message: Mapping[str, Any], server: ServerConfig) -> None:
@@ -284,13 +296,12 @@ def _shapes(tree: Any) -> Any:
 
 
 def _batch(data: Dataset) -> Any:
-    images = jax.ShapeDtypeStruct((2, *data.image_shape), jnp.float32)
-    labels = jax.ShapeDtypeStruct((2,), jnp.int32)
-    return Batch(images, labels, jax.ShapeDtypeStruct((2,), jnp.float32))  # type: ignore[arg-type]
+    """Shapes of a batch in a test."""
+    return _training_batch(data)._replace(round=None)
 
 
 def _training_batch(data: Dataset) -> Any:
-    return _batch(data)._replace(round=jax.ShapeDtypeStruct((), jnp.int32))
+    return batch_shapes(2, data.image_shape)
 
 
 def _key() -> Any:

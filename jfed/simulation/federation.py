@@ -40,14 +40,24 @@ from jfed.engine.faults import FaultConfig
 from jfed.engine.lanes import SCHEDULE, Inputs, Training
 from jfed.engine.memory import ClientMemory
 from jfed.engine.merging import Report
-from jfed.engine.packing import Load, Packing, Schedule, Work, capacity, load, pack
+from jfed.engine.packing import (
+    Load,
+    Packing,
+    Schedule,
+    Work,
+    capacity,
+    client_examples,
+    load,
+    pack,
+)
 from jfed.errors import ConfigError, check_integer, check_type, name_of
-from jfed.models.flops import forward_flops
+from jfed.models.flops import forward_flops, training_flops
 from jfed.models.losses import Metrics
 from jfed.models.model import Model, Params, by_name, initialise
 from jfed.seeds import check_seed, generator
 from jfed.simulation import local_tests
 from jfed.simulation.checks import (
+    Exchange,
     check_aggregator,
     check_algorithm,
     check_measure,
@@ -62,6 +72,8 @@ from jfed.simulation.measured_traffic import Sizes, as_sizes, wire_bytes
 from jfed.simulation.population import Sampler, make_population
 from jfed.simulation.programs import Plan, group_tiers, make_merged, programs
 from jfed.simulation.records import columns
+from jfed.simulation.simulated_time import Clock, TimeConfig, make_devices
+from jfed.simulation.training_costs import TrainingCost, peak_bytes
 from jfed.simulation.training_images import Resident, Streamed, TrainingImages
 from jfed.simulation.under_way import UnderWay
 from jfed.tiers import Tier, Tiers
@@ -125,12 +137,14 @@ class Federation:
         engine: EngineConfig | None = None,
         faults: FaultConfig | None = None,
         privacy: PrivacyConfig | None = None,
+        time: TimeConfig | None = None,
         allow_unused: bool = False,
         allow_overlap: bool = False,
         seed: int = 0,
         memory_folder: epath.Path | None = None,
     ) -> None:
         check_type("data", data, Dataset)
+        self._image_shape = data.image_shape
         if isinstance(algorithm, str):
             raise ConfigError(
                 "algorithm must be an Algorithm, such as jfed.algorithms.scaffold(client, server), "
@@ -145,6 +159,7 @@ class Federation:
             ("engine", engine, EngineConfig),
             ("faults", faults, FaultConfig),
             ("privacy", privacy, PrivacyConfig),
+            ("time", time, TimeConfig),
         ):
             check_type(name, value, kind, type(None))
         self.rounds = check_integer("rounds", rounds, least=1)
@@ -178,7 +193,15 @@ class Federation:
         if privacy is not None and privacy.clip is not None:
             if sampler is not None:
                 raise ConfigError(f"dp_clip draws clients itself, got sampler {name_of(sampler)}.")
-            cohort, sampler = self._be_private(privacy, len(examples), cohort, faults)
+            attacks = faults is not None and max(faults.exploding, faults.hostile) > 0
+            check_guarantee(
+                privacy,
+                self.server,
+                len(examples),
+                attacks=attacks,
+                late_by_message=bool(time and time.deadline) and self.algorithm.measured,
+            )
+            cohort, sampler = self._be_private(privacy, len(examples), cohort)
         self.population = make_population(
             examples,
             tiers=len(self.tiers.members),
@@ -194,11 +217,21 @@ class Federation:
         )
         self.client_names = data.names_of(examples)
         self.server.check_cohort(self.population.cohort)
+        self.time = time or TimeConfig()
+        devices = None
+        if self.time.devices_of_clients:
+            devices = make_devices(self.time, self.population)
         self.evaluated = evaluated_tiers(self.tiers, self.evaluation)
         like = jax.eval_shape(self.tiers.init, self.key)
         for tier in self.evaluated:
             check_model(tier, like, data)
         self._check(data, like)
+        self.clock: Clock | None = None
+        if devices is not None:
+            self.clock = Clock(devices, self._flops, self.time.deadline)
+            # What codecs come to is known only once they ran.
+            none = np.zeros_like(self._counted)
+            self.clock.check(self.population, none if self.algorithm.measured else self._counted)
         self.engine = (engine or EngineConfig()).resolve(self.population.cohort)
         self._mesh = make_mesh(self.engine.devices)
         self._rows = ClientRows(
@@ -217,11 +250,8 @@ class Federation:
         config: PrivacyConfig,
         clients: int,
         cohort: int | None,
-        faults: FaultConfig | None,
     ) -> tuple[int, Sampler | None]:
         """Makes the algorithm private; returns who is drawn: at most how many, and by what."""
-        attacks = faults is not None and max(faults.exploding, faults.hostile) > 0
-        check_guarantee(config, self.server, clients, attacks=attacks)
         cohort = clients if cohort is None else cohort
         cohort = check_integer("cohort", cohort, least=1, most=clients)
         accountant, share = Accountant(config, clients, cohort), cohort / clients
@@ -244,16 +274,14 @@ class Federation:
     def _check(self, data: Dataset, like: Params) -> None:
         """Checks what clients and server do, and tells what travels and what is recorded."""
         self.traffic: dict[str, Traffic] = {}
-        self._metrics: dict[tuple[int, ...], Any] = {}  # their structure, by program
+        self._exchanges: dict[tuple[int, ...], Exchange] = {}  # by program
         trained: dict[str, None] = {}
         for group in group_tiers(self.tiers.members):  # which differ in numbers only
             tiers = [self.tiers.members[i] for i in group]
             check_training(tiers[0], like, self.client, data)
             found = check_algorithm(tiers[0], like, self.algorithm, self.client, data)
             check_parts(found.message, self.server)
-            self._metrics[group] = jax.tree.structure(found.metrics)
-            if 0 in group:
-                self._sent = found.message
+            self._exchanges[group] = found
             trained |= dict.fromkeys(by_name(found.metrics.others))
             for tier in tiers:
                 self.traffic[tier.name] = traffic(
@@ -262,11 +290,41 @@ class Federation:
         tested = check_measure(self.evaluation.measure, data)
         local = [tier.name for tier in self.tiers.members] if self._tested else []
         names = [tier.name for tier in self.evaluated]
-        self.columns = columns(names, tuple(trained), tested, local, self._spent is not None)
+        self.columns = columns(
+            names,
+            tuple(trained),
+            tested,
+            local,
+            is_private=self._spent is not None,
+            is_timed=bool(self.time.devices_of_clients),
+        )
         check_aggregator(make_aggregator(self.server), like, self.population.cohort)
         self.population.sample(0)
         for number in (0, self.rounds - 1):
             learning_rate(self.client, number, self.rounds)
+
+    @functools.cached_property
+    def _flops(self) -> list[int]:
+        """Of training on one example, by tier."""
+        like = jax.eval_shape(self.tiers.init, self.key)
+        gradients = {i: e.gradients for group, e in self._exchanges.items() for i in group}
+        return [
+            gradients[i] * training_flops(tier.bound(), tier.shapes(like), self._image_shape)
+            for i, tier in enumerate(self.tiers.members)
+        ]
+
+    def training_costs(self) -> dict[str, TrainingCost]:
+        """What training costs a client, by the name of its tier; takes a moment for each."""
+        like, client, found = jax.eval_shape(self.tiers.init, self.key), self.client, {}
+        for group, exchange in self._exchanges.items():
+            for i in group:
+                tier = self.tiers.members[i]
+                shape, size = self._image_shape, client.batch_size
+                memory = peak_bytes(tier, tier.shapes(like), exchange, shape, size)
+                own = np.flatnonzero(self.population.tier == i).tolist()
+                counts = [client_examples(len(self.population.partition[c]), client) for c in own]
+                found[tier.name] = TrainingCost(self._flops[i] * float(np.mean(counts)), memory)
+        return found
 
     def _make_groups(self, data: Dataset, like: Params) -> list[_Group]:
         """Which tiers train together, and on what."""
@@ -310,7 +368,7 @@ class Federation:
                 clip=self.server.clip_updates,
                 streamed=isinstance(self._images, Streamed),
                 faults=self.population.faults,
-                metrics=self._metrics[group.tiers],
+                metrics=jax.tree.structure(self._exchanges[group.tiers].metrics),
             )
             for group in self._groups
         )
@@ -456,6 +514,9 @@ class Federation:
         by_tier = self.population.work(number, cohort)
         if self.algorithm.measured and (number == 0 or self._due(number)):
             state = state._replace(sizes=self._measure(state, number, rate, by_tier))
+        lasts: float | None = None
+        if self.clock is not None:
+            by_tier, lasts = self.clock.round(cohort, by_tier, state.sizes)
         work = [[w for i in group.tiers for w in by_tier[i]] for group in self._groups]
         work = [_as_in(items, g.tiers) for items, g in zip(work, self._groups, strict=True)]
         finite: Array | np.bool_ = np.bool_(True)
@@ -476,6 +537,7 @@ class Federation:
             finite=finite,
             local=self.test_locally(state, number) if self._due(number) else [],
             epsilon=self._spent(number + 1) if self._spent and self._due(number) else None,
+            lasts=lasts,
             tier_of=lambda client: self.tiers.members[self.population.tier[client]].name,
         )
         return state, under_way
@@ -533,7 +595,7 @@ class Federation:
         """The merged message of a round in which nobody delivers, and the owners in it."""
         zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
         nothing, like = zeros(variables), self.tiers.members[0].shapes(variables)
-        parts = self._sent.items()
+        parts = self._exchanges[self._groups[0].tiers].message.items()
         return {n: nothing if is_like(p, like) else zeros(p) for n, p in parts}, nothing
 
     def _inputs(self, server: Server, number: int, rate: float, images: Images) -> Inputs:

@@ -74,10 +74,15 @@ class Population:
         own, tiers = int(self.tier[client]), len(self.shares) - 1
         if not self.draw_tiers or own == tiers:
             return own
-        first, last = max(0, own - self.draw_tiers), min(tiers - 1, own + self.draw_tiers)
-        shares = self.shares[first : last + 1]
+        reach = self.within_reach(client)
+        shares = self.shares[reach.start : reach.stop]
         rng = generator(self.seed, "tier", number, client)
-        return first + int(rng.choice(len(shares), p=shares / shares.sum()))
+        return reach.start + int(rng.choice(len(shares), p=shares / shares.sum()))
+
+    def within_reach(self, client: int) -> range:
+        """The tiers that a client with a tier may be in."""
+        own, last = int(self.tier[client]), len(self.shares) - 2
+        return range(max(0, own - self.draw_tiers), min(last, own + self.draw_tiers) + 1)
 
     def work(self, number: int, cohort: Sequence[np.ndarray]) -> list[list[Work]]:
         """What the clients of each tier do in a round, except those that drop out.

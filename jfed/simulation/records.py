@@ -98,6 +98,7 @@ class Record:
       local: how clients do on examples of their own, where that is tested.
       epsilon: spent since the first round, where clients are private; None in a round without
         evaluation.
+      simulated_seconds: since the first round, on the clients' devices; None where they have none.
     """
 
     round: int
@@ -120,6 +121,7 @@ class Record:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     local: LocalEvaluation | None = None
     epsilon: float | None = None
+    simulated_seconds: float | None = None
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Record":
@@ -140,13 +142,14 @@ class Record:
             measured = {"accuracy": evaluation.accuracy, "loss": evaluation.loss}
             measured |= evaluation.metrics
             flat |= {f"test_{what}_{name}": value for what, value in measured.items()}
-        if self.epsilon is not None:
-            flat["epsilon"] = self.epsilon
+        single = {name: getattr(self, name) for name in _SOMETIMES}
+        flat |= {name: value for name, value in single.items() if value is not None}
         return flat | (self.local.columns() if self.local else {})
 
 
-# The fields of a record that are several columns, or none.
-_NESTED = ("evaluations", "metrics", "local", "epsilon")
+# The fields of a record that are a column of some runs, and those that are several columns or none.
+_SOMETIMES = ("epsilon", "simulated_seconds")
+_NESTED = ("evaluations", "metrics", "local", *_SOMETIMES)
 
 
 def columns(
@@ -154,7 +157,9 @@ def columns(
     trained: Sequence[str] = (),
     tested: Sequence[str] = (),
     local: Sequence[str] = (),
+    *,
     is_private: bool = False,
+    is_timed: bool = False,
 ) -> list[str]:
     """The columns of `metrics.csv`; ConfigError if two have one name.
 
@@ -164,13 +169,13 @@ def columns(
       tested: names of `Evaluation.metrics`.
       local: tiers of clients that are tested on examples of their own.
       is_private: whether clients are.
+      is_timed: whether they have devices.
     """
     own = [f.name for f in dataclasses.fields(Record) if f.name not in _NESTED]
     train = [f"train_{name}" for name in trained]
     kinds = ("accuracy", "loss", *tested)
     found = own + train + [f"test_{what}_{tier}" for tier in tiers for what in kinds]
-    if is_private:
-        found.append("epsilon")
+    found += [n for n, there in zip(_SOMETIMES, (is_private, is_timed), strict=True) if there]
     if local:
         found += [f"local_accuracy_{what}" for what in ("mean", "weighted", "worst", "p10", "std")]
         found += [f"local_accuracy_of_{tier}" for tier in local]

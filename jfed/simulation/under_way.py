@@ -35,6 +35,7 @@ class UnderWay(NamedTuple):
         the devices.
       tier_of: the name of a client's tier.
       epsilon: spent by then.
+      lasts: simulated seconds, where clients have devices.
     """
 
     number: int
@@ -49,6 +50,7 @@ class UnderWay(NamedTuple):
     local: Sequence[tuple[Sequence[int], Metrics]] = ()
     tier_of: Callable[[int], str] = str
     epsilon: float | None = None
+    lasts: float | None = None
 
     def ready(self) -> bool:
         """Whether all arrays have come."""
@@ -92,7 +94,13 @@ class UnderWay(NamedTuple):
             metrics=_means([report.metrics for report in reports]),
             local=local_evaluation(local, self.tier_of) if local else None,
             epsilon=self.epsilon,
+            simulated_seconds=self._simulated(before),
         )
+
+    def _simulated(self, before: Record | None) -> float | None:
+        if self.lasts is None:
+            return None
+        return self.lasts + ((before and before.simulated_seconds) or 0.0)
 
     def diverged(self) -> bool:
         """Whether clients trained honestly and the updates of all of them were rejected."""
