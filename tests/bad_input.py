@@ -115,6 +115,7 @@ def entry_points():
         "cohort": 3,
         "shares": None,
         "draw_tiers": 0,
+        "time": jfed.TimeConfig(("nvidia-t4@5g",), deadline=9.0),
         "seed": 0,
     }
     return [
@@ -123,6 +124,7 @@ def entry_points():
         (jfed.EvaluationConfig, arguments_of(jfed.EvaluationConfig())),
         (jfed.Augmentation, arguments_of(jfed.Augmentation())),
         (jfed.FaultConfig, arguments_of(jfed.FaultConfig())),
+        (jfed.TimeConfig, arguments_of(jfed.TimeConfig(("nvidia-t4@5g",), deadline=9.0))),
         (lambda **given: jfed.EngineConfig(**given).resolve(3), arguments_of(jfed.EngineConfig())),
         (CheckpointConfig, arguments_of(CheckpointConfig())),
         (Settings, arguments_of(Settings())),

@@ -123,7 +123,8 @@ def execute(args: list[str], *, restart: bool = False) -> None:
         )
     if not hosts.is_first():
         return
-    print(f"\n{format_table(table)}\nBytes and training FLOPs are of one client in one round, memory at its peak.\n")
+    print(f"\n{format_table(table)}")
+    print("Bytes and training FLOPs are of one client in one round, memory is its peak.\n")
     if (simulated := result.history[-1].simulated_seconds) is not None:
         print(f"{simulated:,.4g} simulated seconds on the devices of the clients.\n")
     if (epsilon := result.history[-1].epsilon) is not None:

@@ -124,7 +124,7 @@ def _own(
 def report(sent: Sequence[Sent]) -> Report:
     """What the clients of a program tell, in the order of their slots."""
     counts = np.asarray([one.counts for one in sent], bool)
-    told: Any = {}
+    told = Metrics(*[jnp.zeros(0)] * 3)
     if sent:
         zero = jax.tree.map(jnp.zeros_like, sent[0].metrics)
         shown = [one.metrics if one.counts else zero for one in sent]

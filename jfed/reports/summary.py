@@ -126,8 +126,8 @@ def format_table(lines: list[TierSummary]) -> str:
             "accuracy": f"{line.accuracy:.2%}",
             "parameters": f"{line.parameters:,}",
             "MFLOPs": f"{line.flops / 1e6:,.1f}",
-            "training GFLOPs": _in_units(line.training_flops, 1e9),
-            "memory [MB]": _in_units(line.peak_bytes, 1e6),
+            "training GFLOPs": in_units(line.training_flops, 1e9),
+            "memory [MB]": in_units(line.peak_bytes, 1e6),
             "bytes down": f"{line.bytes_down:,}",
             "bytes up": f"{line.bytes_up:,}",
             **(
@@ -144,7 +144,8 @@ def format_table(lines: list[TierSummary]) -> str:
     return tabulate(rows, headers="keys", disable_numparse=True, stralign="right")
 
 
-def _in_units(value: float | None, unit: float) -> str:
+def in_units(value: int | float | None, unit: float) -> str:
+    """Three digits of a size in some unit; nothing of what is not known."""
     return "" if value is None else f"{value / unit:,.3g}"
 
 

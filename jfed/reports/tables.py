@@ -1,7 +1,6 @@
 """Finished runs as tables and figures: mean and standard deviation over seeds."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,13 +13,15 @@ from jfed import files
 from jfed.errors import ConfigError, check_number, one_of
 from jfed.reports import plots
 from jfed.reports.finished import FinishedRun, Point
+from jfed.reports.summary import in_units
 
 _LEVEL = 0.05  # a star says that noise alone would give such a difference less often than this
 STYLES = ("simple", "github", "latex_booktabs")  # Tabulate's names
 NOTE = (
     "Accuracies: mean ± standard deviation over seeds; means of tiers are of the trained ones, "
     "however many clients each has. Differences are paired by seed, in points, * where a two-sided "
-    "paired t-test of that one difference gives p < 0.05. FLOPs are of classifying an image."
+    "paired t-test of that one difference gives p < 0.05. MFLOPs are of classifying an image; "
+    "training GFLOPs are a client's in a round, memory is its peak while it trains."
 )
 
 Groups = Mapping[str, Sequence[FinishedRun]]
@@ -211,6 +212,8 @@ def tier_table(
                 "MFLOPs": f"{tier['flops'] / 1e6:.1f}",
                 "parameters": f"{tier['parameters']:,}",
                 "upload [kB]": _size(tier["bytes_up"] / 1e3),
+                "training GFLOPs": in_units(tier.get("training_flops"), 1e9),
+                "memory [MB]": in_units(tier.get("peak_bytes"), 1e6),
             }
             if baseline is not None:
                 baseline = arm_of(baseline, tuple(groups))
@@ -228,19 +231,20 @@ def _format(rows: Sequence[Mapping[str, str]], style: str) -> str:
 def _to_target(group: Sequence[FinishedRun], target: float, timed: bool) -> dict[str, str]:
     """Rounds and bytes that an arm took to a target, and simulated seconds, in columns."""
     reached = [point for run in group if (point := run.reaching(target)) is not None]
-    places: dict[str, Callable[[Point], float]] = {
+    places: dict[str, Callable[[Point], float | None]] = {
         "rounds": lambda point: point.round,
         "MB": lambda point: point.bytes_total / 1e6,
     }
     if timed:
-        places["s"] = lambda point: math.nan if point.seconds is None else point.seconds
-    missing = f"reached by {len(reached)} of {len(group)}"
-    return {
-        f"{name} to {100 * target:g} %": (
-            missing if len(reached) < len(group) else _spread(np.array(list(map(place, reached))))
-        )
-        for name, place in places.items()
-    }
+        places["s"] = lambda point: point.seconds
+
+    def cell(place: Callable[[Point], float | None]) -> str:
+        if len(reached) < len(group):
+            return f"reached by {len(reached)} of {len(group)}"
+        values = [value for point in reached if (value := place(point)) is not None]
+        return _spread(np.array(values)) if values else ""
+
+    return {f"{name} to {100 * target:g} %": cell(place) for name, place in places.items()}
 
 
 def _compare(

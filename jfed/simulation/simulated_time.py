@@ -102,7 +102,7 @@ class Clock:
       deadline: see `TimeConfig`.
     """
 
-    def __init__(self, devices: Devices, flops: Sequence[float], deadline: float | None) -> None:
+    def __init__(self, devices: Devices, flops: Sequence[int], deadline: float | None) -> None:
         self.devices, self.deadline, self._flops = devices, deadline, flops
 
     def seconds(self, client: int, tier: int, examples: int, sizes: Sizes) -> float:

@@ -31,7 +31,7 @@ def peak_bytes(
     the algorithm keeps), a gradient, a batch as float32, and what backpropagation keeps of it, see
     `residual_bytes`. Not counted: the program, buffers of single operations (of a convolution's
     form, of a step that is computed again), the client's data set, the runtime. XLA's programs for
-    CPUs take up to twice as much.
+    CPUs take 0.7 to 2 times as much: they keep less, and their convolutions need room.
 
     Args:
       tier: of the client, with its own numbers; on a client's device they need not be data.

@@ -86,6 +86,30 @@ def test_run_writes_its_folder(run_folder, cache_folder):
         assert (run_folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_devices_of_clients_and_a_deadline(tmp_path, capsys):
+    """The tier of 1 iteration takes 2 ms for the model alone, the other one a tenth of that."""
+    folder = tmp_path / "run"
+    flags = "--devices-of-clients nvidia-t4@ethernet raspberry-pi-4@mobile --deadline 1e-3"
+    assert main(["run", *SMALL, *flags.split(), "--workdir", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "0.003 simulated seconds on the devices of the clients" in said
+    assert {"training", "GFLOPs", "memory", "[MB]"} <= set(said.split("\n---")[0].split())
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["simulated_seconds"]) for row in rows] == pytest.approx([1e-3, 2e-3, 3e-3])
+    assert all(int(row["dropped"]) > 0 and int(row["delivered"]) > 0 for row in rows)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["simulated_seconds"] == pytest.approx(3e-3)
+    zero, one, *untrained = summary["tiers"]
+    assert one["training_flops"] > 2 * zero["training_flops"] > 0
+    assert one["peak_bytes"] > zero["peak_bytes"] > 3 * 4 * zero["parameters"]
+    assert {tier["peak_bytes"] for tier in untrained} == {None}
+    assert (folder / "accuracy_by_time.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["report", str(folder), "--target", "0.01"]) == 0
+    assert "simulated [s]" in (told := capsys.readouterr().out)
+    assert "s to 1 %" in told
+
+
 def test_a_run_folder_is_never_overwritten(run_folder, capsys):
     before = (run_folder / "metrics.csv").read_bytes()
     assert main(["run", *SMALL, "--workdir", str(run_folder), "--alpha", "2"]) == 2
@@ -128,6 +152,12 @@ def test_a_method_is_chosen_by_name(tmp_path, capsys):
         (["--iterations", "1", "-1"], "-1"),
         (["--method", "heterofl", "--ratios", "1.5"], "1.5"),
         (["--method", "full", "--ratios", "0.5"], "has no ratios"),
+        (["--devices-of-clients", "nvidia-t5@5g"], "Did you mean 'nvidia-t4'"),
+        (["--devices-of-clients", "nvidia-t4@5g", "--deadline", "1e-9"], "deadline of 1e-09 s"),
+        (
+            ["--devices-of-clients", "none.csv"],
+            "cannot read the devices of clients from 'none",
+        ),
     ],
     ids=str,
 )

@@ -30,6 +30,7 @@ FLAGS = """
     --weights --aggregator --trim --krum-byzantine --krum-selected --clip-updates
     --dropout --stragglers --straggler-steps --non-finite --exploding --explosion --hostile --attack
     --attack-noise --attack-scale
+    --devices-of-clients --draw-devices --no-draw-devices --utilisation --deadline
     --pad --flip --no-flip
     --eval-every --eval-iterations --eval-solvers --eval-batch-size --calibration-examples
     --local-test --finetune-epochs

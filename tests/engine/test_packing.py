@@ -14,6 +14,7 @@ from jfed.engine.packing import (
     Work,
     capacity,
     client_batches,
+    client_examples,
     client_steps,
     load,
     pack,
@@ -40,6 +41,9 @@ def test_a_client_sees_every_example_once_an_epoch(examples, size, epochs, steps
     for epoch in range(len(batches) // per_epoch):
         seen = batches[epoch * per_epoch : (epoch + 1) * per_epoch].ravel()
         assert sorted(seen[seen >= 0]) == own.tolist()
+    assert client_examples(examples, config) == (batches >= 0).sum()
+    for first in range(len(batches)):
+        assert client_examples(examples, config, first) == (batches[:first] >= 0).sum()
 
 
 def _work(client, tier, steps, missing=0, fault=0):

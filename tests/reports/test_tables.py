@@ -125,6 +125,44 @@ def test_bytes_to_a_target_that_was_not_reached(runs):
     assert runs[0].reaching(0.25).bytes_total == 10**6
 
 
+def _timed(run):
+    """The run with 10 simulated seconds a round, and one more for each seed."""
+    history = [
+        dataclasses.replace(point, seconds=(10.0 + run.seed) * point.round) for point in run.history
+    ]
+    summary = run.summary | {"simulated_seconds": history[-1].seconds}
+    return dataclasses.replace(run, history=tuple(history), summary=summary)
+
+
+def test_simulated_seconds_of_arms_that_have_some(runs):
+    some = [_timed(run) if run.arm == "mixed" else run for run in runs]
+    # The mixed arm reaches 55 % after two rounds, which last 20, 22 and 24 s.
+    found = report.arm_table(some, target=0.55).splitlines()
+    assert found[0].split("  ")[-1].strip() == "s to 55 %"
+    assert "22 " in found[2]
+    assert found[2].endswith("22.00 ± 2.00")
+    assert "nan" not in found[3]
+    lines = report.lines(some, 0.55)
+    assert [line.get("simulated_seconds") for line in lines[::2]] == [20, 22, 24, None, None, None]
+    assert [line.get("seconds_to_target") for line in lines[::2]][:3] == [20, 22, 24]
+    (curve,) = report.figures(some)["accuracy_by_time"].axes[0].lines
+    assert curve.get_xdata().tolist() == [11, 22]
+    assert curve.get_ydata().tolist() == pytest.approx([0.28, 0.56])
+    assert "accuracy_by_time" not in report.figures(runs)
+    assert "simulated" not in report.arm_table(runs, target=0.55)
+
+
+def test_seconds_are_read_from_the_metrics(folders):
+    path = folders[0] / "metrics.csv"
+    rows = path.read_text().splitlines()
+    ends = ["simulated_seconds", "1.5", "3.25"]
+    path.write_text("\n".join(f"{row},{end}" for row, end in zip(rows, ends, strict=True)))
+    run = finished.read(folders[0])
+    assert [point.seconds for point in run.history] == [1.5, 3.25]
+    assert [point.seconds for point in finished.read(folders[1]).history] == [None, None]
+    assert run.reaching(0.25).seconds == 1.5
+
+
 def test_one_seed_has_no_deviation():
     assert report.spread([0.5]) == "50.00"
     assert report.difference({0: 0.5}, {0: 0.4}) == "+10.00"

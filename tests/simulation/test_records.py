@@ -17,7 +17,7 @@ def _record(number, **changes):
     fields = {
         field.name: number / 3 if "float" in str(field.type) else number
         for field in dataclasses.fields(Record)
-        if field.name not in ("evaluations", "metrics", "local", "epsilon")
+        if field.name not in ("evaluations", "metrics", "local", "epsilon", "simulated_seconds")
     }
     return Record(**fields | changes)
 
