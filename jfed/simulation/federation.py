@@ -512,7 +512,9 @@ class Federation:
         rate = learning_rate(self.client, number, self.rounds)
         cohort = self.population.sample(number)
         by_tier = self.population.work(number, cohort)
-        if self.algorithm.measured and (number == 0 or self._due(number)):
+        # When a run is tested, and for how long it goes on, must not decide who is late.
+        is_anew = self._due(number) and self.time.deadline is None
+        if self.algorithm.measured and (number == 0 or is_anew):
             state = state._replace(sizes=self._measure(state, number, rate, by_tier))
         lasts: float | None = None
         if self.clock is not None:

@@ -35,7 +35,8 @@ class TimeConfig:
         measured. FLOP/s that were measured (raspberry-pi-4), or that a file gives, stay as they
         are.
       deadline: simulated seconds after which a round ends. A client that is later is as one that
-        drops out: it got the model and sends nothing. None: the round waits for all.
+        drops out: it got the model and sends nothing. The bytes of codecs are then those of the
+        first round. None: the round waits for all.
     """
 
     devices_of_clients: tuple[str, ...] = ()

@@ -167,6 +167,20 @@ def test_measured_bytes_take_the_time_that_they_need(path):
     np.testing.assert_allclose(_lasted(result.history), expected)
 
 
+def test_when_a_run_is_tested_does_not_decide_who_is_late(path):
+    """Client 1 is in time since codecs send fewer bytes than 204, in every round as many."""
+    time = jfed.TimeConfig((path,), deadline=SECONDS[1] - 0.5)
+    algorithm = compressed(fedavg(CLIENT), up="int8")
+    often, once = (
+        _simulate(algorithm=algorithm, time=time, evaluation=jfed.EvaluationConfig(every=every))
+        for every in (1, 0)
+    )
+    for one, other in zip(often.history, once.history, strict=True):
+        assert (one.delivered, one.bytes_up) == (other.delivered, other.bytes_up)
+        assert one.delivered == 2
+        assert one.bytes_up == often.history[0].bytes_up
+
+
 def _population(tiers, clients=12, idle=0.0):
     parts = tuple(np.arange(clients)[:, None])
     options = {"shares": None, "cohort": None, "draw_tiers": 0, "client": CLIENT, "seed": 3}
