@@ -18,6 +18,7 @@ from jfed.reports import plots
 from jfed.simulation.federation import Federation
 from jfed.simulation.loop import Result
 from jfed.simulation.records import LocalEvaluation
+from jfed.simulation.scores import METRICS, column
 from jfed.tiers import Tiers
 from jfed.tiers.communication import owned_size, traffic, tree_bytes
 
@@ -34,6 +35,7 @@ class TierSummary:
       trained: whether clients ran it, or it was only evaluated.
       accuracy: on the test set, from 0 to 1.
       loss: on the test set, in nats.
+      metrics: further ones on the test set, by name, see `jfed.simulation.records.Evaluation`.
       parameters: of the tier's submodel.
       flops: of classifying one image, see `jfed.models.flops.forward_flops`.
       training_flops: of a client in a round, the mean over those of the tier, see
@@ -54,6 +56,7 @@ class TierSummary:
     trained: bool
     accuracy: float
     loss: float
+    metrics: dict[str, float]
     parameters: int
     flops: int
     training_flops: float | None
@@ -104,6 +107,7 @@ def summarise(
                 trained=tier.name in federation.traffic,
                 accuracy=last[tier.name].accuracy,
                 loss=last[tier.name].loss,
+                metrics=last[tier.name].metrics,
                 parameters=owned_size(tier, result.variables),
                 flops=forward_flops(tier.bound(), shapes, image_shape),
                 training_flops=cost and cost.flops,
@@ -124,6 +128,11 @@ def format_table(lines: list[TierSummary]) -> str:
         {
             line.kind: line.tier if line.trained else f"{line.tier} (not trained)",
             "accuracy": f"{line.accuracy:.2%}",
+            **{
+                metric.title: f"{line.metrics[column(name)]:.2%}"
+                for name, metric in METRICS.items()
+                if column(name) in line.metrics
+            },
             "parameters": f"{line.parameters:,}",
             "MFLOPs": f"{line.flops / 1e6:,.1f}",
             "training GFLOPs": in_units(line.training_flops, 1e9),
@@ -182,7 +191,12 @@ def to_json(
 
 def _line(line: TierSummary) -> dict[str, Any]:
     """A line as JSON can hold it, which knows no nan."""
-    return dataclasses.asdict(line) | {"loss": line.loss if math.isfinite(line.loss) else None}
+
+    def known(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    metrics = {name: known(value) for name, value in line.metrics.items()}
+    return dataclasses.asdict(line) | {"loss": known(line.loss), "metrics": metrics}
 
 
 def _local(found: LocalEvaluation | None, names: Sequence[str]) -> dict[str, Any] | None:

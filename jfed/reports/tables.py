@@ -14,6 +14,7 @@ from jfed.errors import ConfigError, check_number, one_of
 from jfed.reports import plots
 from jfed.reports.finished import FinishedRun, Point
 from jfed.reports.summary import in_units
+from jfed.simulation.scores import METRICS, column
 
 _LEVEL = 0.05  # a star says that noise alone would give such a difference less often than this
 STYLES = ("simple", "github", "latex_booktabs")  # Tabulate's names
@@ -77,6 +78,7 @@ def lines(runs: Sequence[FinishedRun], target: Target | None = None) -> list[dic
             own = {"arm": run.arm, "seed": run.seed}
             own |= {name: tier[name] for name in ("kind", "tier", "trained")}
             own |= {name: round(tier[name], 6) for name in ("accuracy", "loss")}
+            own |= {name: x and round(x, 6) for name, x in tier.get("metrics", {}).items()}
             own |= {name: tier[name] for name in ("parameters", "flops", "bytes_up")}
             own |= {name: tier.get(name) for name in ("training_flops", "peak_bytes")}
             found.append(own | about)
@@ -197,6 +199,8 @@ def tier_table(
     with that count, not with a width.
     """
     groups, rows = by_arm(runs), []
+    there = {name for run in runs for tier in run.tiers for name in tier.get("metrics", {})}
+    measured = [name for name in METRICS if column(name) in there]
     for arm, group in groups.items():
         for tier in group[0].tiers:
             key = tier["kind"], tier["tier"]
@@ -209,6 +213,7 @@ def tier_table(
                 "arm": arm,
                 "tier": tier["tier"] if tier["trained"] else f"{tier['tier']} (not trained)",
                 "accuracy [%]": spread([a for run in group if (a := accuracy(run)) is not None]),
+                **{f"{METRICS[m].title} [%]": _metric(group, key, m) for m in measured},
                 "MFLOPs": f"{tier['flops'] / 1e6:.1f}",
                 "parameters": f"{tier['parameters']:,}",
                 "upload [kB]": _size(tier["bytes_up"] / 1e3),
@@ -221,6 +226,14 @@ def tier_table(
                 row[f"vs {baseline}"] = "" if arm == baseline else _compare(group, other, accuracy)
             rows.append(row)
     return _format(rows, style)
+
+
+def _metric(group: Sequence[FinishedRun], key: tuple[str, str], name: str) -> str:
+    """A further metric of a tier, where runs of the arm have it."""
+    tiers = [tier for run in group for tier in run.tiers if (tier["kind"], tier["tier"]) == key]
+    found = [tier.get("metrics", {}).get(column(name)) for tier in tiers]
+    known = [value for value in found if value is not None]
+    return spread(known) if known else ""
 
 
 def _format(rows: Sequence[Mapping[str, str]], style: str) -> str:

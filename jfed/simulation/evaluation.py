@@ -12,10 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from jfed.data.preprocessing import Images, gather
 from jfed.engine.devices import AXIS, EVERYWHERE, SPREAD
-from jfed.errors import ConfigError, check_integer, check_number, check_sequence
+from jfed.errors import ConfigError, check_integer, check_number, check_sequence, one_of
 from jfed.models.integration import check_solver
 from jfed.models.losses import Batch, Metrics, cross_entropy, tested_logits
 from jfed.models.model import Model, Moments, Params, Statistics
+from jfed.simulation.scores import METRICS
 from jfed.tiers import Iterations, Tier, Tiers
 
 # Sums over the examples that count, by name.
@@ -33,8 +34,11 @@ class EvaluationConfig:
         included, is tested with each of them too, beside the solver that it is trained with.
       batch_size: examples in a batch.
       calibration_examples: training examples that batch-norm statistics are measured on.
-      measure: further metrics, `measure(logits, batch) -> {name: sum over the examples that count}`
-        float32 scalars, recorded as means over the test set.
+      metrics: further ones of every evaluation: "balanced-accuracy", "f1" (macro), "auc" (macro, of
+        each class against the rest) and "ece" (calibration error). The host computes them, exactly,
+        from the probabilities of all test examples, see `jfed.simulation.scores`.
+      measure: metrics of your own, `measure(logits, batch) -> {name: sum over the examples that
+        count}`, float32 scalars, recorded as means over the test set.
       local_test: share of each client's examples that it does not train on, and is tested on itself
         at every evaluation: its personal model where the algorithm has such, else the global one.
         0: none.
@@ -47,6 +51,7 @@ class EvaluationConfig:
     solvers: tuple[str, ...] = ()
     batch_size: int = 250
     calibration_examples: int = 2000
+    metrics: tuple[str, ...] = ()
     measure: Measure | None = None
     local_test: float = 0.0
     finetune_epochs: int = 0
@@ -55,6 +60,8 @@ class EvaluationConfig:
         check_sequence("evaluation iterations", self.iterations)
         for solver in check_sequence("evaluation solvers", self.solvers):
             check_solver(solver)
+        for metric in check_sequence("evaluation metrics", self.metrics):
+            one_of("metric", metric, tuple(METRICS))
         check_integer("evaluation every", self.every, least=0)
         check_integer("evaluation batch_size", self.batch_size, least=1, most=10**6)
         check_integer("evaluation calibration_examples", self.calibration_examples, least=1)
@@ -168,26 +175,46 @@ def recalibrate(
     return pool(measured, counts, axis)
 
 
-def make_evaluator(tier: Tier, mesh: Mesh, measure: Measure | None = None) -> jax.stages.Wrapped:
+class Tested(NamedTuple):
+    """What testing a tier gives, on every device.
+
+    Attributes:
+      metrics: sums over the test set, of which `correct` and `examples` are int32, since float32
+        counts to 2^24 only.
+      statistics: of the norms that it was tested with; None for a model without.
+      probabilities: `[N, classes]` of the test set's examples in their order, float32, where they
+        were asked for; the last rows are padding.
+    """
+
+    metrics: Metrics
+    statistics: Statistics | None
+    probabilities: Float[Array, "N classes"] | None
+
+
+def make_evaluator(
+    tier: Tier, mesh: Mesh, measure: Measure | None = None, *, keep: bool = False
+) -> jax.stages.Wrapped:
     """The program that tests all tiers which differ from this one in their setting only.
 
     Batches are spread over the mesh's devices, so their number must be a multiple of them. A tier
     whose part of the variables moves over rounds (FedRolex) is tested where it starts, as of round
     0: for its full tier that is the server's whole model, what the paper reports.
 
+    Args:
+      tier: one of them.
+      mesh: of the devices.
+      measure: see `EvaluationConfig`.
+      keep: give the probabilities of all examples.
+
     Returns:
-      A jitted `evaluate(variables, setting, calibration, test) -> (Metrics, Statistics | None)`:
-      sums over the test set, of which `correct` and `examples` are int32, since float32 counts to
-      2^24 only; and the norms' statistics that it tested with.
+      A jitted `evaluate(variables, setting, calibration, test) -> Tested`.
     """
 
-    def evaluate(
-        variables: Params, setting: Any, calibration: Examples, test: Examples
-    ) -> tuple[Metrics, Statistics | None]:
+    def evaluate(variables: Params, setting: Any, calibration: Examples, test: Examples) -> Tested:
         model, params = tier.bound(setting), tier.extract(variables, 0)
         statistics = recalibrate(model, params, calibration, AXIS)
 
-        def count(indices: Array, real: Array) -> Metrics:
+        def count(indices: Array, real: Array) -> tuple[Metrics, Array | None]:
             batch = batch_of(test.images, indices, real)
             logits = tested_logits(model, params, batch.images, statistics)
             _, found = cross_entropy(logits, batch)
@@ -196,15 +223,18 @@ def make_evaluator(tier: Tier, mesh: Mesh, measure: Measure | None = None) -> ja
             )
             if measure is not None:
                 found = found._replace(others=measure(logits, batch))
-            return found
+            return found, jax.nn.softmax(logits, -1) if keep else None
 
-        def add(total: Metrics, at: tuple[Array, Array]) -> tuple[Metrics, None]:
-            return jax.tree.map(jnp.add, total, count(*at)), None
+        def add(total: Metrics, at: tuple[Array, Array]) -> tuple[Metrics, Array | None]:
+            found, probabilities = count(*at)
+            return jax.tree.map(jnp.add, total, found), probabilities
 
-        like = jax.eval_shape(count, test.batches[0], test.real[0])
+        like, _ = jax.eval_shape(count, test.batches[0], test.real[0])
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        total, _ = jax.lax.scan(add, nothing, (test.batches, test.real))
-        return jax.lax.psum(total, AXIS), statistics
+        total, rows = jax.lax.scan(add, nothing, (test.batches, test.real))
+        if rows is not None:
+            rows = jax.lax.all_gather(rows.reshape(-1, rows.shape[-1]), AXIS, tiled=True)
+        return Tested(jax.lax.psum(total, AXIS), statistics, rows)
 
     examples = Examples(Images(*(EVERYWHERE,) * 4), SPREAD, SPREAD)  # type: ignore[arg-type]
     specs = (EVERYWHERE, EVERYWHERE, examples, examples)

@@ -66,12 +66,19 @@ from jfed.simulation.checks import (
     check_training,
 )
 from jfed.simulation.client_rows import ClientRows, Trained
-from jfed.simulation.evaluation import EvaluationConfig, Examples, evaluated_tiers, in_batches
+from jfed.simulation.evaluation import (
+    EvaluationConfig,
+    Examples,
+    Tested,
+    evaluated_tiers,
+    in_batches,
+)
 from jfed.simulation.local_tests import Chunk, LocalTesting
 from jfed.simulation.measured_traffic import Sizes, as_sizes, wire_bytes
 from jfed.simulation.population import Sampler, make_population
 from jfed.simulation.programs import Plan, group_tiers, make_merged, programs
 from jfed.simulation.records import columns
+from jfed.simulation.scores import METRICS, column
 from jfed.simulation.simulated_time import Clock, TimeConfig, make_devices
 from jfed.simulation.training_costs import TrainingCost, peak_bytes
 from jfed.simulation.training_images import Resident, Streamed, TrainingImages
@@ -287,7 +294,8 @@ class Federation:
                 self.traffic[tier.name] = traffic(
                     tier, like, (found.sent, found.message), self.algorithm.personal
                 )
-        tested = check_measure(self.evaluation.measure, data)
+        own = check_measure(self.evaluation.measure, data)
+        tested = (*map(column, self.evaluation.metrics), *own)
         local = [tier.name for tier in self.tiers.members] if self._tested else []
         names = [tier.name for tier in self.evaluated]
         self.columns = columns(
@@ -375,7 +383,7 @@ class Federation:
         tested = tuple(
             tuple(self.evaluated[i] for i in members) for members in group_tiers(self.evaluated)
         )
-        measure = self.evaluation.measure
+        measure, keep = self.evaluation.measure, bool(self.evaluation.metrics)
         counts = np.bincount(self.population.tier, minlength=len(self.tiers.members)).tolist()
         population = tuple(tuple(counts[i] for i in group.tiers) for group in self._groups)
         tuning = self.client if self.evaluation.finetune_epochs else None
@@ -385,7 +393,7 @@ class Federation:
             if self._tested
         )
         clients = len(self.population.partition)
-        return Plan(trainings, tested, aggregator, population, clients, measure, local)
+        return Plan(trainings, tested, aggregator, population, clients, measure, keep, local)
 
     def _place(self, data: Dataset) -> None:
         """Puts images on the devices, once for the whole run, but for those that are streamed."""
@@ -401,7 +409,7 @@ class Federation:
         some, places = self._images.some(chosen)
         self._calibration = Examples(some, *spread(in_batches(places, size, self._mesh.size)))
         test = Images(*everywhere((data.test.images, data.test.labels, *moments)))
-        every = np.arange(len(data.test))
+        every, self._labels = np.arange(len(data.test)), data.test.labels
         self._test = Examples(test, *spread(in_batches(every, size, self._mesh.size)))
         present = None
         if self.client.mask_absent_classes:
@@ -540,6 +548,7 @@ class Federation:
             local=self.test_locally(state, number) if self._due(number) else [],
             epsilon=self._spent(number + 1) if self._spent and self._due(number) else None,
             lasts=lasts,
+            score=self.score,
             tier_of=lambda client: self.tiers.members[self.population.tier[client]].name,
         )
         return state, under_way
@@ -613,8 +622,8 @@ class Federation:
         }
         return arguments | self._local_programs(state)
 
-    def evaluate(self, state: State) -> dict[str, Metrics]:
-        """Test metrics of each evaluated tier, arrays on the device, by name."""
+    def evaluate(self, state: State) -> dict[str, Tested]:
+        """Tests of each evaluated tier, arrays on the device, by name."""
         found = {}
         for i, members in enumerate(group_tiers(self.evaluated)):
             program = self._compiled[0][f"evaluate {i}"]
@@ -622,8 +631,13 @@ class Federation:
                 found[self.evaluated[member].name] = program(
                     state.server.variables, self._settings[member], self._calibration, self._test
                 )
-        self.norms = {name: statistics for name, (_, statistics) in found.items()}
-        return {tier.name: found[tier.name][0] for tier in self.evaluated}
+        self.norms = {name: tested.statistics for name, tested in found.items()}
+        return {tier.name: found[tier.name] for tier in self.evaluated}
+
+    def score(self, probabilities: np.ndarray) -> dict[str, float]:
+        """The metrics that were asked for, of the probabilities of an evaluation, by column."""
+        found = probabilities[: len(self._labels)]
+        return {column(m): METRICS[m].of(found, self._labels) for m in self.evaluation.metrics}
 
     def _local_arguments(self, state: State, number: int, chunk: Chunk) -> tuple[Any, ...]:
         """The arguments of the program that tests clients on examples of their own."""

@@ -28,8 +28,9 @@ from jfed.errors import (
 from jfed.models.model import Params, Statistics
 from jfed.simulation import exports
 from jfed.simulation.federation import Federation, State
-from jfed.simulation.prediction import Predictor, Test, score
+from jfed.simulation.prediction import Predictor
 from jfed.simulation.records import Record
+from jfed.simulation.scores import Test, score
 from jfed.simulation.under_way import UnderWay
 from jfed.tiers import Iterations, Tier, Tiers
 from jfed.tiers.communication import Traffic

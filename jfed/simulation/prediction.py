@@ -1,4 +1,4 @@
-"""Using a trained model: predictions, and tests on further data."""
+"""Using a trained model: predictions."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -6,39 +6,13 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
-from jfed.data import Split
 from jfed.data.preprocessing import ModelInputs
 from jfed.errors import ConfigError, DataError, check_integer, one_of
 from jfed.models.losses import tested_logits
 from jfed.models.model import Model, Params, Statistics
 from jfed.tiers import Iterations, Tier, Tiers
-
-_BINS = 15  # of the calibration error, as in Guo et al.
-
-
-class Test(NamedTuple):
-    """How a model does on a data set.
-
-    Attributes:
-      accuracy: from 0 to 1.
-      loss: cross-entropy, in nats an example.
-      confusion: `[classes, classes]` how many examples of each class (rows) are taken for each.
-      calibration_error: from 0 to 1: over 15 bins of the largest probability, the mean distance of
-        that from the accuracy, by examples (Guo et al. 2017, arXiv 1706.04599, equation 3).
-    """
-
-    accuracy: float
-    loss: float
-    confusion: Int[np.ndarray, "classes classes"]
-    calibration_error: float
-
-    @property
-    def balanced_accuracy(self) -> float:
-        """The mean over the classes that have examples of the share that is right, from 0 to 1."""
-        counts = self.confusion.sum(1)
-        return float((np.diag(self.confusion)[counts > 0] / counts[counts > 0]).mean())
 
 
 class Predictor(NamedTuple):
@@ -107,21 +81,3 @@ def _classifier(model: Model) -> Callable[..., Array]:
         return jax.nn.softmax(tested_logits(model, params, images, norms), -1)
 
     return jax.jit(classify)
-
-
-def score(probabilities: Float[np.ndarray, "N classes"], split: Split) -> Test:
-    """How predictions of the images of a split agree with its labels."""
-    labels, classes = split.labels, probabilities.shape[1]
-    if labels.min() < 0 or labels.max() >= classes:
-        raise DataError(
-            f"labels go from {labels.min()} to {labels.max()}; expected [0, {classes})."
-        )
-    guesses = probabilities.argmax(1)
-    confusion = np.zeros((classes, classes), np.int64)
-    np.add.at(confusion, (labels, guesses), 1)
-    right = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-    loss = -np.log(np.maximum(right, np.finfo(np.float32).tiny)).mean()
-    sure, hits = probabilities.max(1).astype(np.float64), guesses == labels
-    bins = np.minimum((sure * _BINS).astype(int), _BINS - 1)
-    gaps = np.bincount(bins, weights=hits - sure, minlength=_BINS)
-    return Test(float(hits.mean()), float(loss), confusion, float(np.abs(gaps).sum() / len(labels)))

@@ -38,7 +38,8 @@ class Plan:
       aggregator: in place of the weighted mean.
       population: how many clients of the federation are in each tier, by training.
       clients: how many there are, with or without a tier.
-      measure: further metrics of the evaluation.
+      measure: metrics of the user's own in the evaluation.
+      keep: whether the evaluation gives the probabilities of all examples.
       local: how clients are tested on examples of their own, by training; () where they are not.
     """
 
@@ -48,6 +49,7 @@ class Plan:
     population: tuple[tuple[int, ...], ...]
     clients: int
     measure: Measure | None
+    keep: bool = False
     local: tuple[LocalTesting, ...] = ()
 
 
@@ -60,7 +62,8 @@ class Programs:
             self._jitted[f"train {i}"] = make_trainer(training)
         for i, tiers in enumerate(plan.evaluated):
             mesh = plan.trainings[0].mesh
-            self._jitted[f"evaluate {i}"] = make_evaluator(tiers[0], mesh, plan.measure)
+            evaluator = make_evaluator(tiers[0], mesh, plan.measure, keep=plan.keep)
+            self._jitted[f"evaluate {i}"] = evaluator
         for i, testing in enumerate(plan.local):
             self._jitted[f"local {i}"] = make_local_tester(testing)
             self._jitted[f"norms {i}"] = make_measurer(testing)

@@ -20,7 +20,8 @@ class Evaluation:
     Attributes:
       accuracy: from 0 to 1.
       loss: in nats an example.
-      metrics: means over the examples, of `EvaluationConfig.measure`, by name.
+      metrics: those of `EvaluationConfig.metrics`, and means over the examples of its `measure`, by
+        name; nan where a metric has no value.
     """
 
     accuracy: float

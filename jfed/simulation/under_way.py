@@ -13,6 +13,7 @@ from jfed.engine.merging import Report
 from jfed.engine.packing import Load, Work
 from jfed.models.losses import Metrics
 from jfed.models.model import by_name
+from jfed.simulation.evaluation import Tested
 from jfed.simulation.local_tests import local_evaluation
 from jfed.simulation.records import Evaluation, Record
 from jfed.tiers.communication import Traffic
@@ -33,6 +34,7 @@ class UnderWay(NamedTuple):
       finite: whether all variables after the round are.
       local: of each call that tests clients on examples of their own, their numbers, and metrics on
         the devices.
+      score: further metrics of a test, by name, of the probabilities of its examples.
       tier_of: the name of a client's tier.
       epsilon: spent by then.
       lasts: simulated seconds, where clients have devices.
@@ -45,9 +47,10 @@ class UnderWay(NamedTuple):
     traffic: Traffic
     load: Load
     reports: Sequence[Report]
-    evaluations: dict[str, Metrics]
+    evaluations: dict[str, Tested]
     finite: Array | np.bool_
     local: Sequence[tuple[Sequence[int], Metrics]] = ()
+    score: Callable[[np.ndarray], dict[str, float]] = lambda probabilities: {}
     tier_of: Callable[[int], str] = str
     epsilon: float | None = None
     lasts: float | None = None
@@ -66,8 +69,8 @@ class UnderWay(NamedTuple):
           before: the record of the round before, None for the first round.
           began: `time.perf_counter()` when the first round began.
         """
-        arrays = (self.reports, self.evaluations, self.local)
-        reports, evaluations, local = jax.device_get(arrays)
+        tested = {n: t._replace(statistics=None) for n, t in self.evaluations.items()}
+        reports, tested, local = jax.device_get((self.reports, tested, self.local))
         sums = _sums([report.metrics for report in reports])
         examples = sums.get("examples", 0.0) or math.nan
         sent = sum(map(len, self.work))
@@ -90,7 +93,7 @@ class UnderWay(NamedTuple):
             padded_utilisation=self.load.cost / (self.load.padded or 1.0),
             seconds=time.perf_counter() - began,
             # In their own order, which JAX does not keep.
-            evaluations={name: _evaluation(evaluations[name]) for name in self.evaluations},
+            evaluations={name: self._evaluation(tested[name]) for name in self.evaluations},
             metrics=_means([report.metrics for report in reports]),
             local=local_evaluation(local, self.tier_of) if local else None,
             epsilon=self.epsilon,
@@ -101,6 +104,13 @@ class UnderWay(NamedTuple):
         if self.lasts is None:
             return None
         return self.lasts + ((before and before.simulated_seconds) or 0.0)
+
+    def _evaluation(self, tested: Tested) -> Evaluation:
+        metrics, count, others = tested.metrics, int(tested.metrics.examples), {}
+        if tested.probabilities is not None:
+            others = self.score(np.asarray(tested.probabilities))
+        others |= {name: float(value) / count for name, value in by_name(metrics.others).items()}
+        return Evaluation(float(metrics.correct) / count, float(metrics.loss) / count, others)
 
     def diverged(self) -> bool:
         """Whether clients trained honestly and the updates of all of them were rejected."""
@@ -133,9 +143,3 @@ def _means(metrics: Sequence[Metrics]) -> dict[str, float]:
         sums = _sums([one for one in metrics if name in by_name(one.others)])
         found[name] = sums[f"others/{name}"] / (sums["examples"] or math.nan)
     return found
-
-
-def _evaluation(metrics: Metrics) -> Evaluation:
-    count = int(metrics.examples)
-    others = {name: float(value) / count for name, value in by_name(metrics.others).items()}
-    return Evaluation(float(metrics.correct) / count, float(metrics.loss) / count, others)

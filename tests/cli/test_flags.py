@@ -33,6 +33,7 @@ FLAGS = """
     --devices-of-clients --draw-devices --no-draw-devices --utilisation --deadline
     --pad --flip --no-flip
     --eval-every --eval-iterations --eval-solvers --eval-batch-size --calibration-examples
+    --metrics
     --local-test --finetune-epochs
     --devices --lanes --mapping
     --preset --workdir --checkpoint-every --checkpoint-keep --tensorboard --no-tensorboard --wandb

@@ -117,6 +117,24 @@ def test_a_difference_within_the_noise_has_no_star(runs):
     assert deep[1].endswith("+1.00 ± 2.00")
 
 
+def test_further_metrics_have_columns_where_runs_have_them(runs):
+    """The deep arm's runs have none; one of the mixed arm's has no value."""
+    assert "F1 [%]" not in report.tier_table(runs)
+    values = {0: 0.5, 1: 0.6, 2: None}
+
+    def measured(run):
+        tiers = [tier | {"metrics": {"f1": values[run.seed]}} for tier in run.tiers]
+        return dataclasses.replace(run, summary=run.summary | {"tiers": tiers})
+
+    runs = [measured(run) if run.arm == "mixed" else run for run in runs]
+    table = report.tier_table(runs, style="github").splitlines()
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table]
+    place = rows[0].index("F1 [%]")
+    assert "AUC [%]" not in rows[0]
+    assert [row[place] for row in rows[2:]] == ["55.00 ± 7.07"] * 2 + [""] * 2
+    assert [line.get("f1") for line in report.lines(runs)[:6]] == [0.5, 0.5, 0.6, 0.6] + [None] * 2
+
+
 def test_bytes_to_a_target_that_was_not_reached(runs):
     found = cells(report.arm_table(runs, target=0.62))
     assert found["mixed"][7] == "reached by 0 of 3"

@@ -161,6 +161,37 @@ def test_metrics_of_the_users_own_are_columns_of_the_folder(tmp_path):
     assert float(rows[-1]["test_brier_full"]) == pytest.approx(expected, rel=1e-4)
 
 
+def test_further_metrics_are_columns_and_part_of_the_summary(tmp_path):
+    """As a test of the result gives them; the run goes on with the same, and not with others."""
+    asked = ("balanced-accuracy", "f1", "auc", "ece")
+    evaluation = jfed.EvaluationConfig(every=2, metrics=asked, measure=_measure)
+    whole = _simulate(tmp_path / "whole", evaluation=evaluation)
+
+    def stop(record):
+        if record.round == 3:
+            raise ValueError("enough")
+
+    with pytest.raises(jfed.CallbackError):
+        _simulate(tmp_path / "run", evaluation=evaluation, callbacks=[stop])
+    with pytest.raises(
+        jfed.RunFolderError, match=r"evaluation\.metrics is .*'ece'.* there, \['f1'\]"
+    ):
+        _simulate(tmp_path / "run", evaluation=dataclasses.replace(evaluation, metrics=("f1",)))
+    result = _simulate(tmp_path / "run", evaluation=evaluation)
+    assert result.history[-1].evaluations == whole.history[-1].evaluations
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = ("balanced_accuracy", "f1", "auc", "ece")
+    assert [row["test_f1_full"] != "" for row in rows] == [False, True] * 3
+    last = {name: float(rows[-1][f"test_{name}_full"]) for name in names}
+    test = jfed.load(tmp_path / "run", MODEL).evaluate(_data())
+    expected = {name: getattr(test, name) for name in names[:3]} | {"ece": test.calibration_error}
+    assert last == pytest.approx(expected, rel=1e-4)
+    tier = json.loads((tmp_path / "run" / "summary.json").read_text())["tiers"][0]
+    assert set(tier["metrics"]) == {*names, "brier"}
+    assert {name: tier["metrics"][name] for name in names} == pytest.approx(last)
+
+
 def _constant(name):
     """A loss with a metric that is 1 for every example."""
 

@@ -71,9 +71,10 @@ def _metrics(folder):
 
 
 def test_two_processes_equal_one_with_as_many_devices(tmp_path):
-    both = ["--rounds", 2, "--workdir", tmp_path / "two", "--checkpoint-every", 1]
+    same = ["--rounds", 2, "--metrics", "f1", "auc", "ece", "--workdir"]
+    both = [*same, tmp_path / "two", "--checkpoint-every", 1]
     processes = _start_both(both)
-    processes.append(_start(["--rounds", 2, "--workdir", tmp_path / "one"], 4))
+    processes.append(_start([*same, tmp_path / "one"], 4))
     outputs = _finish(processes)
     assert "Run folder" in outputs[0]
     assert "Run folder" not in outputs[1]
@@ -82,6 +83,9 @@ def test_two_processes_equal_one_with_as_many_devices(tmp_path):
     for a, b in zip(two, one, strict=True):
         assert a["examples"] == b["examples"] == "160"
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-4)
+    for name in ("f1", "auc", "ece"):  # of examples on the devices of both
+        column = f"test_{name}_1"
+        assert float(two[1][column]) == pytest.approx(float(one[1][column]), abs=0.02)
     assert float(two[1]["train_loss"]) < float(two[0]["train_loss"])
     (tmp_path / "two" / "summary.json").unlink()
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "2")

@@ -6,12 +6,10 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from sklearn import metrics
 
 import jfed
 from jfed.cli import main
 from jfed.errors import ConfigError, DataError, RunFolderError
-from jfed.simulation.prediction import score
 
 DATA = jfed.data.load("digits", train_examples=300, test_examples=150)
 CLIENTS = jfed.data.iid(DATA.train.labels, 4, seed=0)
@@ -84,28 +82,6 @@ def test_group_norm_needs_no_statistics(tmp_path):
     result = _simulate(tmp_path / "run", model)
     found = jfed.load(tmp_path / "run", model).evaluate(DATA)
     assert found.accuracy == pytest.approx(result.accuracies["full"])
-
-
-def test_scores_equal_those_of_scikit_learn():
-    rng = np.random.default_rng(0)
-    probabilities = rng.dirichlet(np.full(4, 0.5), 400).astype(np.float32)
-    labels = np.where(rng.random(400) < 0.5, probabilities.argmax(1), rng.integers(0, 3, 400))
-    split = jfed.data.Split(np.zeros((400, 1, 1, 1), np.uint8), labels)
-    found, guesses = score(probabilities, split), probabilities.argmax(1)
-    expected = metrics.confusion_matrix(labels, guesses, labels=range(4))
-    np.testing.assert_array_equal(found.confusion, expected)
-    assert found.accuracy == pytest.approx(metrics.accuracy_score(labels, guesses))
-    assert found.loss == pytest.approx(metrics.log_loss(labels, probabilities, labels=range(4)))
-    balanced = metrics.balanced_accuracy_score(labels, guesses)
-    assert found.balanced_accuracy == pytest.approx(balanced)
-    error = 0.0
-    for low in np.arange(15) / 15:
-        sure = probabilities.max(1)
-        inside = (sure >= low) & (sure < low + 1 / 15)
-        if inside.any():
-            gap = (guesses == labels)[inside].mean() - sure[inside].mean()
-            error += inside.mean() * abs(gap)
-    assert found.calibration_error == pytest.approx(error, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,27 @@ def test_evaluation_spread_over_devices_equals_one_device():
     assert float(one.loss) == pytest.approx(float(four.loss), rel=1e-4)
 
 
+def test_probabilities_are_those_of_each_example_in_order():
+    """By one device and by four, whose last batches are padding."""
+
+    def apply(params, images):
+        return images.reshape(images.shape[0], -1) @ params
+
+    params = jax.random.normal(jax.random.key(0), (64, 10))
+    tier = Tier("full", Model(lambda key: params, apply))
+    for devices in (1, 4):
+        test = _examples(23, 4, 1, devices)
+        evaluate = make_evaluator(tier, make_mesh(devices), keep=True)
+        tested = evaluate(params, (), _examples(4, 4, multiple=devices), test)
+        flat = np.asarray(test.images.pixels, np.float64).reshape(23, 64)
+        powers = np.exp((flat - 100) / 50 @ np.asarray(params))
+        expected = powers / powers.sum(1, keepdims=True)
+        np.testing.assert_allclose(tested.probabilities[:23], expected, rtol=1e-4, atol=1e-6)
+        hits = np.asarray(tested.probabilities)[:23].argmax(1) == test.images.labels
+        assert int(tested.metrics.correct) == hits.sum()
+    assert make_evaluator(tier, make_mesh(1))(params, (), test, test).probabilities is None
+
+
 def test_a_layer_reports_the_statistics_it_used():
     layer = ConvNorm(1, 3, Style(), nnx.Rngs(0))
     given = Moments(jnp.zeros(3), jnp.ones(3))
