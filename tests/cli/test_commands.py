@@ -8,6 +8,7 @@ import re
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jfed.cli.commands import main
 from jfed.cli.models_command import model_table
@@ -23,10 +24,16 @@ SMALL = (
 def cache_folder(tmp_path_factory):
     """Keeps the tests' compiled programs out of the user's cache, and off for other tests."""
     folder = tmp_path_factory.mktemp("cache")
+    _forget_cache()  # of a test before these
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder / "jfed"
+    _forget_cache()
+
+
+def _forget_cache():
     jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ FLAGS = """
     --eval-every --eval-iterations --eval-solvers --eval-batch-size --calibration-examples
     --metrics
     --local-test --finetune-epochs
-    --devices --lanes --mapping
+    --devices --lanes --mapping --images
     --preset --workdir --checkpoint-every --checkpoint-keep --tensorboard --no-tensorboard --wandb
     --cache --no-cache --cache-dir --huge-pages --no-huge-pages --distributed --no-distributed
     --coordinator-address --num-processes --process-id
