@@ -57,6 +57,9 @@ def write_text(path: epath.PathLike, text: str) -> None:
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
     """Writes a file that a reader never sees half of."""
-    partial = epath.Path(path).with_suffix(".partial")
+    whole = epath.Path(path)
+    if not whole.name or whole.is_dir():
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder, not a file")
+    partial = whole.with_name(f"{whole.name}.partial")
     partial.write_bytes(content)
     partial.replace(path)

@@ -1,7 +1,5 @@
 """`jfed export`: one tier of a trained run as a file for a device."""
 
-import pathlib
-
 import tyro
 
 from jfed import files
@@ -20,7 +18,7 @@ def execute(args: list[str]) -> None:
         iterations: str | None = None,
         solver: str | None = None,
         batch_size: int | None = None,
-        output: pathlib.Path | None = None,
+        output: str | None = None,
     ) -> None:
         """Writes the model of one tier of a finished run of `jfed run` into a file.
 
@@ -38,8 +36,8 @@ def execute(args: list[str]) -> None:
         counts = None if iterations is None else parse_iterations(iterations)
         chosen = predictor.choose(tier, counts, solver)
         title = f"{files.absolute(folder).name}-{chosen.name}".replace(" ", "-")
-        path = output or pathlib.Path(f"{title}.{format}")
-        exports.write(predictor, chosen, path, format=format, batch_size=batch_size)
-        print(f"Written to {path}: tier {chosen.name}, {path.stat().st_size:,} bytes")
+        path = output or f"{title}.{format}"
+        count = exports.write(predictor, chosen, path, format=format, batch_size=batch_size)
+        print(f"Written to {path}: tier {chosen.name}, {count:,} bytes")
 
     tyro.cli(command, prog="jfed export", args=args)

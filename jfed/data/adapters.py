@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ def from_huggingface(
     label="character", client="writer_id", test_share=0.1)`.
 
     Args:
-      dataset: a `datasets.Dataset`, or a `DatasetDict` of "train" and "test", or of "train" alone.
+      dataset: a `datasets.Dataset` that is not streamed, or a `DatasetDict` of "train" and "test",
+        or of "train" alone; other splits are not read.
       image: the column of pictures, or of arrays `[H, W, C]` uint8, uint16 or floats (of a model of
         the user's own `[..., C]`).
       label: the column of classes: a `ClassLabel`, or integers or texts, which are sorted.
@@ -53,6 +55,9 @@ def from_huggingface(
     splits = {part: splits[part] for part in ("train", "test") if part in splits}
     if "train" not in splits:
         raise DataError(f"the data set has the splits {sorted(dataset)}; expected 'train'.")
+    for part, rows in splits.items():
+        if not (hasattr(rows, "column_names") and hasattr(rows, "__len__")):
+            raise DataError(f"{part} must be a datasets.Dataset, not streamed; got {rows!r}.")
     columns = [image, label] + ([] if client is None else [client])
     for part, rows in splits.items():
         for column in columns[: 3 if part == "train" else 2]:
@@ -96,6 +101,9 @@ def from_torchvision(
       DataError: an example that cannot be read, or is not like the others, naming its number.
     """
     parts = {"train": train} | ({} if test is None else {"test": test})
+    for part, examples in parts.items():
+        if not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
+            raise DataError(f"{part} must have a length and examples by number, got {examples!r}.")
     pairs = {
         part: [_pair(examples, i, part) for i in range(len(examples))]
         for part, examples in parts.items()
@@ -114,11 +122,13 @@ def _column(rows: Any, column: str, part: str) -> list[Any]:
     missing = [i for i, value in enumerate(found) if value is None]
     if missing:
         raise DataError(f"row {missing[0]} of {part} has no {column!r}.")
+    if found and not isinstance(found[0], str | int | float):
+        raise DataError(f"{column!r} must hold numbers or texts, got {found[0]!r} in {part}.")
     return found
 
 
 def _pixels(rows: Any, column: str) -> list[Any]:
-    """Pictures, encoded still, or arrays."""
+    """Pictures, encoded still, or arrays; DataError for a column of neither."""
     feature = rows.features[column]
     if hasattr(feature, "decode"):  # a `datasets.Image`
         rows = rows.cast_column(column, dataclasses.replace(feature, decode=False))
@@ -126,7 +136,11 @@ def _pixels(rows: Any, column: str) -> list[Any]:
     else:
         while hasattr(feature, "feature"):  # lists of lists
             feature = feature.feature
-        rows = rows.with_format("numpy", dtype=np.dtype(feature.dtype))  # else integers are int64
+        kind = getattr(feature, "dtype", "")
+        if not kind.startswith(("uint", "int", "float")):
+            held = rows.features[column]
+            raise DataError(f"{column!r} must hold pictures or arrays, got {held}.")
+        rows = rows.with_format("numpy", dtype=np.dtype(kind))  # else integers are int64
     starts = range(0, len(rows), _AT_ONCE)
     return [value for start in starts for value in rows[start : start + _AT_ONCE][column]]
 
@@ -134,14 +148,16 @@ def _pixels(rows: Any, column: str) -> list[Any]:
 def _pair(examples: Any, i: int, part: str) -> tuple[Any, Any]:
     with pictures.reading(f"example {i} of {part}"):
         image, label = examples[i]
-        return image, int(label)
+        if isinstance(image, PIL.Image.Image):
+            image.load()  # of one that is opened only the pixels are kept, not its file
+        return image, operator.index(label)
 
 
 def _numbered(
     labels: Mapping[str, Sequence[Any]], names: Sequence[str] | None
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Labels as numbers, and the class names: those given, else the training labels, sorted."""
-    if names is not None:
+    if isinstance(names, Sequence) and not isinstance(names, str):
         return {part: np.asarray(found) for part, found in labels.items()}, tuple(names)
     classes = sorted(set(labels["train"]))
     places = {value: i for i, value in enumerate(classes)}
@@ -154,8 +170,10 @@ def _numbered(
 
 def _images(parts: Mapping[str, Sequence[Any]], image_size: int | None) -> dict[str, np.ndarray]:
     """Images of each split as one array, of pictures or of arrays."""
-    first = next(iter(parts["train"]), None)
-    if not (isinstance(first, Mapping | PIL.Image.Image)):
+    for part, values in parts.items():
+        if not values:
+            raise DataError(f"{part} has no examples.")
+    if not any(isinstance(x, Mapping | PIL.Image.Image) for x in parts["train"]):
         if image_size is not None:
             raise ConfigError(f"image_size {image_size} is for pictures; these are arrays.")
         return {part: _stacked(values, part) for part, values in parts.items()}
@@ -175,6 +193,8 @@ def _picture(value: Any, title: str) -> pictures.Picture:
         found = value.get("bytes")
         source = functools.partial(io.BytesIO, found) if found else lambda: value["path"]
         return pictures.Picture(title, lambda: PIL.Image.open(source()))
+    if not isinstance(value, PIL.Image.Image):
+        raise DataError(f"{title} is none, but {value!r}; expected pictures throughout.")
     return pictures.Picture(title, lambda: value)
 
 
@@ -182,7 +202,7 @@ def _stacked(values: Sequence[Any], part: str) -> np.ndarray:
     arrays: list[np.ndarray] = []
     for i, value in enumerate(values):
         array = np.asarray(value)
-        if type(value).__name__ == "Tensor" and array.ndim == 3:
+        if array.ndim == 3 and any(kind.__name__ == "Tensor" for kind in type(value).__mro__):
             array = np.moveaxis(array, 0, -1)
         if arrays and (array.shape, array.dtype) != (arrays[0].shape, arrays[0].dtype):
             raise DataError(

@@ -1,12 +1,12 @@
 """A user's own examples as they were read, made into a data set."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jfed.data.splits import Dataset, Split
-from jfed.errors import ConfigError, DataError
+from jfed.errors import ConfigError, DataError, check_number
 from jfed.seeds import generator
 
 
@@ -16,6 +16,12 @@ class Labelled(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
     clients: np.ndarray | None = None
+
+
+def check_test_share(share: Any) -> None:
+    """ConfigError unless it is a number between 0 and 1."""
+    if not 0 < check_number("test_share", share) < 1:
+        raise ConfigError(f"test_share must be between 0 and 1, got {share!r}.")
 
 
 def assemble(
@@ -45,6 +51,7 @@ def assemble(
         what = "no test examples: set test_share" if test is None else "test examples"
         raise ConfigError(f"{name!r} has {what}, got test_share {test_share!r}.")
     if test is None:
+        check_test_share(test_share)
         assert test_share is not None
         train, test = _divide(train, class_names, test_share, seed)
     _check_classes(train.labels, test.labels, class_names)

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 
 from jfed.data.preprocessing import ModelInputs
-from jfed.errors import ConfigError, DataError
+from jfed.errors import ConfigError, DataError, check_integer
 
 _A = TypeVar("_A")
 _B = TypeVar("_B")
@@ -53,8 +53,11 @@ def common_kind(pictures: Sequence[Picture], image_size: int | None) -> Kind:
       image_size: height and width that they are resized to.
 
     Raises:
+      ConfigError: an image_size below 1.
       DataError: one is damaged, or they differ in pixels, or in size where none is given.
     """
+    if image_size is not None:
+        check_integer("image_size", image_size, least=1)
     heads = _each(_head, pictures)
     modes = {mode for mode, _ in heads}
     if len(modes) > 1 and modes != {"L", "RGB"}:

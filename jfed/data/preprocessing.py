@@ -125,7 +125,8 @@ def channel_moments(
     is_float = images.dtype.kind == "f"
     means, stds = (_moments if is_float else _counted_moments)(images)
     tiny = float(np.finfo(np.float32).tiny)
-    least = max(1e-6 * float(np.abs(images).max()), tiny) if is_float else 1e-3
+    largest = max(float(np.abs(part).max()) for part in _parts(images)[1]) if is_float else 0.0
+    least = max(1e-6 * largest, tiny) if is_float else 1e-3
     return means.astype(np.float32), np.maximum(stds, least).astype(np.float32)
 
 

@@ -18,7 +18,6 @@ from jfed.errors import (
     DataNotFoundError,
     JfedError,
     check_integer,
-    check_number,
     one_of,
 )
 from jfed.seeds import generator
@@ -63,8 +62,7 @@ class DataConfig:
         if self.test_share is not None:
             if not is_own:
                 raise ConfigError(f"{self.name!r} has test examples; leave test_share out.")
-            if not 0 < check_number("test_share", self.test_share) < 1:
-                raise ConfigError(f"test_share must be between 0 and 1, got {self.test_share!r}.")
+            examples.check_test_share(self.test_share)
         for name in ("image_size", "train_examples", "test_examples"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least=1)

@@ -147,6 +147,9 @@ class Dataset:
                 f"clients from {clients.min()} to {clients.max()} do not fit the "
                 f"{len(self.client_names)} client_names; expected some of each."
             )
+        if len(set(self.client_names)) < len(self.client_names):
+            twice = next(n for n in self.client_names if self.client_names.count(n) > 1)
+            raise DataError(f"client_names must differ, got {twice!r} twice.")
         object.__setattr__(self, "clients", clients.astype(np.int32))
 
     @property

@@ -124,7 +124,7 @@ def accuracy_over(
 
 
 def classes_by_client(
-    counts: np.ndarray, class_names: Sequence[str], client_names: Sequence[str]
+    counts: np.ndarray, class_names: Sequence[str], client_names: Sequence[str] = ()
 ) -> Figure:
     """How many examples of each class each client holds, `counts` `[clients, classes]`."""
     figure, axes = _axes("client", "examples")
@@ -154,14 +154,14 @@ def _name_clients(axes: Axes, names: Sequence[str]) -> None:
 
 
 def local_accuracy(
-    local: LocalEvaluation, client_names: Sequence[str], kind: str = "tier"
+    local: LocalEvaluation, kind: str = "tier", client_names: Sequence[str] = ()
 ) -> Figure:
     """Accuracy of every client on examples of its own, sorted, a colour for each tier.
 
     Args:
       local: of some clients or all.
-      client_names: of all, by number.
       kind: what the tiers' names are.
+      client_names: of all, by number, if they are to be told.
     """
     figure, axes = _axes("clients, by accuracy", "local accuracy")
     order = np.argsort(local.accuracies, kind="stable")
@@ -169,7 +169,7 @@ def local_accuracy(
     for number, name in enumerate(sorted(set(local.tiers))):
         own = np.where(tiers == name, values, 0)
         _bars(axes, own, color=f"C{number % 10}", label=name)
-    _name_clients(axes, [client_names[local.clients[i]] for i in order])
+    _name_clients(axes, [client_names[local.clients[i]] for i in order] if client_names else [])
     axes.axhline(values.mean(), color="black", linewidth=1, linestyle="--", label="mean")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(title=kind, fontsize="small")

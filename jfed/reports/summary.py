@@ -231,7 +231,7 @@ def save_figures(path: epath.Path, result: Result, table: Sequence[TierSummary])
         plots.save(figure, path / "accuracy_by_time.png")
     if (local := result.history[-1].local) is not None:
         plots.save(
-            plots.local_accuracy(local, result.client_names, kind), path / "local_accuracy.png"
+            plots.local_accuracy(local, kind, result.client_names), path / "local_accuracy.png"
         )
     by_flops: dict[str, list[plots.Reached]] = {}
     by_iterations: dict[str, list[plots.Reached]] = {}

@@ -78,7 +78,8 @@ def lines(runs: Sequence[FinishedRun], target: Target | None = None) -> list[dic
             own = {"arm": run.arm, "seed": run.seed}
             own |= {name: tier[name] for name in ("kind", "tier", "trained")}
             own |= {name: round(tier[name], 6) for name in ("accuracy", "loss")}
-            own |= {name: x and round(x, 6) for name, x in tier.get("metrics", {}).items()}
+            metrics = {name: x and round(x, 6) for name, x in tier.get("metrics", {}).items()}
+            own = metrics | own if metrics.keys() & own.keys() else own | metrics
             own |= {name: tier[name] for name in ("parameters", "flops", "bytes_up")}
             own |= {name: tier.get(name) for name in ("training_flops", "peak_bytes")}
             found.append(own | about)

@@ -38,7 +38,7 @@ def inspect(folder: epath.Path, settings: Mapping[str, Any]) -> str:
         names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     except OSError as error:
         raise RunFolderError(f"cannot read the run folder {str(folder)!r}: {error}.") from error
-    if not names - {_LOCK, "config.partial", "clients.png"}:  # what comes before config.json
+    if not names - {_LOCK, "config.json.partial", "clients.png"}:  # what comes before config.json
         return "nothing"
     if CONFIG not in names:
         raise RunFolderError(

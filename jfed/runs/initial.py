@@ -25,9 +25,10 @@ class InitialConfig:
     """What the global model begins with.
 
     Attributes:
-      weights: a run folder, whose latest weights they are; or a safetensors file of weights of the
-        network, in PyTorch's names (a ResNet's, see `jfed.models.load_torch`) or in jfed's; None:
-        random ones. Statistics of batch norms are not used, as a federation measures its own.
+      weights: a run folder, whose latest weights they are (a run that began with them can go on
+        only while they are the latest); or a safetensors file of weights of the network, in
+        PyTorch's names (a ResNet's, see `jfed.models.load_torch`) or in jfed's; None: random ones.
+        Statistics of batch norms are not used, as a federation measures its own.
       fresh: shell patterns of jfed's names of entries that begin at random all the same and that
         the file may lack, such as classifier/* for other classes.
     """

@@ -17,6 +17,7 @@ from jfed.models.losses import Metrics, batch_shapes, training_loss
 from jfed.models.model import Params, by_name
 from jfed.seeds import is_key
 from jfed.simulation.evaluation import Measure
+from jfed.simulation.scores import METRICS, column
 from jfed.tiers.parts import is_like, map_parts
 from jfed.tiers.tier import Tier, check_extract
 
@@ -87,7 +88,10 @@ def check_measure(measure: Measure | None, data: Dataset) -> tuple[str, ...]:
     if not isinstance(found, dict):
         raise ConfigError(f"evaluation measure {title} must give a dict, got {_shapes(found)}.")
     _check_scalars(f"evaluation measure {title}", found)
-    return tuple(by_name(found))
+    names = tuple(by_name(found))
+    for name in sorted(set(names) & set(map(column, METRICS))):
+        raise ConfigError(f"evaluation measure {title} gives {name!r}, a name of jfed's own.")
+    return names
 
 
 def _check_metrics(title: str, metrics: Any) -> None:

@@ -41,16 +41,19 @@ def write(
     *,
     format: str,
     batch_size: int | None = None,
-) -> None:
-    """Writes the file at once, over one that is there; see `jfed.simulation.loop.Result.export`."""
+) -> int:
+    """Writes the file at once, over one that is there; returns its bytes. See `Result.export`."""
     make = _MAKERS[one_of("format", format, FORMATS)]
     if batch_size is not None:
         check_integer("batch_size", batch_size, least=1)
+        if format == "safetensors":
+            raise ConfigError(f"safetensors hold no program, got batch_size {batch_size!r}.")
     content = make(predictor, tier, batch_size)
     try:
         files.write_bytes(path, content)
     except OSError as error:
         raise RunFolderError(f"cannot write to {os.fspath(path)!r}: {error}.") from error
+    return len(content)
 
 
 def _safetensors(predictor: Predictor, tier: Tier, batch_size: int | None) -> bytes:

@@ -418,13 +418,16 @@ class Federation:
         key = jax.random.wrap_key_data(
             everywhere(jax.random.key_data(jax.random.fold_in(self.key, 1)))
         )
-        self._local = [self._chunks(group.tiers) for group in self._groups if self._tested]
+        self._local = [
+            self._chunks(testing, group.tiers)
+            for testing, group in zip(self._plan.local, self._groups, strict=False)
+        ]
         self._fixed = {"present": present, "key": key}
         self._settings = everywhere(
             [jax.tree.map(np.int32, tier.setting) for tier in self.evaluated]
         )
 
-    def _chunks(self, tiers: Sequence[int]) -> list[Chunk]:
+    def _chunks(self, testing: LocalTesting, tiers: Sequence[int]) -> list[Chunk]:
         """The clients of some tiers, to be tested on examples of their own."""
         population = self.population
         return local_tests.chunks(
@@ -434,6 +437,7 @@ class Federation:
             self._tested,
             client=self.client,
             evaluation=self.evaluation,
+            reads_training=testing.reads_training,
             images=self._images,
             mesh=self._mesh,
             seed=self.seed,
@@ -657,6 +661,8 @@ class Federation:
                 arguments = state.server.variables, self._calibration
                 norms = self._compiled[0][f"norms {i}"](*arguments)
             for chunk in chunks:
+                if testing.streamed and len(found) > 1:  # no more images than of two calls
+                    jax.block_until_ready(found[-2][1])
                 given = self._local_arguments(state, number, chunk)
                 found.append((chunk.clients, self._compiled[0][f"local {i}"](*given, norms)))
         return found

@@ -114,6 +114,12 @@ class LocalTesting:
         return self.algorithm.personalise is not None or self.client is not None
 
     @property
+    def reads_training(self) -> bool:
+        """Whether clients' training examples are needed, to fine-tune or to measure norms."""
+        measured = self.has_own_models and self.tiers[0].bound().measure is not None
+        return self.client is not None or measured
+
+    @property
     def has_common_norms(self) -> bool:
         """Whether all clients of a tier are tested with the same statistics of norms."""
         return not self.has_own_models and self.tiers[0].bound().measure is not None
@@ -279,6 +285,7 @@ def chunks(
     *,
     client: ClientConfig,
     evaluation: EvaluationConfig,
+    reads_training: bool,
     images: TrainingImages,
     mesh: Mesh,
     seed: int,
@@ -292,6 +299,7 @@ def chunks(
       test: likewise.
       client: whose batches are trained on.
       evaluation: how long clients are fine-tuned, and how large batches of tests are.
+      reads_training: see `LocalTesting`.
       images: of the federation.
       mesh: that clients are spread over.
       seed: of the order of examples.
@@ -311,7 +319,9 @@ def chunks(
     for first in range(0, len(rows), together):
         some = rows[first : first + together]
         tested = _stacked(some, together, shapes)
-        needed = images.needed((tested.train, tested.train_real), (tested.test, tested.test_real))
+        unread = np.zeros_like(tested.train_real)
+        trains = tested.train, tested.train_real if reads_training else unread
+        needed = images.needed(trains, (tested.test, tested.test_real))
         tested = tested._replace(train=needed.indices[0], test=needed.indices[1])
         found.append(Chunk([row[0] for row in some], put(tested, mesh, SPREAD), needed, 0))
     most = max((len(rows) for chunk in found for rows in chunk.needed.rows), default=0)

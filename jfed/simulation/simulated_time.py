@@ -23,6 +23,8 @@ from jfed.simulation.population import Population
 class TimeConfig:
     """What clients compute and communicate with, for a simulated clock; by default there is none.
 
+    Bytes are those of a tier; with codecs, as they were last measured, in a round that is tested.
+
     Attributes:
       devices_of_clients: a processor and a link such as raspberry-pi-4@mobile: one for all clients,
         or one for each tier, in their order; or a CSV file with a row for each client and the

@@ -2,7 +2,8 @@
 
 Those on the host are sent as they are needed: each device gets, before a round, the rows that its
 clients train on. Since the next round is prepared while the devices do this one, sending does not
-keep them waiting. What is computed is the same, bit for bit.
+keep them waiting; but tests of clients on examples of their own do, each call of which gets its
+own images. What is computed is the same, bit for bit.
 """
 
 from collections.abc import Sequence

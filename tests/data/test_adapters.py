@@ -132,6 +132,25 @@ class Tensor:
         return np.asarray(self._values, dtype)
 
 
+class TVImage(Tensor):
+    """As torchvision's own kind of tensors."""
+
+
+def test_pictures_that_are_opened_when_asked_for(tmp_path):
+    for i, x in enumerate(PIXELS):
+        PIL.Image.fromarray(x).save(tmp_path / f"{i}.png")
+
+    class Lazy:
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, i):
+            return PIL.Image.open(tmp_path / f"{i}.png"), np.int64(LABELS[i])
+
+    data = jfed.data.from_torchvision(Lazy(), Lazy())
+    np.testing.assert_array_equal(data.train.images[..., 0], PIXELS)
+
+
 def test_pairs_of_pictures_and_labels():
     examples = _Examples([PIL.Image.fromarray(x) for x in PIXELS], ["cat", "dog"])
     data = jfed.data.from_torchvision(examples, examples)
@@ -140,10 +159,11 @@ def test_pairs_of_pictures_and_labels():
     assert data.test.labels.tolist() == LABELS
 
 
-def test_tensors_have_their_channels_first():
+@pytest.mark.parametrize("kind", [Tensor, TVImage])
+def test_tensors_have_their_channels_first(kind):
     floats = (PIXELS / 255).astype(np.float32)
     colours = np.stack([floats, 1 - floats, 0 * floats], 1)
-    examples = _Examples(list(map(Tensor, colours)))
+    examples = _Examples(list(map(kind, colours)))
     data = jfed.data.from_torchvision(examples, test_share=0.1)
     assert data.class_names == ("0", "1")
     assert data.image_shape == (6, 8, 3)
@@ -164,3 +184,50 @@ def test_tensors_have_their_channels_first():
 def test_examples_that_differ_are_named(images, message):
     with pytest.raises(DataError, match=message):
         jfed.data.from_torchvision(_Examples(images), test_share=0.5)
+
+
+PLAIN = [PIL.Image.fromarray(x) for x in PIXELS]
+
+
+@pytest.mark.parametrize(
+    ("train", "options", "error", "message"),
+    [
+        (_Examples(PLAIN), {"test_share": 1.5}, ConfigError, "between 0 and 1, got 1.5"),
+        (_Examples(PLAIN), {"test_share": -0.5}, ConfigError, "between 0 and 1, got -0.5"),
+        (
+            _Examples(PLAIN),
+            {"test_share": 0.2, "image_size": 0},
+            ConfigError,
+            "image_size must be 1 or more, got 0",
+        ),
+        (_Examples(PLAIN), {"test": []}, DataError, "test has no examples"),
+        ([(PLAIN[0], 0.9)], {"test_share": 0.5}, DataError, "example 0 of train cannot be read"),
+        ([(PLAIN[0], 0), (PIXELS[1], 1)], {"test_share": 0.5}, DataError, "picture 1 of train is"),
+        (iter([]), {"test_share": 0.5}, DataError, "train must have a length"),
+    ],
+)
+def test_what_is_no_data_set_is_named(train, options, error, message):
+    with pytest.raises(error, match=message):
+        jfed.data.from_torchvision(train, **options)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": ["a"] * 4, "label": [0, 1, 0, 1]}, "'image' must hold pictures or arrays"),
+        ({"image": [{"a": 1}] * 4, "label": [0, 1, 0, 1]}, "'image' must hold pictures or arrays"),
+        ({"image": [[[[1]]]] * 4, "label": [[0]] * 4}, "'label' must hold numbers or texts"),
+    ],
+)
+def test_columns_of_other_things_are_named(columns, message):
+    with pytest.raises(DataError, match=message):
+        jfed.data.from_huggingface(
+            datasets.Dataset.from_dict(columns), image="image", label="label", test_share=0.5
+        )
+
+
+def test_a_streamed_data_set_is_refused():
+    with pytest.raises(DataError, match=r"train must be a datasets\.Dataset, not streamed"):
+        jfed.data.from_huggingface(
+            _pictures().to_iterable_dataset(), image="image", label="label", test_share=0.5
+        )

@@ -40,7 +40,7 @@ def test_fifty_thousand_clients_are_a_few_shapes_without_names():
 
 def test_local_accuracy_is_sorted_and_named():
     local = LocalEvaluation((0, 2, 3), ("1", "2", "1"), (0.9, 0.1, 0.5), (4, 4, 4))
-    figure = plots.local_accuracy(local, ("anna", "ben", "cleo", "dora"))
+    figure = plots.local_accuracy(local, client_names=("anna", "ben", "cleo", "dora"))
     axes = figure.axes[0]
     names = [label.get_text() for label in axes.get_xticklabels()]
     assert names == ["cleo", "dora", "anna"]

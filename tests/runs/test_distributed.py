@@ -102,7 +102,7 @@ def test_two_processes_have_client_memory_codecs_and_tests_of_clients(tmp_path):
     flags += (
         " --codec-up topk:0.5 --codec-down bfloat16 --checkpoint-every 1 --eval-every 1 --workdir"
     )
-    processes = _start_both([*flags.split(), tmp_path / "two"])
+    processes = _start_both([*flags.split(), tmp_path / "two", "--images", "host"])
     processes.append(_start([*flags.split(), tmp_path / "one"], 4))
     _finish(processes)
     two, one = _metrics(tmp_path / "two"), _metrics(tmp_path / "one")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import jfed
+from jfed.simulation.training_images import Streamed
 
 DATA = jfed.data.load("synthetic", train_examples=400, test_examples=40)
 CLIENTS = jfed.data.dirichlet(DATA.train.labels, 12, alpha=0.5, min_examples=5, seed=0)
@@ -55,7 +56,8 @@ def test_clients_are_tested_on_examples_of_their_own():
     _assert_same(*(_run(where, evaluation=evaluation) for where in ("device", "host")))
 
 
-def test_devices_never_hold_more_rows_than_a_cohort_has(tmp_path):
+@pytest.mark.parametrize("local_test", [0.0, 0.2])
+def test_devices_get_no_more_rows_than_clients_have(local_test, tmp_path, monkeypatch):
     """With images in a file that is mapped into memory, as those of a large data set are."""
     file = np.lib.format.open_memmap(
         tmp_path / "x.npy", mode="w+", dtype=np.uint8, shape=DATA.train.images.shape
@@ -64,16 +66,20 @@ def test_devices_never_hold_more_rows_than_a_cohort_has(tmp_path):
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     train = jfed.data.Split(mapped, DATA.train.labels)
     data = jfed.data.Dataset("mapped", train, DATA.test, DATA.class_names)
+    sent, send = [], Streamed.send
+
+    def look(images, needed, room):
+        found = send(images, needed, room)
+        sent.append((sum(map(len, needed.rows)), len(found.pixels)))
+        return found
+
+    monkeypatch.setattr(Streamed, "send", look)
+    evaluation = jfed.EvaluationConfig(local_test=local_test)
+    streamed = _run("host", data, evaluation=evaluation, engine={"devices": 2})
     largest = sum(sorted(map(len, CLIENTS))[-4:])
-    assert largest < len(train)
-    most, before = [], jax.live_arrays()  # kept, so that no new one gets the place of an old one
-
-    def look(record):
-        new = [x for x in jax.live_arrays() if not any(x is old for old in before)]
-        shapes = [x.sharding.shard_shape(x.shape) for x in new if x.dtype == np.uint8]
-        most.append(max(shape[0] for shape in shapes if shape[1:] == DATA.image_shape))
-
-    evaluation = jfed.EvaluationConfig(calibration_examples=20)
-    mapped = _run("host", data, evaluation=evaluation, callbacks=[look], engine={"devices": 2})
-    assert 0 < max(most) <= largest
-    _assert_same(mapped, _run("device", evaluation=evaluation, engine={"devices": 2}))
+    tested = sum(max(1, round(local_test * len(own))) for own in CLIENTS)
+    rounds = [rows for rows, _ in sent if rows]
+    assert len(rounds) == (3 if not local_test else 6 + 1)  # the last is what a test compiles with
+    assert max(rounds) <= max(largest, tested if local_test else 0) < len(train)
+    assert max(room for _, room in sent) <= 2 * largest
+    _assert_same(streamed, _run("device", evaluation=evaluation, engine={"devices": 2}))
