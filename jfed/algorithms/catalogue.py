@@ -27,7 +27,10 @@ ALGORITHMS = tuple(_MAKERS)
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmConfig:
-    """What clients and server do, by name. None: not given, the algorithm's default.
+    """What clients and server do, by name.
+
+    None: not given, so what the method's authors have, if it is their algorithm, else the
+    algorithm's default.
 
     Attributes:
       name: "fedavg" (with the server optimizers "sgd" with momentum, "adagrad", "adam" and "yogi":
@@ -37,7 +40,7 @@ class AlgorithmConfig:
       mu: of "fedprox": the weight of its proximal term, mu/2 |w - w_t|^2.
       alpha: of "feddyn": the weight of its regulariser.
       h_over: of "feddyn": whose mean the server's h is of, for each entry: its "owners", the
-        default, or all "clients".
+        default, or all "clients", as the method "depthfl" has it.
       strength: of "ditto": the weight lambda that draws personal models to the global one.
       personal: of "fedper", "fedrep" and "fedbn": shell patterns of the paths of leaves that never
         leave their client, such as "classifier/*"; by default the classifiers, of "fedbn" the norms
@@ -57,12 +60,7 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         if isinstance(self.personal, list):
             object.__setattr__(self, "personal", tuple(self.personal))
-        if self.name is None:
-            for name, value in self.given().items():
-                users = ", ".join(other for other in ALGORITHMS if name in _settings(other))
-                raise ConfigError(
-                    f"{name} {value!r} needs an algorithm that has it ({users}), got none."
-                )
+        if self.name is None:  # which one it is, the method says
             return
         own = _settings(one_of("algorithm", self.name, ALGORITHMS))
         for name, value in self.given().items():
@@ -100,12 +98,14 @@ def make_algorithm(
     """The algorithm; ConfigError for a value that cannot work.
 
     Args:
-      config: which.
+      config: which; settings that it does not give are those of `default`, of the same algorithm.
       client: the clients' optimizer.
       server: the server's.
       default: the settings of the one to take where `config` names none, see `Tiers.algorithm`.
     """
-    if config.name is None:
-        config = AlgorithmConfig(**dict(default))
-    assert config.name is not None
-    return _MAKERS[config.name](client, server, **config.given())
+    usual = dict(default)
+    name = config.name or usual["name"]
+    settings = config.given()
+    if name == usual.pop("name"):
+        settings = usual | settings
+    return _MAKERS[name](client, server, **AlgorithmConfig(name, **settings).given())

@@ -73,19 +73,26 @@ class Command:
 
 def parse(args: list[str]) -> Command:
     """Reads the flags; --preset first, which decides the defaults of all others."""
-    preset = LaunchConfig.preset
-    for i, arg in enumerate(args):
-        if arg == "--preset" and i + 1 < len(args):
-            preset = args[i + 1]
-        elif arg.startswith("--preset="):
-            preset = arg.partition("=")[2]
+    begin = run_preset(_given(args, "--preset") or LaunchConfig.preset)
+    if (_given(args, "--method") or "ode") != "ode":
+        begin = begin.replace(iterations=None)  # which are of the preset's method
     return flags.parse(
-        Command(run_preset(preset), LaunchConfig()),
+        Command(begin, LaunchConfig()),
         args,
         names=_flag,
         prog="jfed run",
         description="Trains a federation and writes a run folder, or goes on with the one there.",
     )
+
+
+def _given(args: list[str], flag: str) -> str | None:
+    """The value of a flag that is one word."""
+    for arg, after in zip(args, [*args[1:], None], strict=True):
+        if arg == flag:
+            return after
+        if arg.startswith(f"{flag}="):
+            return arg.partition("=")[2]
+    return None
 
 
 def _flag(path: str) -> str:

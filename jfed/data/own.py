@@ -1,8 +1,8 @@
 """A user's own data, from files: a folder of pictures, or arrays in an `.npz`.
 
-A folder holds `train/CLASS/PICTURE` and `test/CLASS/PICTURE`, or `CLASS/PICTURE` alone, of which a
-share is kept for the test. Where the examples belong to clients by nature (cameras, writers,
-hospitals), the training pictures are in `train/CLIENT/CLASS/PICTURE`.
+A folder holds `train/CLASS/PICTURE` and `test/CLASS/PICTURE`; or the first of these alone, or
+`CLASS/PICTURE`, of which a share is kept for the test. Where the examples belong to clients by
+nature (cameras, writers, hospitals), the training pictures are in `train/CLIENT/CLASS/PICTURE`.
 
 An `.npz` has the arrays `train_images`, `train_labels`, `test_images` and `test_labels`, or
 `images` and `labels` alone; and if there are any `class_names` (texts, by label) and the client of
@@ -70,9 +70,9 @@ def _read_folder(
 ) -> tuple[Labelled, Labelled | None, tuple[str, ...]]:
     parts = [path / part for part in ("train", "test")]
     there = [part.is_dir() for part in parts]
-    if any(there) and not all(there):
-        raise DataError(f"{str(path)!r} has {parts[there.index(True)].name}/ alone; expected both.")
-    listed = [_list(part) for part in parts] if all(there) else [_list(path)]
+    if there == [False, True]:
+        raise DataError(f"{str(path)!r} has test/ alone; expected train/ too.")
+    listed = [_list(part) for part in parts if part.is_dir()] or [_list(path)]
     names = tuple(sorted({file.label for file in listed[0]}))
     every = [pictures.of_file(file.path) for part in listed for file in part]
     kind = pictures.common_kind(every, image_size)

@@ -35,8 +35,9 @@ class PartitionConfig:
 
     Attributes:
       scheme: `iid`; `dirichlet`: clients differ in mixture of classes and in size;
-        `dirichlet-balanced`: less in size; `dirichlet-clients`: not in size; `shards`; `quantity`
-        (`quantity_skew`): in size alone; `natural` (`by_client`): the clients of the data, all.
+        `dirichlet-balanced`: less in size, as NeFL and DepthFL have it; `dirichlet-clients`: not in
+        size, as FedDyn has it; `shards`; `quantity` (`quantity_skew`): in size alone; `natural`
+        (`by_client`): the clients of the data, all.
       alpha: the concentration of the Dirichlet schemes and of `quantity`; smaller is more uneven.
       shards_per_client: of `shards`: about as many classes a client.
       min_examples: the fewest examples of a client, whatever the scheme.

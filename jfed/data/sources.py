@@ -58,7 +58,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         is_own = isinstance(self.name, str) and own.is_path(self.name)
         if not is_own:
-            one_of("data set", self.name, (*PREPARED, "digits", "synthetic"))
+            one_of("data set (nor is it a path)", self.name, (*PREPARED, "digits", "synthetic"))
         if self.test_share is not None:
             if not is_own:
                 raise ConfigError(f"{self.name!r} has test examples; leave test_share out.")

@@ -121,7 +121,7 @@ class NetworkConfig:
             if name not in own:
                 kind = type(base).__name__.removesuffix("Config")
                 raise ConfigError(
-                    f"a {kind} has no {name}, got {name} {changes[name]!r}; leave it out."
+                    f"{kind} has no {name}, got {name} {changes[name]!r}; leave it out."
                 )
         return dataclasses.replace(base, classes=classes, channels=channels, **changes)
 

@@ -11,6 +11,7 @@ from jfed import tiers as tiers_lib
 from jfed.algorithms.catalogue import make_algorithm
 from jfed.algorithms.codecs import compressed
 from jfed.engine.devices import EngineConfig, make_mesh
+from jfed.errors import ConfigError
 from jfed.models.presets import ModelConfig, NetworkConfig
 from jfed.reports.summary import Twin, find_twin
 from jfed.runs import initial
@@ -54,6 +55,11 @@ def set_up(
     path = config.initial.weights
     weights = None if path is None else initial.read(path)
     data = load(config.data, seed=seed)
+    if len(data.image_shape) != 3:
+        raise ConfigError(
+            f"jfed's networks take images [N, H, W, C], got shape {data.train.images.shape} of "
+            f"{data.name!r}; give one channel an axis of its own."
+        )
     network = config.network.make(data.num_classes, data.image_shape[-1])
     partition = data_lib.partition(
         config.partition, data.train.labels, population.clients, natural=data.clients, seed=seed

@@ -40,7 +40,7 @@ _IN_FLIGHT = 1
 Callback = Callable[[Record], Any]  # told of each round, in order, as soon as it is known
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Result:
     """What `jfed.simulate` returns.
 
@@ -71,6 +71,11 @@ class Result:
     norms: Mapping[str, Statistics | None] = dataclasses.field(default_factory=dict)
     inputs: ModelInputs | None = None
     client_names: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Rounds and accuracies, not the weights."""
+        accuracies = ", ".join(f"{name}: {value:.2%}" for name, value in self.accuracies.items())
+        return f"Result(rounds={len(self.history)}, accuracies={{{accuracies}}})"
 
     def predict(
         self,

@@ -12,7 +12,7 @@ import numpy as np
 
 from jfed.engine.faults import straggler_batches
 from jfed.engine.packing import Work, client_examples, client_steps
-from jfed.errors import ConfigError, check_number, check_sequence, check_share, check_type
+from jfed.errors import ConfigError, check_number, check_sequence, check_type
 from jfed.seeds import generator
 from jfed.simulation.device_profiles import Devices, is_file, profile, read_file, stack
 from jfed.simulation.measured_traffic import Sizes
@@ -49,9 +49,9 @@ class TimeConfig:
     def __post_init__(self) -> None:
         names = check_sequence("devices_of_clients", self.devices_of_clients)
         check_type("draw_devices", self.draw_devices, bool)
-        share = check_share("utilisation", self.utilisation)
-        if share == 0:
-            raise ConfigError(f"utilisation must be above 0, got {self.utilisation!r}.")
+        share = check_number("utilisation", self.utilisation, above=0.0)
+        if share > 1:
+            raise ConfigError(f"utilisation must be at most 1, got {self.utilisation!r}.")
         for name in names:
             if not isinstance(name, str) or not is_file(name):
                 profile(name, share)

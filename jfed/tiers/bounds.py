@@ -4,7 +4,7 @@ import dataclasses
 
 from jfed.errors import ConfigError, check_number
 from jfed.models.model import Model
-from jfed.tiers.tier import Tiers, single
+from jfed.tiers.tier import Tiers, as_tiers
 
 
 def exclusive(full: Tiers | Model, share: float) -> Tiers:
@@ -23,7 +23,7 @@ def exclusive(full: Tiers | Model, share: float) -> Tiers:
     """
     if check_number("share", share, above=0.0) > 1:
         raise ConfigError(f"share must be above 0 and at most 1, got {share!r}.")
-    tiers = single(full) if isinstance(full, Model) else full
+    tiers = as_tiers(full)
     if len(tiers.members) != 1:
         names = [tier.name for tier in tiers.members]
         raise ConfigError(f"exclusive needs one tier that is the full model, got {names}.")

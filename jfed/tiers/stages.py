@@ -29,11 +29,11 @@ def depthfl(
 ) -> Tiers:
     """DepthFL: clients train the first stages, with an exit after each that learn from each other.
 
-    The algorithm is FedDyn with alpha 0.1 unless another is given; "DepthFL (FedAvg)" of the paper
-    is `--algorithm fedavg --distillation 0`. An entry is averaged over its owners, each counting
-    once. A tier is tested by its deepest exit, as in the paper's tables of submodels; beside the
-    tiers, "ensemble" tests the deepest one by the mean logits of its exits, the paper's global
-    model.
+    The algorithm is FedDyn with alpha 0.1 and h over all clients, unless others are given; "DepthFL
+    (FedAvg)" of the paper is `--algorithm fedavg --distillation 0`. An entry is averaged over its
+    owners, each counting once. A tier is tested by its deepest exit, as in the paper's tables of
+    submodels; beside the tiers, "ensemble" tests the deepest one by the mean logits of its exits,
+    the paper's global model.
 
     With ResNet-18 and 100 classes the tiers have the parameters of the authors' code: 479,652;
     1,347,336; 3,838,316; 12,283,344. Their protocol (CIFAR-100): 100 clients, 10 a round, 1,000

@@ -330,3 +330,28 @@ def test_patterns_that_name_no_leaf_or_all_are_refused_before_anything_compiles(
     monkeypatch.setattr(Federation, "compile", None)
     with pytest.raises(jfed.ConfigError, match=f"names {what} of b, w"):
         run(make("fedper", personal=personal))
+
+
+DEPTHFL = (("name", "feddyn"), ("alpha", 0.1), ("h_over", "clients"))
+
+
+@pytest.mark.parametrize(
+    ("given", "alpha"),
+    [({}, 0.1), ({"name": "feddyn", "alpha": 0.2}, 0.2), ({"alpha": 0.05}, 0.05)],
+)
+def test_what_is_not_given_is_as_the_method_has_it(given, alpha):
+    client, server = jfed.ClientConfig(), jfed.ServerConfig()
+    found = make_algorithm(AlgorithmConfig(**given), client, server, DEPTHFL)
+    expected = AlgorithmConfig("feddyn", alpha=alpha, h_over="clients")
+    assert found.name == make_algorithm(expected, client, server).name
+    assert "clients" in found.name
+
+
+def test_another_algorithm_is_as_itself():
+    found = make_algorithm(
+        AlgorithmConfig("fedavg"), jfed.ClientConfig(), jfed.ServerConfig(), DEPTHFL
+    )
+    assert (
+        found.name
+        == make_algorithm(AlgorithmConfig(), jfed.ClientConfig(), jfed.ServerConfig()).name
+    )

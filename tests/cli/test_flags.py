@@ -176,3 +176,12 @@ def test_what_a_dataclass_refuses_is_an_error_of_the_command(args, message, caps
     assert told.err.startswith("jfed: error: ")
     assert message in told.err
     assert told.out == ""
+
+
+@pytest.mark.parametrize("method", [["--method", "heterofl"], ["--method=heterofl"]])
+def test_a_method_that_is_given_has_not_the_iterations_of_the_preset(method):
+    run = run_command.parse(["--preset", "smoke", *method, "--ratios", "0.5", "1"]).run
+    assert run.tiers.iterations is None
+    assert run_command.parse(["--preset", "smoke"]).run.tiers.iterations == (1, 2)
+    kept = ["--preset", "smoke", "--method", "exclusive", "--able", "1", "--iterations", "3"]
+    assert run_command.parse(kept).run.tiers.iterations == (3,)

@@ -58,6 +58,13 @@ def test_clients_are_folders_around_the_classes(tmp_path):
     assert [part.tolist() for part in parts] == [list(range(6 * i, 6 * i + 6)) for i in range(3)]
 
 
+def test_clients_without_a_folder_for_the_test(tmp_path):
+    _pictures(tmp_path / "train", count=4, clients=("anna", "ben"))
+    data = jfed.data.load(str(tmp_path), test_share=0.25)
+    assert data.client_names == ("anna", "ben")
+    assert (len(data.train), len(data.test)) == (12, 4)
+
+
 def test_a_share_of_each_class_is_kept_for_the_test(tmp_path):
     _pictures(tmp_path, count=10)
     data = jfed.data.load(str(tmp_path), test_share=0.3, seed=1)

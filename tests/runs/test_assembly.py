@@ -111,7 +111,7 @@ def test_every_part_gets_its_own_settings():
     ],
 )
 def test_a_resnet_takes_no_settings_of_an_odenet(name, value):
-    with pytest.raises(ConfigError, match=f"a ResNet has no {name}, got {name} {value!r}; leave"):
+    with pytest.raises(ConfigError, match=f"ResNet has no {name}, got {name} {value!r}; leave"):
         run_preset("cifar10-resnet").replace(**{name: value})
 
 
@@ -119,7 +119,7 @@ def test_a_resnet_takes_no_settings_of_an_odenet(name, value):
     ("changes", "message"),
     [
         ({"model": "odenet-21"}, r"unknown model 'odenet-21'\. Did you mean"),
-        ({"data": "cifar"}, "unknown data set 'cifar'"),
+        ({"data": "cifar"}, r"unknown data set \(nor is it a path\) 'cifar'"),
         ({"partition": "dirichlt"}, "unknown partition 'dirichlt'"),
         ({"clients": 2000}, "2000"),
         ({"clients": 0}, "0"),

@@ -86,8 +86,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ({"devices_of_clients": ("a.csv",), "draw_devices": True}, "alone and not drawn"),
         ({"deadline": 3.0}, "need devices_of_clients, got none with .* deadline 3.0"),
         ({"draw_devices": True}, "need devices_of_clients, got none with draw_devices=True"),
-        ({"utilisation": 0.0}, "utilisation must be above 0, got 0.0"),
-        ({"utilisation": 1.5}, "utilisation must be a number from 0 to 1, got 1.5"),
+        ({"utilisation": 0.0}, "utilisation must be a number, above 0, got 0.0"),
+        ({"utilisation": 1.5}, "utilisation must be at most 1, got 1.5"),
         (
             {"devices_of_clients": ("nvidia-t4@5g",), "deadline": 0.0},
             "deadline must be a number, above 0, got 0.0",
