@@ -127,6 +127,7 @@ def test_a_process_number_without_distributed_is_refused(capsys):
     assert "process_id 1 goes with --distributed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_locked_ends_both(tmp_path):
     with claim(epath.Path(tmp_path / "run")):
         processes = _start_both(["--workdir", tmp_path / "run"])
@@ -142,6 +143,7 @@ sources._digits = lost
 """
 
 
+@pytest.mark.slow
 def test_data_that_one_host_lacks_end_both(tmp_path):
     processes = _start_both(["--workdir", tmp_path / "run"], before=("", NO_DATA))
     _end_alike(processes, "host 1: digits are not here")
@@ -164,6 +166,7 @@ sources._digits = other
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "before", "message"),
     [

@@ -69,7 +69,11 @@ def test_children_are_given_them_and_the_environment_is_put_back(on_request, mon
     ("main", "expected"),
     [
         ("command()", ["None", ASK]),
-        ("os.environ.pop(huge_pages.VARIABLE, None), command()", ["None", ASK]),  # not for ever
+        pytest.param(  # not for ever
+            "os.environ.pop(huge_pages.VARIABLE, None), command()",
+            ["None", ASK],
+            marks=pytest.mark.slow,
+        ),
         ("main()", ["None"]),  # a program that calls it goes on as it is
     ],
 )

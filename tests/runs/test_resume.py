@@ -122,6 +122,7 @@ def test_a_run_killed_twenty_times_goes_on_as_if_nothing_had_happened(tmp_path, 
     pytest.fail(f"only {kills} of 20 kills found a run under way")
 
 
+@pytest.mark.slow
 def test_a_terminated_run_saves_and_says_so(tmp_path, cache, left_alone):
     folder = tmp_path / "run"
     process = _start(folder, cache, more=["--checkpoint-every", "1000"])

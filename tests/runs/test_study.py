@@ -52,6 +52,7 @@ def test_an_error_in_a_worker_is_told(tmp_path):
         study.run_all(arms, tmp_path, seeds=1, workers=2)
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     code = f"""
 from jfed.runs import study
