@@ -13,6 +13,7 @@ import random
 import sys
 import traceback
 
+import datasets
 import jax.numpy as jnp
 import numpy as np
 
@@ -62,6 +63,14 @@ LABELS = np.arange(24, dtype=np.int32) % 3
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, 4, 4, 1)).astype(np.uint8)
 SPLIT = jfed.data.Split(IMAGES, LABELS)
 DATA = jfed.data.Dataset("d", SPLIT, SPLIT, ("a", "b", "c"))
+PAIRS = list(zip(IMAGES, LABELS.tolist(), strict=True))
+COLUMNS = datasets.Dataset.from_dict(
+    {"x": IMAGES.tolist(), "y": LABELS, "who": LABELS},
+    datasets.Features(
+        {"x": datasets.Array3D((4, 4, 1), "uint8")}
+        | dict.fromkeys(("y", "who"), datasets.Value("int64"))
+    ),
+)
 PARTS = tuple(np.split(np.arange(24), 6))
 MODEL = jfed.models.Model(
     lambda key: {"w": jnp.zeros((16, 3))},
@@ -105,6 +114,9 @@ def entry_points():
     labels = {"labels": LABELS, "clients": 4, "seed": 0}
     dirichlet = labels | {"alpha": 0.5, "min_examples": 1}
     skew = labels | {"alpha": 2.0, "min_examples": 1}
+    others = {"image_size": None, "test_share": 0.3, "name": "d", "seed": 0}
+    pairs = others | {"train": PAIRS, "test": None, "class_names": ("a", "b", "c")}
+    columns = others | {"dataset": COLUMNS, "image": "x", "label": "y", "client": "who"}
     odenet = arguments_of(jfed.models.ODENetConfig(widths=(4, 8), channels=1, unroll=False))
     resnet = arguments_of(jfed.models.ResNetConfig(widths=(4, 8), blocks=(1, 1), channels=1))
     simulation = {
@@ -145,6 +157,8 @@ def entry_points():
         (jfed.data.dirichlet_clients, labels | {"alpha": 0.5}),
         (jfed.data.shards, labels | {"shards_per_client": 2}),
         (jfed.data.quantity_skew, skew),
+        (jfed.data.from_torchvision, pairs),
+        (jfed.data.from_huggingface, columns),
         (data_set, {"train": SPLIT, "test": SPLIT, "names": ("a", "b", "c")}),
         (federation, simulation),
     ]

@@ -101,11 +101,8 @@ def from_torchvision(
       DataError: an example that cannot be read, or is not like the others, naming its number.
     """
     parts = {"train": train} | ({} if test is None else {"test": test})
-    for part, examples in parts.items():
-        if not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
-            raise DataError(f"{part} must have a length and examples by number, got {examples!r}.")
     pairs = {
-        part: [_pair(examples, i, part) for i in range(len(examples))]
+        part: [_pair(examples, i, part) for i in range(_length(examples, part))]
         for part, examples in parts.items()
     }
     names = getattr(train, "classes", None) if class_names is None else class_names
@@ -143,6 +140,13 @@ def _pixels(rows: Any, column: str) -> list[Any]:
         rows = rows.with_format("numpy", dtype=np.dtype(kind))  # else integers are int64
     starts = range(0, len(rows), _AT_ONCE)
     return [value for start in starts for value in rows[start : start + _AT_ONCE][column]]
+
+
+def _length(examples: Any, part: str) -> int:
+    try:
+        return len(examples)
+    except TypeError:
+        raise DataError(f"{part} must be examples with a length, got {examples!r}.") from None
 
 
 def _pair(examples: Any, i: int, part: str) -> tuple[Any, Any]:

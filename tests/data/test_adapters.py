@@ -203,7 +203,7 @@ PLAIN = [PIL.Image.fromarray(x) for x in PIXELS]
         (_Examples(PLAIN), {"test": []}, DataError, "test has no examples"),
         ([(PLAIN[0], 0.9)], {"test_share": 0.5}, DataError, "example 0 of train cannot be read"),
         ([(PLAIN[0], 0), (PIXELS[1], 1)], {"test_share": 0.5}, DataError, "picture 1 of train is"),
-        (iter([]), {"test_share": 0.5}, DataError, "train must have a length"),
+        (iter([]), {"test_share": 0.5}, DataError, "train must be examples with a length"),
     ],
 )
 def test_what_is_no_data_set_is_named(train, options, error, message):
