@@ -58,10 +58,10 @@ def from_huggingface(
     for part, rows in splits.items():
         if not (hasattr(rows, "column_names") and hasattr(rows, "__len__")):
             raise DataError(f"{part} must be a datasets.Dataset, not streamed; got {rows!r}.")
-    columns = [image, label] + ([] if client is None else [client])
-    for part, rows in splits.items():
-        for column in columns[: 3 if part == "train" else 2]:
+        for column in (image, label):
             one_of(f"column of {part}", column, tuple(rows.column_names))
+    if client is not None:
+        one_of("column of train", client, tuple(splits["train"].column_names))
     names = getattr(splits["train"].features[label], "names", None)
     told = {part: _column(rows, label, part) for part, rows in splits.items()}
     labels, names = _numbered(told, names)
@@ -214,4 +214,4 @@ def _stacked(values: Sequence[Any], part: str) -> np.ndarray:
                 f"one {arrays[0].shape} and {arrays[0].dtype}; expected the same."
             )
         arrays.append(array)
-    return np.stack(arrays) if arrays else np.zeros((0, 1, 1, 1), np.uint8)
+    return np.stack(arrays)

@@ -79,7 +79,7 @@ def lines(runs: Sequence[FinishedRun], target: Target | None = None) -> list[dic
             own |= {name: tier[name] for name in ("kind", "tier", "trained")}
             own |= {name: round(tier[name], 6) for name in ("accuracy", "loss")}
             metrics = {name: x and round(x, 6) for name, x in tier.get("metrics", {}).items()}
-            own = metrics | own if metrics.keys() & own.keys() else own | metrics
+            own |= {name: x for name, x in metrics.items() if name not in own}
             own |= {name: tier[name] for name in ("parameters", "flops", "bytes_up")}
             own |= {name: tier.get(name) for name in ("training_flops", "peak_bytes")}
             found.append(own | about)

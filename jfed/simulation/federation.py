@@ -225,20 +225,12 @@ class Federation:
         self.client_names = data.names_of(examples)
         self.server.check_cohort(self.population.cohort)
         self.time = time or TimeConfig()
-        devices = None
-        if self.time.devices_of_clients:
-            devices = make_devices(self.time, self.population)
         self.evaluated = evaluated_tiers(self.tiers, self.evaluation)
         like = jax.eval_shape(self.tiers.init, self.key)
         for tier in self.evaluated:
             check_model(tier, like, data)
         self._check(data, like)
-        self.clock: Clock | None = None
-        if devices is not None:
-            self.clock = Clock(devices, self._flops, self.time.deadline)
-            # What codecs come to is known only once they ran.
-            none = np.zeros_like(self._counted)
-            self.clock.check(self.population, none if self.algorithm.measured else self._counted)
+        self.clock = self._make_clock() if self.time.devices_of_clients else None
         self.engine = (engine or EngineConfig()).resolve(self.population.cohort)
         self._mesh = make_mesh(self.engine.devices)
         self._rows = ClientRows(
@@ -310,6 +302,13 @@ class Federation:
         self.population.sample(0)
         for number in (0, self.rounds - 1):
             learning_rate(self.client, number, self.rounds)
+
+    def _make_clock(self) -> Clock:
+        clock = Clock(make_devices(self.time, self.population), self._flops, self.time.deadline)
+        # What codecs come to is known only once they ran.
+        none = np.zeros_like(self._counted)
+        clock.check(self.population, none if self.algorithm.measured else self._counted)
+        return clock
 
     @functools.cached_property
     def _flops(self) -> list[int]:

@@ -16,7 +16,8 @@ from jfed.data.preprocessing import Images
 from jfed.data.splits import Split
 from jfed.engine.devices import EVERYWHERE, SPREAD, put
 
-# Indices of examples, `[D, ...]` or `[D * n, ..., B]`, and how many of each batch count, `[..., ]`.
+# Indices of examples, `[D * n, ..., B]`, a device's next to each other, and how many of each batch
+# count, `[D * n, ...]`.
 Batches = tuple[np.ndarray, np.ndarray]
 
 
@@ -66,12 +67,11 @@ class Streamed:
         devices, rows = self._mesh.size, []
         found = [np.zeros_like(indices) for indices, _ in batches]
         for d in range(devices):
-            own = [_part(x, d, devices) for pair in batches for x in pair]
-            asked, real = own[::2], own[1::2]
-            counted = [x[r > 0].ravel() for x, r in zip(asked, real, strict=True)]
-            rows.append(np.unique(np.concatenate(counted)))
-            for x, r, new in zip(asked, real, found, strict=True):
-                _part(new, d, devices)[r > 0] = np.searchsorted(rows[-1], x[r > 0])
+            counts = [_part(real, d, devices) > 0 for _, real in batches]
+            asked = [_part(x, d, devices)[c] for (x, _), c in zip(batches, counts, strict=True)]
+            rows.append(np.unique(np.concatenate([x.ravel() for x in asked])))
+            for x, c, new in zip(asked, counts, found, strict=True):
+                _part(new, d, devices)[c] = np.searchsorted(rows[-1], x)
         return Needed(rows, found)
 
     def send(self, needed: Needed, room: int) -> Images:
