@@ -43,7 +43,7 @@ def test_no_module_shares_its_name_with_a_function_or_class_beside_it():
                     assert name not in beside, f"{module.__name__}.{name} and {room}.{name}"
 
 
-ROOMS = "cli benchmark runs reports simulation engine algorithms tiers data models".split()
+ROOMS = "cli planning benchmark runs reports simulation engine algorithms tiers data models".split()
 
 
 def test_each_room_knows_only_those_below_it():
