@@ -45,10 +45,11 @@ class Chip:
       name: by which `jfed.planning.targets.open_target` knows it.
       platform: "gpu" or "tpu".
       memory: bytes that programs can have: of a GPU what its driver reports, of a TPU what its
-        compiler (libtpu 0.0.42) allots, some 250 MiB to 1.25 GiB below the chip's HBM.
+        compiler (libtpu 0.0.42) allots, 0.25 to 1.25 GiB below the chip's HBM.
       bandwidth: bytes a second from and to that memory.
       peak: FLOP/s of matrix products without sparsity, by the type that the units multiply; a
-        type that is missing has no units. "float32" is full precision: `Precision.HIGHEST`.
+        type that is missing has no units. "float32" is full precision, `Precision.HIGHEST`: on
+        a TPU, whose units multiply bfloat16, six passes (`TPU_PASSES`).
       float32_default: the type in `peak` in which float32 matrices are multiplied at JAX's
         default precision.
       link: bytes a second that a device sends to the others of its host (GPU) or slice (TPU),

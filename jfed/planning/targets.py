@@ -95,7 +95,7 @@ def parse(text: str) -> tuple[Chip | None, tuple[int, ...]]:
     chip = CHIPS[name]
     if not separator:
         return chip, chip.smallest
-    return chip, (_shape if separator == ":" else _slice_of_type)(text, chip, rest)
+    return chip, _shape(text, chip, rest) if separator == ":" else _slice_of_type(text, chip)
 
 
 def _shape(text: str, chip: Chip, written: str) -> tuple[int, ...]:
@@ -118,7 +118,7 @@ def _shape(text: str, chip: Chip, written: str) -> tuple[int, ...]:
     return (1,) * (axes - len(shape)) + shape
 
 
-def _slice_of_type(text: str, chip: Chip, written: str) -> tuple[int, ...]:
+def _slice_of_type(text: str, chip: Chip) -> tuple[int, ...]:
     if chip.platform == "gpu":
         raise ConfigError(f"target {text!r}: write '{chip.name}:8' for a host of eight GPUs.")
     slices = _SLICES[len(chip.smallest)]
@@ -141,7 +141,12 @@ def _gpus(text: str, chip: Chip, shape: tuple[int, ...]) -> list[Any]:
             target_config=gpu_target_config(chip),
         ).devices
     except NotImplementedError as error:
-        raise _missing(text, "NVIDIA GPUs", "plan-gpu", error) from error
+        raise ConfigError(
+            f"target {text!r} needs XLA's compiler for NVIDIA GPUs, which itself needs none: pip "
+            "install 'jfed[plan-gpu]'. Where it is installed, JAX opened devices before the "
+            "target and gave it up for want of a GPU: open the target first, or set "
+            f"JAX_PLATFORMS=cpu ({error})."
+        ) from error
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"target {text!r}: XLA refuses it: {error}") from error
 
@@ -161,14 +166,10 @@ def _tpus(text: str, chip: Chip, shape: tuple[int, ...]) -> list[Any]:
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"target {text!r}: libtpu refuses it: {error}") from error
     except RuntimeError as error:
-        raise _missing(text, "TPUs", "plan-tpu", error) from error
-
-
-def _missing(text: str, what: str, extra: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"target {text!r} needs XLA's compiler for {what}, which works without one but is not "
-        f"installed: pip install 'jfed[{extra}]' ({error})."
-    )
+        raise ConfigError(
+            f"target {text!r} needs XLA's compiler for TPUs, which itself needs none: pip install "
+            f"'jfed[plan-tpu]' ({error})."
+        ) from error
 
 
 @contextlib.contextmanager
