@@ -81,7 +81,7 @@ class Visit(NamedTuple):
     loops: tuple[Instruction, ...]
 
 
-def count(text: str, lengths: Mapping[str, float]) -> Counts:
+def count(text: str, lengths: Mapping[str, int | float]) -> Counts:
     """Of one run of a program.
 
     Args:
@@ -95,7 +95,7 @@ def count(text: str, lengths: Mapping[str, float]) -> Counts:
     return walk.total(walk.visits(walk.program.entry))
 
 
-def count_body(text: str, scope: str, lengths: Mapping[str, float]) -> Counts:
+def count_body(text: str, scope: str, lengths: Mapping[str, int | float]) -> Counts:
     """Of one pass through each loop of a scope, and of its condition; see `count`."""
     walk = Walk(parse(text), lengths)
     all_ = (one for computation in walk.program.computations.values() for one in computation)
@@ -108,10 +108,12 @@ def count_body(text: str, scope: str, lengths: Mapping[str, float]) -> Counts:
 class Walk:
     """A program, walked as it runs."""
 
-    def __init__(self, program: Program, lengths: Mapping[str, float]) -> None:
-        for name, length in lengths.items():
-            check_number(f"the length of {name!r}", length, least=0)
-        self.program, self.lengths = program, lengths
+    def __init__(self, program: Program, lengths: Mapping[str, int | float]) -> None:
+        self.program = program
+        self.lengths = {
+            name: check_number(f"the length of {name!r}", length, least=0.0)
+            for name, length in lengths.items()
+        }
         self.kernels = Kernels(program)
         self.unknown: dict[str, Unknown] = {}
 

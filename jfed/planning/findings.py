@@ -29,7 +29,7 @@ class Finding:
 
 
 def find(
-    text: str, lengths: Mapping[str, float], *, lanes: int = 1, share: float = 0.01
+    text: str, lengths: Mapping[str, int | float], *, lanes: int = 1, share: float = 0.01
 ) -> list[Finding]:
     """The findings in a program, those that move most bytes first.
 

@@ -34,7 +34,8 @@ _ELEMENTWISE = _words(
     "negate not or popcnt power remainder round-nearest-afz round-nearest-even rsqrt select sign "
     "sine sqrt subtract tan tanh xor"
 )
-_FLOATS = _words("f16 bf16 f32 f64 pred")
+_SEMAPHORES = 2  # a TPU's memory space
+_FLOATS = _words("f16 bf16 f32 f64")
 
 
 @dataclasses.dataclass
@@ -103,7 +104,7 @@ class Kernels:
             cost.vector_flops += counted.shapes[0].elements
         elif (kind := of.opcode.removesuffix("-start")) in _COLLECTIVES:
             moved = sum(shape.bytes for operand in operands for shape in operand.shapes)
-            made = sum(shape.bytes for shape in _results(of) if shape.space < 2)  # no semaphores
+            made = sum(shape.bytes for shape in _results(of))
             cost.collectives.append((kind, max(moved, made)))
 
     def _bytes(self, computation: Computation, instruction: Instruction) -> float:
@@ -118,8 +119,9 @@ class Kernels:
         shares: dict[str, float] = defaultdict(float)
         for operand, share in zip(operands, reads, strict=True):
             shares[operand.name] = min(1.0, shares[operand.name] + share)
-        named = {operand.name: operand for operand in operands}
-        read = sum(share * _memory(named[name].shapes) for name, share in shares.items())
+        # Single constants are part of a kernel's code.
+        stored = {o.name: o for o in operands if o.opcode != "constant" or o.shapes[0].dims}
+        read = sum(shares[name] * _memory(operand.shapes) for name, operand in stored.items())
         return read + sum(w * _memory([shape]) for w, shape in zip(writes, results, strict=True))
 
     def _use(self, fused: Computation) -> _Use:
@@ -196,12 +198,12 @@ def is_kernel(instruction: Instruction) -> bool:
 
 
 def _results(instruction: Instruction) -> tuple[Shape, ...]:
-    """What an instruction makes; one that only starts it also returns what it was given."""
+    """What an instruction makes; one that only starts it also returns operands and semaphores."""
     opcode, shapes = instruction.opcode, instruction.shapes
     if opcode == "copy-start":
         return shapes[:1]
     if opcode.endswith("-start") and opcode != "all-reduce-start":
-        return shapes[len(instruction.operands) :]
+        return tuple(s for s in shapes[len(instruction.operands) :] if s.space != _SEMAPHORES)
     return shapes
 
 
