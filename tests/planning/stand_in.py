@@ -36,7 +36,7 @@ def train(params, images, labels, order, counts, length, *, lanes):
 
     def loss(local, rows, counts, largest):
         logits = net(local, images[rows], counts, largest)
-        right = jax.nn.one_hot(labels[rows], logits.shape[-1])
+        right = jax.nn.one_hot(labels[rows], logits.shape[-1], dtype=logits.dtype)
         return -(jax.nn.log_softmax(logits) * right).sum()
 
     def step(local, rows, counts, largest):

@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from stand_in import LENGTHS, STEPS, WIDTH, compiled_text, forward, step_flops
+from stand_in import LENGTHS, SIDE, STEPS, WIDTH, compiled_text, forward, step_flops
 
 from jfed.errors import ConfigError
 from jfed.planning.counting import Collective, count, count_body
@@ -333,7 +333,12 @@ def test_a_computation_that_is_missing():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("target", "compiler"), [("h100", "needs_gpu_compiler"), ("v5e", "needs_tpu_compiler")]
+    ("target", "compiler"),
+    [
+        ("h100", "needs_gpu_compiler"),
+        ("t4", "needs_gpu_compiler"),
+        ("v5e", "needs_tpu_compiler"),
+    ],
 )
 def test_training_steps_compiled_for_accelerators(target, compiler, dtype, request):
     request.getfixturevalue(compiler)
@@ -341,8 +346,17 @@ def test_training_steps_compiled_for_accelerators(target, compiler, dtype, reque
     device = targets.open_target(target).devices[0]
     text = compiled_text(1, device, jnp.dtype(dtype))
     counts = count(text, LENGTHS)
-    assert total(counts) == pytest.approx(STEPS * step_flops())
+    expected = step_flops()
+    if (target, dtype) == ("t4", "bfloat16"):
+        # XLA writes zeros between the values whose input gradient has stride 2, and multiplies them.
+        expected += 3 * forward(SIDE // 2, WIDTH, 2 * WIDTH)
+    # Small products may be filled up with zeros to multiples of eight.
+    assert total(counts) == pytest.approx(STEPS * expected, rel=0.01)
     assert counts.unknown == []
-    assert max(counts.flops, key=counts.flops.get) in (dtype, "bfloat16")
+    assert max(counts.flops, key=counts.flops.get) in (
+        dtype,
+        "bfloat16",
+        "float32" if target == "t4" else dtype,
+    )
     waits = 2 + 2 * (3 + 6)  # two branches; both loops forward and backward
     assert count_body(text, "steps", LENGTHS).host_waits == waits

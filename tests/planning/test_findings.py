@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from stand_in import conv
+from stand_in import LENGTHS, STEPS, compiled_text, conv
 
 from jfed.planning.findings import find
 
@@ -10,7 +10,7 @@ def shape(*dims, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-def compiled_text(f, *args):
+def text_of(f, *args):
     return jax.jit(f).lower(*args).compile().as_text()
 
 
@@ -21,7 +21,7 @@ def test_convolutions_in_groups_are_those_that_lanes_make():
         return y, conv(x[0], depthwise, feature_group_count=16)
 
     args = shape(3, 4, 8, 8, 16), shape(3, 3, 3, 16, 16), shape(3, 3, 1, 16)
-    text = compiled_text(f, *args)
+    text = text_of(f, *args)
     (found,) = (one for one in find(text, {}, lanes=3) if "convolution" in one.what)
     assert found.what == "a convolution in 3 groups, one a lane"
     assert "net" in found.op_name
@@ -39,7 +39,7 @@ def test_products_at_high_precision_and_gathers_by_what_they_move():
         return x @ x, table[at]
 
     args = shape(64, 64), shape(5000, 64), shape(300, dtype=jnp.int32), shape(dtype=jnp.int32)
-    text = compiled_text(f, *args)
+    text = text_of(f, *args)
     what = [(one.what, one.times) for one in find(text, {"exact": 10}) if "copied" not in one.what]
     product, gather = ("a float32 product at precision highest", 10), ("a gather", 1)
     assert what == [gather, product] or what == [product, gather]
@@ -120,3 +120,18 @@ ENTRY %main (x: f32[64,32]) -> f32[32,64] {{
 """
     expected = ["an array is written anew in another layout"] if order == "{1,0}" else []
     assert [one.what for one in find(text, {})] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("needs_gpu_compiler")
+def test_lanes_on_a_gpu_make_convolutions_in_groups():
+    targets = pytest.importorskip("jfed.planning.targets")
+    device = targets.open_target("h100").devices[0]
+    found = find(compiled_text(2, device), LENGTHS, lanes=2)
+    grouped = [one for one in found if one.what == "a convolution in 2 groups, one a lane"]
+    # Forward once a pass of each block, and twice backward; nothing outside the steps.
+    times = {
+        scope: sum(o.times for o in grouped if scope in o.op_name) for scope in ("ode0", "ode1")
+    }
+    assert times == {"ode0": 3 * 2 * STEPS, "ode1": 3 * 5 * STEPS}
+    assert not [one for one in find(compiled_text(1, device), LENGTHS) if "groups" in one.what]
