@@ -86,10 +86,11 @@ def count(text: str, lengths: Mapping[str, int | float]) -> Counts:
 
     Args:
       text: of the compiled program, `compiled.as_text()`.
-      lengths: of loops whose length is data: how many passes they make each time, by the name of
-        the innermost `jax.named_scope` around them; and of `jax.lax.cond`: how often the true
-        branch is taken, 0 to 1. Of a conditional that is not named the costliest branch counts.
-        Lengths that XLA knows go before these.
+      lengths: by the name of a `jax.named_scope`: how many passes a loop in it makes each time,
+        where its length is data (lengths that XLA knows go before these); and how often a
+        `jax.lax.cond` in it takes its true branch, 0 to 1 (of one that is not named the costliest
+        branch counts). A scope does not reach into the loops and branches within it: those have
+        scopes of their own, or are unknown.
     """
     walk = Walk(parse(text), lengths)
     return walk.total(walk.visits(walk.program.entry))
@@ -174,7 +175,7 @@ class Walk:
         if control.op_name:
             return control.op_name
         inside = "/while/body/" if kind == "while" else "/cond/branch_"
-        called = [*control.called("body"), *control.called("branch_computations")]
+        called = control.called("body") + _branches(control)
         names = [one.op_name for name in called for one in self.program.computation(name)]
         found = Counter(name.rpartition(inside)[0] for name in names if inside in name)
         return f"{found.most_common(1)[0][0]}/{kind}" if found else ""
@@ -188,11 +189,7 @@ class Walk:
 
     def _branches(self, conditional: Instruction) -> list[tuple[Computation, float]]:
         """The branches that count, and how often each is taken."""
-        names = conditional.called("branch_computations") or [
-            *conditional.called("false_computation"),
-            *conditional.called("true_computation"),
-        ]
-        branches = [self.program.computation(name) for name in names]
+        branches = [self.program.computation(name) for name in _branches(conditional)]
         for scope in self.scopes(conditional):
             if scope in self.lengths and len(branches) == 2:
                 share = check_share(f"how often the branch {scope!r} is taken", self.lengths[scope])
@@ -200,9 +197,15 @@ class Walk:
         return [(max(branches, key=self._weight), 1.0)]
 
     def _weight(self, computation: Computation) -> float:
-        apart = Walk(self.program, self.lengths)
+        apart = Walk(self.program, self.lengths)  # with unknown loops of its own
         counts = apart.total(apart.visits(computation))
         return sum(counts.flops.values()) + counts.vector_flops + counts.bytes
+
+
+def _branches(conditional: Instruction) -> list[str]:
+    """Names of its computations; that of "false" comes first, as in `jax.lax.cond`."""
+    kinds = ("branch_computations", "false_computation", "true_computation")
+    return [name for kind in kinds for name in conditional.called(kind)]
 
 
 # What JAX puts between a scope's name and a loop or conditional in it.

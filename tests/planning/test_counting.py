@@ -325,6 +325,14 @@ def test_known_trip_counts_as_gpus_and_older_programs_have_them(noted):
     assert counts.kernels == 4 + 4
 
 
+def test_a_conditional_that_has_lost_its_name():
+    lost = GPU.replace(', metadata={op_name="jit(f)/maybe/cond"}', "")
+    inside = ', metadata={op_name="jit(f)/maybe/cond/branch_1_fun/copy"}'
+    named = lost.replace("copy(%a)", "copy(%a)" + inside, 1)
+    kernels = [count(text, {"maybe": 0.25}).kernels for text in (GPU, named, lost)]
+    assert kernels[0] == kernels[1] == kernels[2] - 0.75
+
+
 def test_a_computation_that_is_missing():
     with pytest.raises(ConfigError, match="calls 'gone', which its text does not have"):
         count(GPU.replace("calls=%later", "calls=%gone"), {})
@@ -348,7 +356,7 @@ def test_training_steps_compiled_for_accelerators(target, compiler, dtype, reque
     counts = count(text, LENGTHS)
     expected = step_flops()
     if (target, dtype) == ("t4", "bfloat16"):
-        # XLA writes zeros between the values whose input gradient has stride 2, and multiplies them.
+        # XLA writes the zeros of the input gradient with stride 2, and multiplies them.
         expected += 3 * forward(SIDE // 2, WIDTH, 2 * WIDTH)
     # Small products may be filled up with zeros to multiples of eight.
     assert total(counts) == pytest.approx(STEPS * expected, rel=0.01)
