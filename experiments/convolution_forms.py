@@ -7,7 +7,7 @@ scan's carry. Rates are effective GFLOP/s, 2 * B * Ho * Wo * kh * kw * I * O * 3
 multiplies less (Winograd) may exceed the machine's peak. `vmap` is the same scan vmapped over four
 clients' kernels; "auto, devices" is the form that `auto` picks on a device for each core at once,
 as `jfed run` trains. Rows of kind "time" have the time as one more input channel: "concat"
-concatenates it, "time_conv" is jfed's. PyTorch's convolution is timed beside them where it is
+concatenates it, "TimeConv" is jfed's. PyTorch's convolution is timed beside them where it is
 installed; its threads suffer from other load on the machine far more than XLA's, so compare the two
 on an idle one. Runs of one row are interleaved and their medians shown. It writes
 `experiments/results/convolution_forms_cpu.csv`. Expected there, "auto, devices" against PyTorch's
@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from script import table_of
@@ -36,7 +37,8 @@ from tabulate import tabulate
 from jfed import files, provenance
 from jfed.benchmark.timing import interleaved, timed
 from jfed.errors import ConfigError
-from jfed.models.convolutions.convolution import FORMS, choose_form, conv, time_conv
+from jfed.models.convolutions.convolution import FORMS, choose_form, conv
+from jfed.models.layers import Style, TimeConv
 
 CLIENTS = 4
 RATE = 1e-6  # learning rate: small enough that values stay where they are
@@ -89,7 +91,7 @@ def operations(layer: Layer) -> dict[str, Callable[[jax.Array, jax.Array], jax.A
             "concat": lambda x, k: conv(
                 jnp.pad(x, ((0, 0),) * 3 + ((1, 0),), constant_values=0.5), k
             ),
-            "time_conv": lambda x, k: time_conv(x, jnp.float32(0.5), k),
+            "TimeConv": _time_conv,
         }
     return {
         form: functools.partial(
@@ -98,6 +100,12 @@ def operations(layer: Layer) -> dict[str, Callable[[jax.Array, jax.Array], jax.A
         for form in FORMS
         if form != "auto" and _fits(layer, form)
     }
+
+
+def _time_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    layer = TimeConv(kernel.shape[-1], Style(), nnx.Rngs(0))
+    layer.kernel[...] = kernel
+    return layer(jnp.float32(0.5), x, layer.prepare(x.shape[1:3]))
 
 
 def auto(layer: Layer) -> str:

@@ -1,7 +1,7 @@
 """Models: the ODENets, their ResNet twins, a small CNN, and what jfed asks of any model."""
 
 from jfed.models.conv_nets import ConvNetConfig, conv_net
-from jfed.models.convolutions.convolution import conv, time_conv
+from jfed.models.convolutions.convolution import conv
 from jfed.models.losses import Batch, Metrics, cross_entropy
 from jfed.models.model import Model, Moments
 from jfed.models.nnx_models import from_nnx
@@ -32,6 +32,5 @@ __all__ = [
     "odenet",
     "preset",
     "resnet",
-    "time_conv",
     "twin",
 ]

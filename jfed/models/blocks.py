@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jfed.models.layers import Conv, ConvNorm, Norm, Style
-from jfed.models.model import Mask
+from jfed.models.layers import Conv, ConvNorm, Style
+from jfed.models.norms import Shares
 
 SHORTCUTS = ("pad", "projection")
 
@@ -73,17 +73,17 @@ class ResidualBlock(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+        self, x: Float[Array, "B H W C"], shares: Shares, given: Any
     ) -> tuple[Float[Array, "B Ho Wo O"], Any]:
         used, y = {}, x
         for i, layer in enumerate(self.layers):
             y, used[f"layer{i}"] = layer(
-                nnx.relu(y) if i else y, mask, given and given[f"layer{i}"]
+                nnx.relu(y) if i else y, shares, given and given[f"layer{i}"]
             )
         if self.projection is None:
             x = _pad_shortcut(x, self.outputs, self.stride)
         else:
-            x, used["projection"] = self.projection(x, mask, given and given["projection"])
+            x, used["projection"] = self.projection(x, shares, given and given["projection"])
         if not len(self.layers):
             return nnx.relu(x), used
         if self.step is not None:
@@ -102,7 +102,7 @@ class PreactivationBlock(nnx.Module):
         self, shape: Shape, style: Style, rngs: nnx.Rngs, *, bottleneck: bool = False
     ) -> None:
         plan = shape.convolutions(bottleneck)
-        self.norms = nnx.List([Norm(i, style) for i, *_ in plan])
+        self.norms = nnx.List([style.make_norm(i) for i, *_ in plan])
         self.convs = nnx.List([Conv(i, o, style, rngs, size=k, stride=s) for i, o, k, s in plan])
         inputs, outputs, stride = shape
         self.projection = (
@@ -110,11 +110,11 @@ class PreactivationBlock(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+        self, x: Float[Array, "B H W C"], shares: Shares, given: Any
     ) -> tuple[Float[Array, "B Ho Wo O"], Any]:
         used, y = {}, x
         for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
-            y, used[f"norm{i}"] = norm(y, mask, given and given[f"norm{i}"])
+            y, used[f"norm{i}"] = norm(y, shares, given and given[f"norm{i}"])
             y = nnx.relu(y)
             if i == 0 and self.projection is not None:
                 x = self.projection(y)

@@ -11,17 +11,16 @@ from jfed.errors import check_integer, one_of
 from jfed.models.convolutions.convolution import FORMS
 from jfed.models.layers import (
     DTYPES,
-    NORMS,
     Classifier,
     Conv,
-    Norm,
     Style,
     check_gain,
     check_widths,
     max_pool,
     network,
 )
-from jfed.models.model import Mask, Model
+from jfed.models.model import Model
+from jfed.models.norms import NORMS, Shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class ConvNetConfig:
     Attributes:
       widths: output channels of each convolution.
       norm: "batch" or "group".
-      dtype: what convolutions compute in, "float32" or "bfloat16"; parameters stay float32.
+      dtype: of what layers give each other, "float32" or "bfloat16", see `ODENetConfig`.
       conv: the convolutions' form, see `jfed.models.convolutions.convolution.conv`.
       gain: what norms multiply their input by, see `jfed.models.layers.Norm`.
       classes: how many logits.
@@ -65,11 +64,11 @@ class ConvNet(nnx.Module):
         pairs = list(zip(inputs, config.widths, strict=True))
         self.convs = nnx.List([Conv(i, o, style, rngs) for i, o in pairs])
         self.biases = nnx.List([nnx.Param(jnp.zeros(o)) for _, o in pairs])
-        self.norms = nnx.List([Norm(o, style) for _, o in pairs])
+        self.norms = nnx.List([style.make_norm(o) for _, o in pairs])
         self.classifier = Classifier(config.widths[-1], config.classes, rngs)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+        self, x: Float[Array, "B H W C"], shares: Shares, given: Any
     ) -> tuple[Float[Array, "B classes"], Any]:
         used = {}
         for i, (conv, bias, norm) in enumerate(
@@ -79,7 +78,7 @@ class ConvNet(nnx.Module):
                 x = max_pool(x, 2, stride=2)
             y = conv(x)
             y = y + bias[...].astype(y.dtype)[None, None, None]
-            y, used[f"norm{i}"] = norm(y, mask, given and given[f"norm{i}"])
+            y, used[f"norm{i}"] = norm(y, shares, given and given[f"norm{i}"])
             x = nnx.relu(y)
         return self.classifier(x), used
 

@@ -11,8 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jfed.models.convolutions.convolution import conv
-from jfed.models.layers import Classifier, Conv, Norm, Style, network
+from jfed.models.layers import Classifier, Conv, Style, network
 from jfed.models.model import Mask, Model, Params, Statistics
+from jfed.models.norms import Shares
 from jfed.models.resnets import ResNetConfig, Trunk
 
 EXITS = ("bottleneck", "linear")
@@ -53,15 +54,15 @@ class Halving(nnx.Module):
         plan = ((inputs, 2), (outputs, 1))
         self.depthwise = nnx.List([DepthwiseConv(inputs, style, rngs, stride=s) for _, s in plan])
         self.pointwise = nnx.List([Conv(inputs, o, style, rngs, size=1) for o, _ in plan])
-        self.norms = nnx.List([Norm(o, style) for o, _ in plan])
+        self.norms = nnx.List([style.make_norm(o) for o, _ in plan])
 
     def __call__(
-        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+        self, x: Float[Array, "B H W C"], shares: Shares, given: Any
     ) -> tuple[Float[Array, "B Ho Wo O"], Any]:
         used = {}
         layers = zip(self.depthwise, self.pointwise, self.norms, strict=True)
         for i, (depthwise, pointwise, norm) in enumerate(layers):
-            x, used[f"norm{i}"] = norm(pointwise(depthwise(x)), mask, given and given[f"norm{i}"])
+            x, used[f"norm{i}"] = norm(pointwise(depthwise(x)), shares, given and given[f"norm{i}"])
             x = nnx.relu(x)
         return x, used
 
@@ -71,20 +72,20 @@ class BottleneckExit(nnx.Module):
 
     def __init__(self, widths: tuple[int, ...], classes: int, style: Style, rngs: nnx.Rngs) -> None:
         self.attention = Halving(widths[0], widths[0], style, rngs)
-        self.norm = Norm(widths[0], style)
+        self.norm = style.make_norm(widths[0])
         steps = itertools.pairwise(widths)
         self.halvings = nnx.List([Halving(i, o, style, rngs) for i, o in steps])
         self.classifier = Classifier(widths[-1], classes, rngs)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+        self, x: Float[Array, "B H W C"], shares: Shares, given: Any
     ) -> tuple[Float[Array, "B classes"], Any]:
         used = {}
-        y, used["attention"] = self.attention(x, mask, given and given["attention"])
-        y, used["norm"] = self.norm(y, mask, given and given["norm"])
+        y, used["attention"] = self.attention(x, shares, given and given["attention"])
+        y, used["norm"] = self.norm(y, shares, given and given["norm"])
         x = x * nnx.sigmoid(_enlarge(nnx.relu(y), x))
         for i, halve in enumerate(self.halvings):
-            x, used[f"halving{i}"] = halve(x, mask, given and given[f"halving{i}"])
+            x, used[f"halving{i}"] = halve(x, shares, given and given[f"halving{i}"])
         return self.classifier(x), used
 
 
@@ -102,9 +103,9 @@ class LinearExit(nnx.Module):
         self.classifier = Classifier(width, classes, rngs)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+        self, x: Float[Array, "B H W C"], shares: Shares, given: Any
     ) -> tuple[Float[Array, "B classes"], Any]:
-        del mask, given
+        del shares, given
         return self.classifier(x), {}
 
 
@@ -128,17 +129,17 @@ class ExitResNet(Trunk):
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        mask: Mask | None,
+        shares: Shares,
         given: Any,
         *,
         every: bool = True,
     ) -> tuple[Float[Array, "exits B classes"], Any]:
         """The logits of every exit, or of the deepest alone."""
-        outputs, used = self.features(x, mask, given)
+        outputs, used = self.features(x, shares, given)
         logits = []
         for k, (leave, z) in enumerate(zip(self.exits, outputs, strict=True)):
             if every or k == len(outputs) - 1:
-                found, used[f"exit{k}"] = leave(z, mask, given and given[f"exit{k}"])
+                found, used[f"exit{k}"] = leave(z, shares, given and given[f"exit{k}"])
                 logits.append(found)
         return jnp.stack(logits), used
 

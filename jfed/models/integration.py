@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jfed.errors import ConfigError, one_of
 from jfed.models.counted_loops import repeat
+from jfed.models.model import widened
 
 Moments = Any  # a pytree of arrays: what the norms of one evaluation of f measured, or should use
 VectorField = Callable[[Any, Array, Moments | None], tuple[Array, Moments]]
@@ -147,23 +148,28 @@ def _stepper(
     starts = None if sizes is None else jnp.cumsum(sizes) - sizes
 
     def step(k: Any, z: Array) -> tuple[Array, Moments]:
-        size = h if sizes is None else sizes[k]
-        start = jnp.asarray(k, z.dtype) * h if starts is None else starts[k]
+        # Here, so that `repeat` computes no gradient of it.
+        fixed = h if isinstance(h, float) else jax.lax.stop_gradient(h)
+        size = fixed if sizes is None else sizes[k]
+        start = jnp.asarray(k, widened(z.dtype)) * fixed if starts is None else starts[k]
         slopes: list[Array] = []
         used = []
         for stage, (time, weights) in enumerate(zip(method.times, method.weights, strict=True)):
             given = jax.tree.map(lambda m, stage=stage: m[k, stage], moments)
-            slope, u = f(start + time * size, z + _weighted(weights, slopes, size), given)
+            slope, u = f(start + time * size, _moved(z, weights, slopes, size), given)
             slopes.append(slope)
             used.append(jax.lax.stop_gradient(u))
-        return z + _weighted(method.end, slopes, size), jax.tree.map(lambda *u: jnp.stack(u), *used)
+        end = _moved(z, method.end, slopes, size)
+        return end, jax.tree.map(lambda *u: jnp.stack(u), *used)
 
     return step
 
 
-def _weighted(weights: tuple[float, ...], slopes: list[Array], size: Any) -> Any:
-    terms = [w * size * s for w, s in zip(weights, slopes, strict=True) if w]
-    return sum(terms[1:], start=terms[0]) if terms else 0.0
+def _moved(z: Array, weights: tuple[float, ...], slopes: list[Array], size: Any) -> Array:
+    """Z a step further along weighted slopes, summed in float32 at least, and rounded as z is."""
+    wide = widened(z.dtype)
+    terms = [w * size * s.astype(wide) for w, s in zip(weights, slopes, strict=True) if w]
+    return (z.astype(wide) + sum(terms[1:], start=terms[0])).astype(z.dtype) if terms else z
 
 
 def _static(step: Callable, z: Array, steps: int, unroll: bool, record: bool) -> Any:

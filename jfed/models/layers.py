@@ -1,9 +1,4 @@
-"""Layers shared by the networks: convolutions, norms, pooling, the head.
-
-Norms are functional: a layer returns the moments that it used beside its output, and takes moments
-to use instead of the batch's own. So training is a pure function, and any iteration count can get
-statistics of its own.
-"""
+"""Layers shared by the networks: convolutions, pooling, the head."""
 
 import functools
 import itertools
@@ -13,31 +8,36 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jfed.errors import ConfigError, check_integer, check_number
-from jfed.models.convolutions.convolution import constant_response, conv, time_conv
+from jfed.models.convolutions.convolution import constant_response, conv
 from jfed.models.model import Mask, Model, Moments, Params, Statistics, functional
+from jfed.models.norms import Norm, Shares, keep, shares_of
 
-NORMS = ("batch", "group")
 DTYPES = ("float32", "bfloat16")
-
-_KEPT = "kept"
-# A policy for `jax.checkpoint`: keep what is expensive to compute again, which is what convolutions
-# give and norms measure, and compute the rest again, which is what norms and relus give.
-KEEP_CONVOLUTIONS = jax.checkpoint_policies.save_only_these_names(_KEPT)
 
 _he_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class Style(NamedTuple):
-    """What all layers of a network have in common; `gain` is what norms multiply by, see `Norm`."""
+    """What all layers of a network have in common.
+
+    Attributes:
+      norm: "batch" or "group".
+      dtype: of what layers give each other.
+      form: of convolutions.
+      gain: what norms multiply by, see `Norm`.
+    """
 
     norm: str = "batch"
     dtype: str = "float32"
     form: str = "auto"
     gain: float = 1.0
+
+    def make_norm(self, channels: int) -> Norm:
+        """A norm over so many channels."""
+        return Norm(channels, self.norm, self.dtype, self.gain)
 
 
 class Conv(nnx.Module):
@@ -62,15 +62,31 @@ class Conv(nnx.Module):
 
 
 class TimeConv(nnx.Module):
-    """A 3x3 convolution that sees the time t as one more input channel; `[3, 3, 1 + C, O]`."""
+    """A 3x3 convolution that sees the time t as one more input channel; `[3, 3, 1 + C, O]`.
+
+    A constant channel contributes t times a plane that depends on the position only, so it is added
+    as that plane, once for the whole batch. What depends on neither t nor x is `prepare`d once for
+    all times.
+    """
 
     def __init__(self, channels: int, style: Style, rngs: nnx.Rngs) -> None:
         self.kernel = nnx.Param(_he_normal(rngs.params(), (3, 3, 1 + channels, channels)))
         self.dtype, self.form = style.dtype, style.form
 
-    def __call__(self, t: Any, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        return _keep(time_conv(x, jnp.asarray(t, self.dtype), kernel, form=self.form))
+    def prepare(self, size: tuple[int, ...]) -> tuple[Array, Array]:
+        """The kernel of x, and what t is multiplied by, for images of `size` (H, W); float32.
+
+        Gradients of all times are summed in that type.
+        """
+        kernel = self.kernel[...]
+        return kernel[:, :, 1:], constant_response(size, kernel[:, :, :1])
+
+    def __call__(
+        self, t: Any, x: Float[Array, "B H W C"], prepared: tuple[Array, Array]
+    ) -> Float[Array, "B H W C"]:
+        kernel, plane = prepared
+        y = conv(x, kernel.astype(self.dtype), form=self.form)
+        return keep(y + (jnp.asarray(t, plane.dtype) * plane).astype(self.dtype))
 
 
 class SeparableTimeConv(nnx.Module):
@@ -83,82 +99,19 @@ class SeparableTimeConv(nnx.Module):
         self.pointwise = nnx.Param(_he_normal(rngs.params(), (1, 1, 1 + channels, channels)))
         self.dtype, self.form = style.dtype, style.form
 
-    def __call__(self, t: Any, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        x, t = x.astype(self.dtype), jnp.asarray(t, self.dtype)
-        depthwise = self.depthwise[...].astype(self.dtype)
-        pointwise = self.pointwise[...].astype(self.dtype)
-        # The time's own channel is the same for every image, so it is added as a plane.
-        plane = t * constant_response(x.shape[1:3], depthwise[..., :1])
-        y = _keep(conv(x, depthwise[..., 1:], groups=x.shape[-1], form=self.form))
-        y = conv(y, pointwise[:, :, 1:], form=self.form) + plane * pointwise[:, :, :1]
-        return _keep(y)
-
-
-class Norm(nnx.Module):
-    """Batch or group norm with a learned scale and offset per channel, computed in float32.
-
-    Its input is first multiplied by `gain` (the scaler of HeteroFL, Diao et al. 2021, section 3): a
-    batch norm does so while it uses the batch's own moments, as in training, and not where it is
-    given moments, as in evaluation; a group norm, which does not know one from the other, always.
-    """
-
-    EPSILON = 1e-5
-    MAX_GROUPS = 8
-
-    def __init__(self, channels: int, style: Style) -> None:
-        self.scale = nnx.Param(jnp.ones((channels,)))
-        self.offset = nnx.Param(jnp.zeros((channels,)))
-        self.kind, self.dtype, self.gain = style.norm, style.dtype, style.gain
+    def prepare(self, size: tuple[int, ...]) -> tuple[Array, Array, Array]:
+        """Both kernels of x, and what t is multiplied by; float32."""
+        depthwise, pointwise = self.depthwise[...], self.pointwise[...]
+        plane = constant_response(size, depthwise[..., :1]) * pointwise[:, :, :1]
+        return depthwise[..., 1:], pointwise[:, :, 1:], plane
 
     def __call__(
-        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Moments | None
-    ) -> tuple[Float[Array, "B H W C"], Moments | None]:
-        if x.dtype == jnp.bfloat16:
-            x = x.astype(jnp.float32)
-        scale, offset = _channels(self.scale[...]), _channels(self.offset[...])
-        if self.kind == "group":
-            y = group_normalise(x * self.gain, _groups(x.shape[-1], self.MAX_GROUPS))
-            return y * scale + offset, None
-        used = batch_moments(x, mask) if given is None else given
-        gain = self.gain if given is None else 1.0
-        # All factors of a channel first: one pass over x, and one less back.
-        factor = gain * jax.lax.rsqrt(gain**2 * used.var + self.EPSILON)
-        return (x - _channels(used.mean)) * (_channels(factor) * scale) + offset, used
-
-
-def batch_moments(x: Float[Array, "B H W C"], mask: Mask | None) -> Moments:
-    """Mean and biased variance over the examples where `mask` is 1 (all, without a mask)."""
-    if mask is None:
-        mean = _keep(x.mean((0, 1, 2)))
-        return Moments(mean, _keep(jnp.square(x - _channels(mean)).mean((0, 1, 2))))
-    # A batch of padding alone (a lane without work, the end of an evaluation) counts in full: what
-    # comes of it is thrown away, but a variance of zero would make it overflow, and 0 * inf is nan.
-    weight = jnp.where(mask.any(), mask, 1).astype(x.dtype)[:, None, None, None]
-    count = weight.sum() * (x.shape[1] * x.shape[2])
-    mean = _keep((x * weight).sum((0, 1, 2)) / count)
-    squares = jnp.square(x - _channels(mean)) * weight
-    return Moments(mean, _keep(squares.sum((0, 1, 2)) / count))
-
-
-def group_normalise(x: Float[Array, "B H W C"], groups: int) -> Float[Array, "B H W C"]:
-    """Normalises each example over space and each of `groups` groups of neighbouring channels."""
-    grouped = x.reshape(*x.shape[:3], groups, -1)
-    centred = grouped - _keep(grouped.mean((1, 2, 4), keepdims=True))
-    var = _keep(jnp.square(centred).mean((1, 2, 4), keepdims=True))
-    return (centred * jax.lax.rsqrt(var + Norm.EPSILON)).reshape(x.shape)
-
-
-def _keep(value: Array) -> Array:
-    return checkpoint_name(value, _KEPT)
-
-
-def _channels(a: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:
-    return a[None, None, None, :]
-
-
-def _groups(channels: int, most: int) -> int:
-    # A channel that is its own group loses its mean: on a 1x1 map, everything.
-    return max(g for g in range(1, most + 1) if channels % g == 0 and (g == 1 or channels > g))
+        self, t: Any, x: Float[Array, "B H W C"], prepared: tuple[Array, Array, Array]
+    ) -> Float[Array, "B H W C"]:
+        depthwise, pointwise = (kernel.astype(self.dtype) for kernel in prepared[:2])
+        plane = (jnp.asarray(t, prepared[2].dtype) * prepared[2]).astype(self.dtype)
+        y = keep(conv(x, depthwise, groups=x.shape[-1], form=self.form))
+        return keep(conv(y, pointwise, form=self.form) + plane)
 
 
 class ConvNorm(nnx.Module):
@@ -175,12 +128,12 @@ class ConvNorm(nnx.Module):
         stride: int = 1,
     ) -> None:
         self.conv = Conv(inputs, outputs, style, rngs, size=size, stride=stride)
-        self.norm = Norm(outputs, style)
+        self.norm = style.make_norm(outputs)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Moments | None
+        self, x: Float[Array, "B H W C"], shares: Shares, given: Moments | None
     ) -> tuple[Float[Array, "B Ho Wo O"], Moments | None]:
-        return self.norm(self.conv(x), mask, given)
+        return self.norm(self.conv(x), shares, given)
 
 
 def max_pool(
@@ -208,7 +161,7 @@ class Classifier(nnx.Module):
         self.linear = nnx.Linear(inputs, classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B classes"]:
-        return self.linear(x.mean((1, 2)))
+        return self.linear(x.astype(jnp.float32).mean((1, 2)))
 
 
 def network(
@@ -216,15 +169,15 @@ def network(
     norm: str,
     call: Callable[..., Any] = lambda module, *args, record: module(*args),
 ) -> Model:
-    """A `Model` of a module called as `module(images, mask, given) -> (logits, used)`.
+    """A `Model` of a module called as `module(images, shares, given) -> (logits, used)`.
 
     Of a network with several exits, `apply` gives the logits of each.
 
     Args:
       create: builds the module from its random streams.
       norm: "batch" or "group"; a group norm needs neither masks nor statistics.
-      call: `call(module, images, mask, given, record=...)`, where it takes more to call the module;
-        only if `record` is what it used of interest.
+      call: `call(module, images, shares, given, record=...)`, where it takes more to call the
+        module; only if `record` is what it used of interest.
     """
     init, bind = functional(create)
 
@@ -234,11 +187,12 @@ def network(
         mask: Mask | None = None,
         statistics: Statistics | None = None,
     ) -> Float[Array, "*exits B classes"]:
-        logits, _ = call(bind(params), images, mask, statistics, record=False)
+        shares = shares_of(mask, len(images))
+        logits, _ = call(bind(params), images, shares, statistics, record=False)
         return logits.astype(jnp.float32)
 
     def measure(params: Params, images: Float[Array, "B H W C"], mask: Mask) -> Statistics:
-        return call(bind(params), images, mask, None, record=True)[1]
+        return call(bind(params), images, shares_of(mask, len(images)), None, record=True)[1]
 
     return Model(init, apply, measure if norm == "batch" else None)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -54,6 +55,11 @@ class Model:
     apply: Callable[..., Float[Array, "B classes"]]
     measure: Callable[[Params, Float[Array, "B H W C"], Mask], Statistics] | None = None
     loss: Callable[[Params, Any, Array], tuple[Float[Array, ""], Any]] | None = None
+
+
+def widened(dtype: Any) -> Any:
+    """The type that sums of numbers of a type are taken in: float32 at least."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def functional(

@@ -27,11 +27,8 @@ from jfed.models.integration import (
 )
 from jfed.models.layers import (
     DTYPES,
-    KEEP_CONVOLUTIONS,
-    NORMS,
     Classifier,
     ConvNorm,
-    Norm,
     SeparableTimeConv,
     Style,
     TimeConv,
@@ -39,7 +36,8 @@ from jfed.models.layers import (
     check_widths,
     network,
 )
-from jfed.models.model import Mask, Model
+from jfed.models.model import Model
+from jfed.models.norms import KEEP_CONVOLUTIONS, NORMS, Shares
 
 Iterations = int | tuple[int, ...]
 FUNCTIONS = ("preactivation", "postactivation")
@@ -65,7 +63,9 @@ class ODENetConfig:
       norm: "batch" or "group".
       unroll: trace every solver step, which mostly runs faster, but makes a program of its own of
         each iteration count; or loop over them: about half the memory, and one program for all.
-      dtype: what convolutions compute in, "float32" or "bfloat16"; parameters and z stay float32.
+      dtype: of what layers give each other, z included, and so of what convolutions multiply:
+        "float32" or "bfloat16". Parameters, the sums of norms and of solver steps, and the
+        classifier stay float32.
       conv: the convolutions' form: "auto" (by a measured table), "xla", "transposed", "im2col",
         "winograd2" or "winograd4", see `jfed.models.convolutions.convolution.conv`.
       learn_steps: each ODE block learns the size h_k of each of its steps, which starts at the
@@ -143,30 +143,42 @@ class Depth(NamedTuple):
 
 
 class ODEFunction(nnx.Module):
-    """f(t, z) of an ODE block: two 3x3 convolutions that see t, two norms."""
+    """f(t, z) of an ODE block: two 3x3 convolutions that see t, two norms.
+
+    What depends on neither t nor z is `prepare`d once for all steps.
+    """
 
     def __init__(self, channels: int, config: ODENetConfig, style: Style, rngs: nnx.Rngs) -> None:
         kind = SeparableTimeConv if config.separable else TimeConv
         self.conv1, self.conv2 = kind(channels, style, rngs), kind(channels, style, rngs)
-        self.norm1, self.norm2 = Norm(channels, style), Norm(channels, style)
+        self.norm1, self.norm2 = style.make_norm(channels), style.make_norm(channels)
         self.norm_first = config.function == "preactivation"
 
+    def prepare(self, size: tuple[int, ...]) -> tuple[Any, Any]:
+        """Of each convolution, for images of `size` (H, W)."""
+        return self.conv1.prepare(size), self.conv2.prepare(size)
+
     def __call__(
-        self, t: Any, z: Float[Array, "B H W C"], mask: Mask | None, given: Any
+        self,
+        t: Any,
+        z: Float[Array, "B H W C"],
+        shares: Shares,
+        given: Any,
+        prepared: tuple[Any, Any],
     ) -> tuple[Float[Array, "B H W C"], Any]:
         used = {}
         x = z
-        for name, conv, norm in (
-            ("norm1", self.conv1, self.norm1),
-            ("norm2", self.conv2, self.norm2),
+        for name, conv, norm, own in (
+            ("norm1", self.conv1, self.norm1, prepared[0]),
+            ("norm2", self.conv2, self.norm2, prepared[1]),
         ):
             if not self.norm_first:
-                x = conv(t, x)
-            x, used[name] = norm(x, mask, given and given[name])
+                x = conv(t, x, own)
+            x, used[name] = norm(x, shares, given and given[name])
             x = nnx.relu(x)
             if self.norm_first:
-                x = conv(t, x)
-        return x.astype(z.dtype), used
+                x = conv(t, x, own)
+        return x, used
 
 
 class ODENet(nnx.Module):
@@ -185,7 +197,7 @@ class ODENet(nnx.Module):
             ]
         )
         # The state of a flow whose f ends in a convolution is not normalised by anything else.
-        self.norm = Norm(widths[-1], style) if config.function == "preactivation" else None
+        self.norm = style.make_norm(widths[-1]) if config.function == "preactivation" else None
         self.classifier = Classifier(widths[-1], config.classes, rngs)
         counts = per_stage(config.iterations, len(widths))
         sizes = [jnp.full((c,), step_size(config.horizon, max(c, 1)), jnp.float32) for c in counts]
@@ -194,38 +206,39 @@ class ODENet(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        mask: Mask | None,
+        shares: Shares,
         given: Any,
         *,
         depth: Depth,
         record: bool,
     ) -> tuple[Float[Array, "B classes"], Any]:
         used: dict[str, Any] = {}
-        z, used["stem"] = self.stem(x, mask, given and given["stem"])
+        z, used["stem"] = self.stem(x, shares, given and given["stem"])
         z = nnx.relu(z)
         config = self.config
         most = per_stage(config.iterations, len(config.widths))
         for k, function in enumerate(self.functions):
             if k > 0:
                 name = f"down{k}"
-                z, used[name] = self.downs[k - 1](z, mask, given and given[name])
+                z, used[name] = self.downs[k - 1](z, shares, given and given[name])
             name = f"ode{k}"
-            z, used[name] = integrate(
-                self._field(function, mask),
-                z,
-                steps=depth.steps[k],
-                least=0 if depth.least is None else depth.least[k],
-                most=most[k],
-                horizon=config.horizon,
-                solver=config.solver,
-                unroll=config.unroll,
-                moments=given and given[name],
-                sizes=None if self.steps is None else self._sizes(k, depth),
-                largest=None if depth.largest is None else depth.largest[k],
-                record=record,
-            )
+            with jax.named_scope(name):
+                z, used[name] = integrate(
+                    self._field(function, shares, z.shape[1:3]),
+                    z,
+                    steps=depth.steps[k],
+                    least=0 if depth.least is None else depth.least[k],
+                    most=most[k],
+                    horizon=config.horizon,
+                    solver=config.solver,
+                    unroll=config.unroll,
+                    moments=given and given[name],
+                    sizes=None if self.steps is None else self._sizes(k, depth),
+                    largest=None if depth.largest is None else depth.largest[k],
+                    record=record,
+                )
         if self.norm is not None:
-            z, used["norm"] = self.norm(z, mask, given and given["norm"])
+            z, used["norm"] = self.norm(z, shares, given and given["norm"])
             z = nnx.relu(z)
         return self.classifier(z), used
 
@@ -238,15 +251,16 @@ class ODENet(nnx.Module):
         fixed = jnp.full_like(learned, step_size(self.config.horizon, steps))
         return fixed if depth.learned is False else jnp.where(depth.learned, learned, fixed)
 
-    def _field(self, function: ODEFunction, mask: Mask | None) -> VectorField:
+    def _field(self, function: ODEFunction, shares: Shares, size: tuple[int, ...]) -> VectorField:
         """A block's f for `integrate`.
 
         The gradient of a scan stacks what it needs of every evaluation of f, which costs memory,
         and time to copy; without what `KEEP_CONVOLUTIONS` drops that is half as much or less.
         """
+        prepared = function.prepare(size)
 
         def field(t: Any, z: Array, given: Any) -> tuple[Array, Any]:
-            return function(t, z, mask, given)
+            return function(t, z, shares, given, prepared)
 
         if self.config.unroll:
             return field

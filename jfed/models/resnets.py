@@ -13,18 +13,17 @@ from jfed.models.blocks import SHORTCUTS, PreactivationBlock, ResidualBlock, Sha
 from jfed.models.convolutions.convolution import FORMS
 from jfed.models.layers import (
     DTYPES,
-    NORMS,
     Classifier,
     Conv,
     ConvNorm,
-    Norm,
     Style,
     check_gain,
     check_widths,
     max_pool,
     network,
 )
-from jfed.models.model import Mask, Model
+from jfed.models.model import Model
+from jfed.models.norms import NORMS, Shares
 
 ENTRIES = ("3x3", "3x3-pool", "7x7-pool")
 Blocks = tuple[tuple[int, ...], ...]  # some blocks of each stage, by number
@@ -47,7 +46,7 @@ class ResNetConfig:
       kept: the blocks of each stage that there are, by number; None: all. Of a block that is left
         out but changes the shape, its shortcut stays (NeFL-D, arXiv 2308.07761).
       norm: "batch" or "group".
-      dtype: what convolutions compute in, "float32" or "bfloat16"; parameters stay float32.
+      dtype: of what layers give each other, "float32" or "bfloat16", see `ODENetConfig`.
       conv: the convolutions' form, see `jfed.models.convolutions.convolution.conv`.
       learn_steps: each block scales its residual branch by a learned number that starts at 1.
       gain: what norms multiply their input by, see `jfed.models.layers.Norm`.
@@ -152,17 +151,17 @@ class Trunk(nnx.Module):
             if shape.changes or config.keeps(k, i):
                 stages[k][f"block{i}"] = make(shape, config.keeps(k, i))
         self.stages = nnx.List([nnx.Dict(stage) for stage in stages])
-        self.norm = Norm(config.widths[-1], style) if config.preactivation else None
+        self.norm = style.make_norm(config.widths[-1]) if config.preactivation else None
 
     def features(
-        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+        self, x: Float[Array, "B H W C"], shares: Shares, given: Any
     ) -> tuple[list[Array], Any]:
         """The output of each stage, `[B, H, W, C]` each, and the moments used."""
         used: dict[str, Any] = {}
         if isinstance(self.stem, Conv):
             x = self.stem(x)
         else:
-            x, used["stem"] = self.stem(x, mask, given and given["stem"])
+            x, used["stem"] = self.stem(x, shares, given and given["stem"])
             x = nnx.relu(x)
         if self.config.entry.endswith("pool"):
             x = max_pool(x, 3, stride=2, padding=1)
@@ -171,10 +170,10 @@ class Trunk(nnx.Module):
             for i in range(self.config.blocks[k]):
                 if f"block{i}" in stage:
                     name = f"stage{k}_block{i}"
-                    x, used[name] = stage[f"block{i}"](x, mask, given and given[name])
+                    x, used[name] = stage[f"block{i}"](x, shares, given and given[name])
             outputs.append(x)
         if self.norm is not None:
-            x, used["norm"] = self.norm(x, mask, given and given["norm"])
+            x, used["norm"] = self.norm(x, shares, given and given["norm"])
             outputs[-1] = nnx.relu(x)
         return outputs, used
 
@@ -208,9 +207,9 @@ class ResNet(Trunk):
         self.classifier = Classifier(config.widths[-1], config.classes, rngs)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], mask: Mask | None, given: Any
+        self, x: Float[Array, "B H W C"], shares: Shares, given: Any
     ) -> tuple[Float[Array, "B classes"], Any]:
-        outputs, used = self.features(x, mask, given)
+        outputs, used = self.features(x, shares, given)
         return self.classifier(outputs[-1]), used
 
 

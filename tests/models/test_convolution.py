@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from jfed.errors import ConfigError
 from jfed.models.convolutions import winograd
-from jfed.models.convolutions.convolution import FORMS, choose_form, conv, time_conv
+from jfed.models.convolutions.convolution import FORMS, choose_form, constant_response, conv
+from jfed.platforms import vmapped
 
 # (H, W), C, O, kernel size, stride, padding
 SHAPES = {
@@ -211,37 +212,13 @@ def test_second_order_is_right(form):
     assert_close([penalty(functools.partial(conv, form=form))], [penalty(reference)])
 
 
-@pytest.mark.parametrize(("form", "padding"), [("auto", "SAME"), ("winograd2", "VALID")])
-def test_time_is_one_more_channel(form, padding):
-    x, _ = operands((6, 7), 4, 4, 6, 3)
-    _, kernel = operands((6, 7), 5, 5, 6, 3)
-    t = jnp.float32(0.7)
-
-    def concatenated(x, t, kernel):
-        plane = jnp.broadcast_to(t.reshape(1, 1, 1, 1), (*x.shape[:3], 1))
-        return reference(jnp.concatenate([plane, x], -1), kernel, padding=padding)
-
-    got = with_gradients(functools.partial(time_conv, padding=padding, form=form), x, t, kernel)
-    assert_close(got, with_gradients(concatenated, x, t, kernel), 1e-4)
-
-
-def test_time_may_be_a_number_and_strides_work():
-    x, _ = operands((6, 7), 4, 4, 6, 3)
-    _, kernel = operands((6, 7), 5, 5, 6, 3)
-    with_time = jnp.concatenate([jnp.full((2, 6, 7, 1), 0.5), x], -1)
-    want = with_gradients(lambda x, k: reference(x, k, stride=2), with_time, kernel)
-    got = with_gradients(lambda x, k: time_conv(x, 0.5, k, stride=2), x, kernel)
-    assert_close(got, (want[0], want[1][..., 1:], want[2]))
-
-
-def test_time_under_vmap_over_kernels_and_times():
-    xs, _ = operands((6, 6), 4, 4, 4, 3, lead=(3,))
-    _, kernels = operands((6, 6), 5, 5, 4, 3, lead=(3,))
-    ts = jnp.array([0.0, 0.5, 1.0])
-    got = with_gradients(jax.vmap(time_conv), xs, ts, kernels)
-    each = [time_conv(x, t, k) for x, t, k in zip(xs, ts, kernels, strict=True)]
-    assert_close(got[:1], [jnp.stack(each)])
-    assert all(np.isfinite(g).all() and np.any(g) for g in got[1:])
+@pytest.mark.parametrize(("stride", "padding"), [(1, "SAME"), (2, "SYMMETRIC"), (1, "VALID")])
+def test_a_constant_channel_is_a_plane(stride, padding):
+    _, kernel = operands((6, 7), 1, 1, 6, 3)
+    options = {"stride": stride, "padding": padding}
+    got = with_gradients(lambda k: constant_response((6, 7), k, **options), kernel)
+    ones = jnp.ones((1, 6, 7, 1))
+    assert_close(got, with_gradients(lambda k: reference(ones, k, **options), kernel), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -270,8 +247,6 @@ def test_errors_quote_the_shapes():
         conv(x[:, :2], kernel, padding="VALID")
     with pytest.raises(ConfigError, match="share a dtype; got float32 and bfloat16"):
         conv(x, kernel.astype(jnp.bfloat16))
-    with pytest.raises(ConfigError, match=r"C \+ 1 = 5 input channels"):
-        time_conv(x, 0.0, kernel)
     with pytest.raises(ConfigError, match=r"\[kh, kw, 1, 4\]"):
         conv(x, kernel[:, :, :1, :2], groups=4)
     with pytest.raises(ConfigError, match="float32 or float64"):
@@ -289,3 +264,8 @@ def test_choice():
     assert choose_form((3, 3, 256, 256), size=(8, 8), backend="cpu") == "winograd2"
     assert choose_form((3, 3, 256, 256), size=(16, 16), backend="cpu") == "winograd4"
     assert choose_form((3, 3, 64, 64), size=(16, 16), backend="gpu") == "xla"
+    with vmapped(8):
+        assert choose_form((3, 3, 64, 64), backend="gpu") == "im2col"
+        assert choose_form((3, 3, 1, 64), groups=64, backend="gpu") == "depthwise"
+        assert choose_form((3, 3, 64, 64), backend="tpu") == "xla"
+        assert choose_form((3, 3, 64, 64), size=(16, 16), backend="cpu") == "winograd4"

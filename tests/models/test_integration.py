@@ -13,6 +13,7 @@ from flax import nnx
 from jfed.errors import ConfigError
 from jfed.models.integration import SOLVERS, check_solver, integrate, step_size
 from jfed.models.layers import Style
+from jfed.models.norms import shares_of
 from jfed.models.ode_nets import ODEFunction, ODENetConfig
 
 ORDERS = {"Euler": 1, "Heun": 2, "Midpoint": 2, "Ralston": 2, "Bosh3": 3}
@@ -43,6 +44,9 @@ def test_order_of_convergence_on_a_linear_system(solver):
     assert order == pytest.approx(ORDERS[solver], abs=0.25)
 
 
+EQUAL = shares_of(None, 2)
+
+
 def _ode_function(channels, dtype="float32"):
     config = ODENetConfig()
     return ODEFunction(channels, config, Style(dtype=dtype), nnx.Rngs(0))
@@ -51,11 +55,12 @@ def _ode_function(channels, dtype="float32"):
 @pytest.mark.parametrize("unroll", [True, False])
 def test_euler_with_step_1_is_the_tied_resnet_recurrence(unroll):
     f = _ode_function(4)
+    rest = f.prepare((5, 5))
     z = jax.random.normal(jax.random.key(1), (2, 5, 5, 4))
     end, _ = _solve(
-        lambda t, z, m: f(t, z, None, m), z, steps=3, horizon="proportional", unroll=unroll
+        lambda t, z, m: f(t, z, EQUAL, m, rest), z, steps=3, horizon="proportional", unroll=unroll
     )
-    step = jax.jit(lambda t, z: z + f(t, z, None, None)[0])
+    step = jax.jit(lambda t, z: z + f(t, z, EQUAL, None, rest)[0])
     expected = z
     for k in range(3):
         expected = step(float(k), expected)
@@ -121,10 +126,12 @@ def test_gradients_equal_finite_differences_in_float64(solver):
         state = jax.tree.map(lambda x: x.astype(jnp.float64), state)
         z = jax.random.normal(jax.random.key(1), (2, 4, 4, 3), jnp.float64)
         weights = jax.random.normal(jax.random.key(2), z.shape, jnp.float64)
+        shares = EQUAL.astype(jnp.float64)
 
         def loss(state, z):
             def field(t, z, m):
-                return nnx.merge(graph, state)(t, z, None, m)
+                function = nnx.merge(graph, state)
+                return function(t, z, shares, m, function.prepare((4, 4)))
 
             end, _ = _solve(field, z, steps=2, solver=solver, unroll=False)
             return (end * weights).sum()

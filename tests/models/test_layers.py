@@ -1,4 +1,4 @@
-"""Norms and blocks against NumPy."""
+"""Layers and blocks against XLA's own operations."""
 
 import jax
 import jax.numpy as jnp
@@ -8,67 +8,10 @@ from flax import nnx
 
 from jfed.errors import ConfigError
 from jfed.models.blocks import ResidualBlock, Shape
-from jfed.models.layers import Norm, SeparableTimeConv, Style, TimeConv, max_pool
-from jfed.models.model import Moments
+from jfed.models.layers import SeparableTimeConv, Style, TimeConv, max_pool
+from jfed.models.norms import shares_of
 
-
-def _numpy_batch_norm(x, mean, var):
-    return (x - mean) / np.sqrt(var + 1e-5)
-
-
-def test_batch_norm_uses_the_real_examples_only():
-    x = np.random.default_rng(0).normal(3.0, 2.0, (5, 4, 4, 6)).astype(np.float32)
-    mask = jnp.asarray([1.0, 0.0, 1.0, 1.0, 0.0])
-    y, used = Norm(6, Style())(jnp.asarray(x), mask, None)
-    real = x[[0, 2, 3]].astype(np.float64)
-    mean, var = real.mean((0, 1, 2)), real.var((0, 1, 2))
-    np.testing.assert_allclose(used.mean, mean, rtol=1e-5)
-    np.testing.assert_allclose(used.var, var, rtol=1e-5)
-    np.testing.assert_allclose(
-        y[np.array([0, 2, 3])], _numpy_batch_norm(real, mean, var), atol=1e-5
-    )
-
-
-def test_the_scaler_multiplies_in_training_and_not_in_evaluation():
-    """HeteroFL's scaler: x / ratio before the norm. It shows beside a variance near epsilon."""
-    x = np.random.default_rng(0).normal(0.1, 0.004, (5, 4, 4, 6)).astype(np.float32)
-    norm = Norm(6, Style(gain=1 / 0.25))
-    y, used = norm(jnp.asarray(x), jnp.ones(5), None)
-    wide = 4 * x.astype(np.float64)
-    expected = _numpy_batch_norm(wide, wide.mean((0, 1, 2)), wide.var((0, 1, 2)))
-    np.testing.assert_allclose(y, expected, atol=1e-4)
-    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
-    np.testing.assert_allclose(used.mean, mean, rtol=1e-5)
-    tested, _ = norm(jnp.asarray(x), None, used)
-    np.testing.assert_allclose(tested, _numpy_batch_norm(x, mean, var), atol=1e-3)
-    assert np.abs(np.asarray(tested) - expected).max() > 0.1
-
-
-def test_batch_norm_of_an_empty_batch_is_finite():
-    y, used = Norm(2, Style())(jnp.ones((3, 2, 2, 2)), jnp.zeros(3), None)
-    assert np.isfinite(y).all()
-    assert np.isfinite(used.var).all()
-
-
-def test_batch_norm_takes_given_moments_scale_and_offset():
-    x = np.random.default_rng(0).normal(size=(2, 3, 3, 4)).astype(np.float32)
-    norm = Norm(4, Style())
-    norm.scale[...] = jnp.arange(4.0)
-    norm.offset[...] = jnp.ones(4)
-    given = Moments(jnp.full(4, 0.5), jnp.full(4, 4.0))
-    y, used = norm(jnp.asarray(x), None, given)
-    assert used is given
-    np.testing.assert_allclose(
-        y, _numpy_batch_norm(x, 0.5, 4.0) * np.arange(4.0) + 1.0, rtol=1e-5, atol=1e-5
-    )
-
-
-def test_group_norm_equals_flax():
-    x = jax.random.normal(jax.random.key(0), (3, 4, 4, 16))
-    y, used = Norm(16, Style(norm="group"))(x, None, None)
-    assert used is None
-    flax = nnx.GroupNorm(16, num_groups=8, epsilon=1e-5, rngs=nnx.Rngs(0))
-    np.testing.assert_allclose(y, flax(x), atol=2e-5)
+EQUAL = shares_of(None, 2)
 
 
 def _conv(x, kernel, stride=1, groups=1):
@@ -86,7 +29,8 @@ def test_time_convolution_sees_t_as_the_first_channel():
     layer = TimeConv(5, Style(), nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 6, 6, 5))
     with_time = jnp.concatenate([jnp.full((2, 6, 6, 1), 0.7), x], -1)
-    np.testing.assert_allclose(layer(0.7, x), _conv(with_time, layer.kernel[...]), atol=2e-4)
+    got = layer(0.7, x, layer.prepare((6, 6)))
+    np.testing.assert_allclose(got, _conv(with_time, layer.kernel[...]), atol=2e-4)
 
 
 def test_separable_time_convolution_is_depthwise_then_pointwise():
@@ -94,7 +38,7 @@ def test_separable_time_convolution_is_depthwise_then_pointwise():
     x = jax.random.normal(jax.random.key(1), (2, 6, 6, 5))
     with_time = jnp.concatenate([jnp.full((2, 6, 6, 1), 0.7), x], -1)
     expected = _conv(_conv(with_time, layer.depthwise[...], groups=6), layer.pointwise[...])
-    np.testing.assert_allclose(layer(0.7, x), expected, atol=2e-4)
+    np.testing.assert_allclose(layer(0.7, x, layer.prepare((6, 6))), expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("shortcut", ["pad", "projection"])
@@ -110,12 +54,12 @@ def test_residual_block_adds_its_shortcut(shortcut, bottleneck):
     )
     block.layers[-1].norm.scale[...] = jnp.zeros(16)
     x = jax.random.normal(jax.random.key(1), (2, 6, 6, 8))
-    y, _ = jax.jit(lambda x: block(x, None, None))(x)
+    y, _ = jax.jit(lambda x: block(x, EQUAL, None))(x)
     if shortcut == "pad":
         expected = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (0, 8)))
     else:
         conv = _conv(x, block.projection.conv.kernel[...], stride=2)
-        expected, _ = block.projection.norm(conv, None, None)
+        expected, _ = block.projection.norm(conv, EQUAL, None)
     np.testing.assert_allclose(y, jnp.maximum(expected, 0), atol=1e-4)
 
 

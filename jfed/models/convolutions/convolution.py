@@ -6,7 +6,6 @@ a measured table.
 Layouts are NHWC for images and HWIO for kernels. Reverse mode only, as `jax.custom_vjp` demands.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float
 from jfed.errors import ConfigError, one_of
 from jfed.models.convolutions import forms
 from jfed.models.convolutions.padding import PADDINGS, pads_of
+from jfed.platforms import lanes, platform
 
 FORMS = ("auto", "xla", *forms.BY_NAME)
 
@@ -54,31 +54,6 @@ def conv(
     if form == "xla":
         return forms.xla(x, kernel, stride, pads, groups)
     return forms.convolve(forms.BY_NAME[form], stride, pads, x, kernel)
-
-
-def time_conv(
-    x: Float[Array, "B H W C"],
-    t: Float[Array, ""] | float,
-    kernel: Float[Array, "kh kw I O"],
-    *,
-    stride: int = 1,
-    padding: str = "SAME",
-    form: str = "auto",
-) -> Float[Array, "B Ho Wo O"]:
-    """Convolves x with the scalar time t as one more input channel, placed first: I = C + 1.
-
-    Equal to `conv(concatenate([full_like(x[..., :1], t), x], -1), kernel)`. A constant channel
-    contributes t times a plane that only depends on the position (it differs at padded borders), so
-    it is added as that plane, once for the whole batch, and the convolution keeps its C channels.
-    """
-    if kernel.shape[2] != x.shape[-1] + 1:
-        raise ConfigError(
-            f"time_conv needs a kernel of C + 1 = {x.shape[-1] + 1} input channels (time first); "
-            f"got kernel {kernel.shape} for x {x.shape}."
-        )
-    y = conv(x, kernel[:, :, 1:], stride=stride, padding=padding, form=form)
-    plane = constant_response(x.shape[1:3], kernel[:, :, :1], stride=stride, padding=padding)
-    return y + jnp.asarray(t).astype(x.dtype) * plane
 
 
 def constant_response(
@@ -124,13 +99,18 @@ def choose_form(
 ) -> str:
     """The form that "auto" takes for a kernel [kh, kw, I, O] on images of `size` (H, W).
 
-    On the CPU from a table measured inside a scan. On GPU and TPU "xla": unmeasured, and whether
-    the kernels are vmapped over clients (where matrix products may win) cannot be seen from here.
+    On the CPU from a table measured inside a scan. On others by what their compilers make of it
+    (`jfed plan`), unmeasured: "xla", but on a GPU whose lanes have kernels of their own, where it
+    would be a convolution in as many groups as there are lanes, gradients included, matrix
+    products. A TPU's compiler knows a way without groups.
     """
-    if (backend or jax.default_backend()) != "cpu":
+    backend = backend or platform()
+    if backend == "tpu" or (backend == "gpu" and lanes() == 1):
         return "xla"
     if groups > 1:
         return "depthwise"
+    if backend == "gpu":
+        return "im2col"
     kh, kw, *channels = kernel_shape
     if jnp.dtype(dtype).itemsize >= 4:  # Winograd's transforms lose too much in bfloat16
         for window, step, least_channels, least_size, form in _CPU_TABLE:
