@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jfed.platforms import platform
+
 _CHUNK = 2**14  # entries at a time, so that they stay in a processor's cache
 
 
@@ -15,7 +17,7 @@ def sort_clients(values: Float[Array, "clients *entry"]) -> Float[Array, "client
     5.7 s on 2 cores. There Batcher's bitonic network (1968), whose every stage compares whole rows,
     takes 0.8 s.
     """
-    if jax.default_backend() != "cpu" or len(values) == 1 or values.size < _CHUNK:
+    if platform() != "cpu" or len(values) == 1 or values.size < _CHUNK:
         return jnp.sort(values, axis=0)
     clients, entries = len(values), values[0].size
     rows, chunks = 1 << (clients - 1).bit_length(), -(-entries // _CHUNK)

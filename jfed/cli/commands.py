@@ -1,4 +1,4 @@
-"""The command line: `jfed run | report | predict | export | models | prepare | benchmark`."""
+"""The command line: `jfed COMMAND`, see `_USAGE`."""
 
 import functools
 import sys
@@ -9,6 +9,7 @@ from jfed.cli import (
     benchmark_command,
     export_command,
     models_command,
+    plan_command,
     predict_command,
     prepare_command,
     report_command,
@@ -22,6 +23,7 @@ Federated learning of Neural ODE image classifiers with different iteration coun
 
 commands:
   run        train a federation and write a run folder
+  plan       what a run needs of a GPU or TPU: memory, FLOPs, bytes, what is amiss
   report     tables and figures of several finished runs
   predict    classify pictures by a trained model
   export     a trained model as a file for a device: safetensors, StableHLO, ONNX
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int
     args = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], None]] = {
         "run": functools.partial(run_command.execute, restart=own_process),
+        "plan": plan_command.execute,
         "report": report_command.execute,
         "predict": predict_command.execute,
         "export": export_command.execute,

@@ -73,16 +73,21 @@ class Command:
 
 def parse(args: list[str]) -> Command:
     """Reads the flags; --preset first, which decides the defaults of all others."""
-    begin = run_preset(_given(args, "--preset") or LaunchConfig.preset)
-    if (_given(args, "--method") or "ode") != "ode":
-        begin = begin.replace(iterations=None)  # which are of the preset's method
     return flags.parse(
-        Command(begin, LaunchConfig()),
+        Command(starting(args), LaunchConfig()),
         args,
         names=_flag,
         prog="jfed run",
         description="Trains a federation and writes a run folder, or goes on with the one there.",
     )
+
+
+def starting(args: list[str]) -> RunConfig:
+    """What the settings are before flags change them: those of the preset that is asked for."""
+    begin = run_preset(_given(args, "--preset") or LaunchConfig.preset)
+    if (_given(args, "--method") or "ode") != "ode":
+        begin = begin.replace(iterations=None)  # which are of the preset's method
+    return begin
 
 
 def _given(args: list[str], flag: str) -> str | None:

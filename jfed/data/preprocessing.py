@@ -34,17 +34,43 @@ class Augmentation:
         return bool(self.pad or self.flip)
 
 
-class Images(NamedTuple):
-    """A set of examples as it lies on the devices.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Arrays of one shape, each a flat row.
+
+    An accelerator pads the last axis of an array, and of `[N, 32, 32, 3]` bytes its programs write
+    a copy of their own at each call, in which that axis is another one; rows they take as they are.
 
     Attributes:
-      pixels: `[N, H, W, C]` uint8, uint16 or float32.
+      flat: `[N, size]`.
+      shape: of each.
+    """
+
+    flat: Any
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def __getitem__(self, chosen: Int[AnyArray, " B"]) -> Array:
+        """`[B, *shape]`, the chosen ones."""
+        return self.flat[chosen].reshape(-1, *self.shape)
+
+
+def in_rows(arrays: Shaped[AnyArray, "N ..."]) -> Rows:
+    """`[N, *shape]` arrays as rows."""
+    return Rows(arrays.reshape(len(arrays), -1), arrays.shape[1:])
+
+
+class Images(NamedTuple):
+    """A set of examples.
+
+    Attributes:
+      pixels: `[N, H, W, C]` uint8, uint16 or float32; on the devices, as rows.
       labels: `[N]` int32.
       mean: `[C]` of each channel, in units of the pixels.
       std: `[C]` likewise.
     """
 
-    pixels: Array
+    pixels: Rows | AnyArray
     labels: Int[Array, " N"]
     mean: Float[Array, " C"]
     std: Float[Array, " C"]

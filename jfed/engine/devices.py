@@ -1,6 +1,7 @@
 """The devices of a run, on one host or several, and how arrays get to them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -51,20 +52,20 @@ class EngineConfig:
         one_of("mapping", self.mapping, MAPPINGS)
         one_of("images", self.images, IMAGES)
 
-    def resolve(self, clients: int, backend: str | None = None) -> "EngineConfig":
+    def resolve(self, clients: int, there: Sequence[jax.Device] | None = None) -> "EngineConfig":
         """The same with numbers in place of None and a mapping in place of "auto".
 
         Args:
           clients: about how many train in a round; lanes beyond them would idle.
-          backend: "cpu", "gpu" or "tpu"; JAX's default one if not given.
+          there: see `make_mesh`.
 
         Raises:
           ConfigError: there are fewer devices.
         """
-        cpu = (backend or jax.default_backend()) == "cpu"
         if self.mapping == "debug":
             return dataclasses.replace(self, devices=1, lanes=1)
-        devices = make_mesh(self.devices).size
+        found = _first(self.devices, there)
+        devices, cpu = len(found), found[0].platform == "cpu"
         lanes = 1 if cpu else max(1, min(8, clients // devices))
         mapping = "map" if cpu else "vmap"
         return dataclasses.replace(
@@ -75,26 +76,48 @@ class EngineConfig:
         )
 
 
-def make_mesh(devices: int | None) -> Mesh:
-    """That many devices along one axis, or all that JAX sees, those of other hosts included.
+def make_mesh(devices: int | None, there: Sequence[jax.Device] | None = None) -> Mesh:
+    """That many devices along one axis, or all that there are, those of other hosts included.
+
+    Args:
+      devices: how many.
+      there: those there are: by default what JAX sees. They may be devices of a
+        `jax.experimental.topologies` description, which programs are compiled for on another
+        machine.
 
     Raises:
       ConfigError: there are fewer, or several hosts would not all take part.
     """
-    found = jax.devices()
-    count = len(found) if devices is None else devices
+    return Mesh(np.asarray(_first(devices, there)), (AXIS,))
+
+
+def _first(devices: int | None, there: Sequence[jax.Device] | None) -> Sequence[jax.Device]:
+    found = jax.devices() if there is None else there
+    count, hosts = len(found) if devices is None else devices, {d.process_index for d in found}
     if count > len(found):
         raise ConfigError(f"devices must be at most the {len(found)} there are, got {count}.")
-    if count < len(found) and jax.process_count() > 1:
+    if count < len(found) and len(hosts) > 1:
         raise ConfigError(
-            f"{jax.process_count()} hosts have to take part with all of their {len(found)} "
+            f"{len(hosts)} hosts have to take part with all of their {len(found)} "
             f"devices, got devices {count}; leave it out."
         )
-    return Mesh(np.asarray(found[:count]), (AXIS,))
+    return found[:count]
+
+
+def platform_of(mesh: Mesh) -> str:
+    """Of the devices: "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
+def _is_described(mesh: Mesh) -> bool:
+    """Whether the devices are those of a description, which hold no arrays."""
+    return mesh.devices.flat[0].client is not jax.devices()[0].client
 
 
 def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     """Puts arrays on a mesh, copied everywhere or spread along their first axis.
+
+    On devices that are only described (see `make_mesh`) these are shapes that tell where they lie.
 
     Args:
       tree: arrays of the host, the same on every host, or keys.
@@ -102,6 +125,10 @@ def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
       spec: `EVERYWHERE` or `SPREAD`.
     """
     sharding = NamedSharding(mesh, spec)
+    if _is_described(mesh):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=sharding), tree
+        )
     if jax.process_count() == 1:
         # A key may be the user's own; without a copy, a round that takes it over would delete it.
         return jax.device_put(

@@ -27,6 +27,7 @@ from jfed.engine.merging import Delivered, Report, clip
 from jfed.engine.packing import Cohort, Lanes, Schedule
 from jfed.models.losses import Metrics, training_loss
 from jfed.models.model import Params, path_name
+from jfed.platforms import vmapped
 from jfed.tiers.parts import is_like, map_parts
 from jfed.tiers.tier import Tier, settings_of
 
@@ -275,7 +276,8 @@ def make_trainer(config: Training) -> jax.stages.Wrapped:
         delivered = trainer.nothing(memory)
         lanes, length = schedule.lanes, schedule.length
         if config.mapping == "vmap":
-            delivered, memory = _run(trainer, lanes, length.max(), delivered, memory)
+            with vmapped(len(length)):
+                delivered, memory = _run(trainer, lanes, length.max(), delivered, memory)
         elif config.mapping == "map" and len(length) > 1:
 
             def one(carry: Any, lane: Any) -> Any:
@@ -313,8 +315,12 @@ SCHEDULE = (SPREAD, EVERYWHERE, SPREAD)
 
 
 def _sum_over_devices(delivered: Delivered) -> Delivered:
-    """The only collective of a round; what was a flag is one again, a client having one device."""
-    total = jax.lax.psum(delivered, AXIS)
+    """The only collective of a round; what was a flag is one again, a client having one device.
+
+    As numbers of one type all is summed at once: XLA takes a sum of its own for each type.
+    """
+    numbers = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == bool else x, delivered)
+    total = jax.lax.psum(numbers, AXIS)
     report = total.report
     flags = {"delivered": report.delivered > 0, "rejected": report.rejected > 0}
     return total._replace(report=report._replace(**flags))
@@ -340,25 +346,26 @@ def _run(
         active, slot = now.slot < slots, jnp.minimum(now.slot, slots - 1)
         starts = active & (now.step == 0)
         ends = active & (now.step == steps[slot] - 1)
-        local = jax.lax.cond(
-            starts.any(),
-            lambda: _select(starts, begin(slot, carry.memory), carry.local),
-            lambda: carry.local,
-        )
+        with jax.named_scope("begin"):
+            local = _where_true(
+                starts.any(),
+                lambda local: _select(starts, begin(slot, carry.memory), local),
+                carry.local,
+            )
         largest = None if count == 1 else _largest(trainer.setting(slot), active)
         local, metrics = each(lambda s, n, x: trainer.step(s, n, x, largest))(slot, now, local)
         metrics = jax.tree.map(
             lambda old, new: jnp.where(_along(starts, old), 0, old) + new, carry.metrics, metrics
         )
 
-        def deliver() -> tuple[Delivered, Any]:
-            told = each(lambda s, x, m: trainer.end(s, x, m, carry.memory))(slot, local, metrics)
+        def deliver(before: tuple[Delivered, Any]) -> tuple[Delivered, Any]:
+            delivered, memory = before
+            told = each(lambda s, x, m: trainer.end(s, x, m, memory))(slot, local, metrics)
             at = jnp.where(ends, slot, slots)
-            return _add(trainer, carry.delivered, carry.memory, told, metrics, at, ends)
+            return _add(trainer, delivered, memory, told, metrics, at, ends)
 
-        delivered, memory = jax.lax.cond(
-            ends.any(), deliver, lambda: (carry.delivered, carry.memory)
-        )
+        with jax.named_scope("deliver"):
+            delivered, memory = _where_true(ends.any(), deliver, (carry.delivered, carry.memory))
         return _Carry(local, metrics, delivered, memory)
 
     # Lanes that have not begun yet hold the first client's state; nothing of it is delivered.
@@ -366,7 +373,8 @@ def _run(
     zero = jax.tree.map(
         lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), delivered.report.metrics
     )
-    end = jax.lax.fori_loop(0, length, one_step, _Carry(local, zero, delivered, memory))
+    with jax.named_scope("steps"):
+        end = jax.lax.fori_loop(0, length, one_step, _Carry(local, zero, delivered, memory))
     return end.delivered, end.memory
 
 
@@ -418,6 +426,15 @@ def _alone(f: Callable) -> Callable:
         return _axis(f(*jax.tree.map(lambda x: x[0], args)))
 
     return mapped
+
+
+def _where_true(holds: Bool[Array, ""], change: Callable[[Any], Any], state: Any) -> Any:
+    """`change(state)` where a scalar holds, else the state.
+
+    A loop of at most one pass, since XLA lets loops write into their state, while a branch of
+    `cond` that gives back what it got has to copy it: all of a lane's state in every step.
+    """
+    return jax.lax.fori_loop(0, holds.astype(jnp.int32), lambda _, before: change(before), state)
 
 
 def _select(which: Bool[Array, " l"], new: Any, old: Any) -> Any:

@@ -1,8 +1,9 @@
 """What the settings of a run make: its network, its tiers, and the federation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -40,8 +41,16 @@ def set_up(
     config: RunConfig,
     memory_folder: epath.Path | None = None,
     load: Callable[..., data_lib.Dataset] = data_lib.load,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Prepared:
-    """Loads the data, deals it out, builds the model, and checks everything; compiles nothing."""
+    """Loads the data, deals it out, builds the model, and checks everything; compiles nothing.
+
+    Args:
+      config: of the run.
+      memory_folder: where rows of client memory lie, see `jfed.engine.memory.ClientMemory`.
+      load: reads the data.
+      devices: that there are, see `jfed.engine.devices.make_mesh`.
+    """
     population, seed = config.population, config.seed
     # What can fail without the data does so before they are read.
     tiers = tiers_lib.make_tiers(config.network.make(classes=10, channels=3), config.tiers)
@@ -49,7 +58,7 @@ def set_up(
         tiers_lib.assign(
             population.clients, len(tiers.members), population.shares, seed=seed, idle=tiers.idle
         )
-    make_mesh(config.engine.devices)
+    make_mesh(config.engine.devices, devices)
     algorithm = make_algorithm(config.algorithm, config.client, config.server, tiers.algorithm)
     algorithm = compressed(algorithm, config.codec.up, config.codec.down)
     path = config.initial.weights
@@ -83,6 +92,7 @@ def set_up(
         time=config.time,
         seed=seed,
         memory_folder=memory_folder,
+        devices=devices,
     )
     return Prepared(federation, data, find_twin(config.network.model, network, federation.tiers))
 

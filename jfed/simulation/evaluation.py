@@ -105,6 +105,10 @@ class Examples(NamedTuple):
     real: Int[Array, " K"]
 
 
+# How they are spread over devices: each has all images, and batches of its own.
+SPREAD_EXAMPLES = Examples(EVERYWHERE, SPREAD, SPREAD)  # type: ignore[arg-type]
+
+
 def in_batches(
     chosen: Int[np.ndarray, " N"], size: int, multiple: int = 1
 ) -> tuple[Int[np.ndarray, "K B"], Int[np.ndarray, " K"]]:
@@ -236,8 +240,7 @@ def make_evaluator(
             rows = jax.lax.all_gather(rows.reshape(-1, rows.shape[-1]), AXIS, tiled=True)
         return Tested(jax.lax.psum(total, AXIS), statistics, rows)
 
-    examples = Examples(Images(*(EVERYWHERE,) * 4), SPREAD, SPREAD)  # type: ignore[arg-type]
-    specs = (EVERYWHERE, EVERYWHERE, examples, examples)
+    specs = (EVERYWHERE, EVERYWHERE, SPREAD_EXAMPLES, SPREAD_EXAMPLES)
     # Unchecked for the reason given in `make_trainer`.
     return jax.jit(
         jax.shard_map(evaluate, mesh=mesh, in_specs=specs, out_specs=EVERYWHERE, check_vma=False)

@@ -26,13 +26,14 @@ from jfed.algorithms.privacy import (
 )
 from jfed.algorithms.servers import ServerConfig, client_weights
 from jfed.data import Dataset, check_partition, class_counts
-from jfed.data.preprocessing import Augmentation, Images, ModelInputs, channel_moments
+from jfed.data.preprocessing import Augmentation, Images, ModelInputs, channel_moments, in_rows
 from jfed.engine import debug
 from jfed.engine.devices import (
     EVERYWHERE,
     SPREAD,
     EngineConfig,
     make_mesh,
+    platform_of,
     put,
     to_host,
 )
@@ -121,8 +122,9 @@ class _Group(NamedTuple):
 class Federation:
     """A federation: settings checked, data on the devices, programs ready to be compiled.
 
-    Takes the arguments of `jfed.simulate`. `round` is a function of the state and the round's
-    number alone, so a run can be continued from any state.
+    Takes the arguments of `jfed.simulate`, and the devices, see `make_mesh`; on devices that are
+    only described, its programs can be compiled, not run. `round` is a function of the state and
+    the round's number alone, so a run can be continued from any state.
     """
 
     def __init__(
@@ -149,6 +151,7 @@ class Federation:
         allow_overlap: bool = False,
         seed: int = 0,
         memory_folder: epath.Path | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ) -> None:
         check_type("data", data, Dataset)
         self._image_shape = data.image_shape
@@ -231,8 +234,8 @@ class Federation:
             check_model(tier, like, data)
         self._check(data, like)
         self.clock = self._make_clock() if self.time.devices_of_clients else None
-        self.engine = (engine or EngineConfig()).resolve(self.population.cohort)
-        self._mesh = make_mesh(self.engine.devices)
+        self.engine = (engine or EngineConfig()).resolve(self.population.cohort, devices)
+        self._mesh = make_mesh(self.engine.devices, devices)
         self._rows = ClientRows(
             jax.eval_shape(self.algorithm.memory_init, like),
             lambda: jax.tree.map(jnp.asarray, self.algorithm.memory_init(self._variables)),
@@ -365,7 +368,7 @@ class Federation:
         aggregator = make_aggregator(self.server)
         trainings = tuple(
             Training(
-                tiers=tuple(self.tiers.members[i] for i in group.tiers),
+                tiers=tiers,
                 algorithm=self.algorithm,
                 augmentation=self.augmentation,
                 mesh=self._mesh,
@@ -377,10 +380,7 @@ class Federation:
                 faults=self.population.faults,
                 metrics=jax.tree.structure(self._exchanges[group.tiers].metrics),
             )
-            for group in self._groups
-        )
-        tested = tuple(
-            tuple(self.evaluated[i] for i in members) for members in group_tiers(self.evaluated)
+            for tiers, group in zip(self.training_tiers, self._groups, strict=True)
         )
         measure, keep = self.evaluation.measure, bool(self.evaluation.metrics)
         counts = np.bincount(self.population.tier, minlength=len(self.tiers.members)).tolist()
@@ -392,7 +392,16 @@ class Federation:
             if self._tested
         )
         clients = len(self.population.partition)
-        return Plan(trainings, tested, aggregator, population, clients, measure, keep, local)
+        return Plan(
+            trainings,
+            tuple(self.tested_tiers),
+            aggregator,
+            population,
+            clients,
+            measure,
+            keep,
+            local,
+        )
 
     def _place(self, data: Dataset) -> None:
         """Puts images on the devices, once for the whole run, but for those that are streamed."""
@@ -407,16 +416,14 @@ class Federation:
         self._images: TrainingImages = lying(data.train, moments, self._mesh)
         some, places = self._images.some(chosen)
         self._calibration = Examples(some, *spread(in_batches(places, size, self._mesh.size)))
-        test = Images(*everywhere((data.test.images, data.test.labels, *moments)))
+        test = Images(*everywhere((in_rows(data.test.images), data.test.labels, *moments)))
         every, self._labels = np.arange(len(data.test)), data.test.labels
         self._test = Examples(test, *spread(in_batches(every, size, self._mesh.size)))
         present = None
         if self.client.mask_absent_classes:
             partition = self.population.partition
             present = everywhere(class_counts(data.train.labels, partition, data.num_classes) > 0)
-        key = jax.random.wrap_key_data(
-            everywhere(jax.random.key_data(jax.random.fold_in(self.key, 1)))
-        )
+        key = everywhere(jax.random.fold_in(self.key, 1))
         self._local = [
             self._chunks(testing, group.tiers)
             for testing, group in zip(self._plan.local, self._groups, strict=False)
@@ -494,10 +501,24 @@ class Federation:
     def _compiled(self) -> tuple[dict[str, jax.stages.Compiled], float]:
         """The programs, and the seconds that tracing and compiling them took."""
         began = time.perf_counter()
-        if self.engine.mapping == "debug":
-            return programs(self._plan).compile(self._evaluations(self.start)), 0.0
+        compiled = programs(self._plan).compile(self.arguments())
+        return compiled, time.perf_counter() - began
+
+    def lower(self, arguments: dict[str, tuple[Any, ...]]) -> dict[str, jax.stages.Lowered]:
+        """The programs for such arguments (see `arguments`), traced for the devices, no more."""
+        return programs(self._plan).lower(arguments)
+
+    @property
+    def platform(self) -> str:
+        """Of the devices: "cpu", "gpu" or "tpu"."""
+        return platform_of(self._mesh)
+
+    def arguments(self) -> dict[str, tuple[Any, ...]]:
+        """The arguments of every program, as of the first round, or like them."""
         start, shared = self.start, programs(self._plan)
         arguments, delivered, tiers = self._evaluations(start), [], []
+        if self.engine.mapping == "debug":
+            return arguments
         for i, group in enumerate(self._groups):
             packed = pack([], group.packing)
             schedule, images = self._on_devices(group, packed)
@@ -508,7 +529,7 @@ class Federation:
             delivered.append(jax.tree.map(self._everywhere, told))
             tiers.append(schedule.cohort.tier)
         arguments["server"] = (start.server, delivered, tiers, inputs.round, inputs.key)
-        return shared.compile(arguments), time.perf_counter() - began
+        return arguments
 
     def compile(self) -> float:
         """Compiles every program, several at a time, once; returns the seconds that it took."""
@@ -681,11 +702,34 @@ class Federation:
     def host_seconds(self, number: int) -> float:
         """Seconds of a round's work on the host: sampling, packing, sending the schedule."""
         began = time.perf_counter()
-        by_tier = self.population.work(number, self.population.sample(number))
-        for group in self._groups:
-            items = _as_in([w for i in group.tiers for w in by_tier[i]], group.tiers)
-            jax.block_until_ready(self._on_devices(group, pack(items, group.packing)))
+        for group, (_, packed) in zip(self._groups, self.schedules(number), strict=True):
+            jax.block_until_ready(self._on_devices(group, packed))
         return time.perf_counter() - began
+
+    def schedules(self, number: int) -> list[tuple[Packing, Schedule]]:
+        """What each training program does in a round, were nobody late."""
+        by_tier = self.population.work(number, self.population.sample(number))
+        work = [_as_in([w for i in g.tiers for w in by_tier[i]], g.tiers) for g in self._groups]
+        return [
+            (group.packing, pack(items, group.packing))
+            for group, items in zip(self._groups, work, strict=True)
+        ]
+
+    @property
+    def local_calls(self) -> list[list[Chunk]]:
+        """The calls of each program that tests clients on examples of their own."""
+        return self._local
+
+    @property
+    def training_tiers(self) -> list[tuple[Tier, ...]]:
+        """The tiers of each training program."""
+        return [tuple(self.tiers.members[i] for i in group.tiers) for group in self._groups]
+
+    @property
+    def tested_tiers(self) -> list[tuple[Tier, ...]]:
+        """The tiers of each evaluation program."""
+        groups = group_tiers(self.evaluated)
+        return [tuple(self.evaluated[i] for i in members) for members in groups]
 
     def _on_devices(self, group: _Group, packed: Schedule) -> tuple[Schedule, Images]:
         """Sends each device its lanes and images, and all of them the table of clients."""

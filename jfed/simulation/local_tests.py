@@ -14,7 +14,7 @@ from jfed.algorithms.algorithm import Algorithm, Client
 from jfed.algorithms.clients import ClientConfig, make_optimizer
 from jfed.algorithms.training import local_training
 from jfed.data.partitions import Partition
-from jfed.data.preprocessing import Augmentation, Images
+from jfed.data.preprocessing import Augmentation
 from jfed.engine.devices import AXIS, EVERYWHERE, SPREAD, put
 from jfed.engine.lanes import Inputs, spread_inputs
 from jfed.engine.packing import client_batches
@@ -22,7 +22,14 @@ from jfed.errors import ConfigError
 from jfed.models.losses import Metrics, cross_entropy, training_loss
 from jfed.models.model import Model, Params, Statistics
 from jfed.seeds import generator
-from jfed.simulation.evaluation import EvaluationConfig, Examples, batch_of, pool, recalibrate
+from jfed.simulation.evaluation import (
+    SPREAD_EXAMPLES,
+    EvaluationConfig,
+    Examples,
+    batch_of,
+    pool,
+    recalibrate,
+)
 from jfed.simulation.records import LocalEvaluation
 from jfed.simulation.training_images import Needed, TrainingImages
 from jfed.tiers.parts import map_parts
@@ -178,7 +185,8 @@ class _Tester:
             return jax.tree.map(jnp.add, total, found)
 
         zero = jnp.zeros(())
-        return jax.lax.fori_loop(0, tested.tests, add, Metrics(zero, zero, zero))
+        with jax.named_scope("tests"):
+            return jax.lax.fori_loop(0, tested.tests, add, Metrics(zero, zero, zero))
 
     def params(self, inputs: Inputs, row: Any) -> Params:
         """A client's own model, or its tier's part of the global one."""
@@ -216,7 +224,8 @@ class _Tester:
             return training.client_step(client, local, batch, loss_key)[0]
 
         local = training.client_init(client, params, key)
-        return jax.lax.fori_loop(0, tested.steps, step, local).params
+        with jax.named_scope("tuning"):
+            return jax.lax.fori_loop(0, tested.steps, step, local).params
 
 
 def _measured(model: Model, params: Params, inputs: Inputs, tested: Tested) -> Statistics:
@@ -233,7 +242,8 @@ def _measured(model: Model, params: Params, inputs: Inputs, tested: Tested) -> S
         stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), before[0], found)
         return pool(stacked, jnp.stack([before[1], count])), before[1] + count
 
-    return jax.lax.fori_loop(1, tested.epoch, add, of(0))[0]
+    with jax.named_scope("norms"):
+        return jax.lax.fori_loop(1, tested.epoch, add, of(0))[0]
 
 
 def make_measurer(config: LocalTesting) -> jax.stages.Wrapped:
@@ -253,7 +263,7 @@ def make_measurer(config: LocalTesting) -> jax.stages.Wrapped:
             return jax.tree.map(lambda s: s[None], of(testing.settings))
         return jax.lax.map(of, jax.tree.map(jnp.asarray, testing.settings))
 
-    specs = (EVERYWHERE, Examples(Images(*(EVERYWHERE,) * 4), SPREAD, SPREAD))  # type: ignore[arg-type]
+    specs = (EVERYWHERE, SPREAD_EXAMPLES)
     return jax.jit(
         jax.shard_map(
             measure, mesh=config.mesh, in_specs=specs, out_specs=EVERYWHERE, check_vma=False
@@ -269,12 +279,14 @@ class Chunk(NamedTuple):
       tested: on what, on the devices.
       needed: images for it.
       images: the most that a device needs for any of the calls.
+      numbers: of `tested`, on the host, without examples.
     """
 
     clients: list[int]
     tested: Tested
     needed: Needed
     images: int
+    numbers: Tested
 
 
 def chunks(
@@ -323,7 +335,10 @@ def chunks(
         trains = tested.train, tested.train_real if reads_training else unread
         needed = images.needed(trains, (tested.test, tested.test_real))
         tested = tested._replace(train=needed.indices[0], test=needed.indices[1])
-        found.append(Chunk([row[0] for row in some], put(tested, mesh, SPREAD), needed, 0))
+        numbers = _stacked(some, len(some), shapes)
+        numbers = numbers._replace(train=(), train_real=(), test=(), test_real=())
+        there = put(tested, mesh, SPREAD)
+        found.append(Chunk([row[0] for row in some], there, needed, 0, numbers))
     most = max((len(rows) for chunk in found for rows in chunk.needed.rows), default=0)
     return [chunk._replace(images=most) for chunk in found]
 

@@ -18,9 +18,11 @@ from jaxtyping import Array
 
 from jfed.algorithms.aggregators import Aggregator
 from jfed.algorithms.algorithm import Merged, Server
+from jfed.engine.devices import platform_of
 from jfed.engine.lanes import Training, make_trainer, without
 from jfed.engine.merging import Delivered, Group, merge, owned
 from jfed.models.model import Params
+from jfed.platforms import made_for
 from jfed.simulation.evaluation import Measure, make_evaluator
 from jfed.simulation.local_tests import LocalTesting, make_local_tester, make_measurer
 from jfed.tiers.tier import Tier
@@ -57,6 +59,7 @@ class Programs:
     """The jitted programs of a plan, compiled once for each shape of their arguments."""
 
     def __init__(self, plan: Plan) -> None:
+        self._platform = platform_of(plan.trainings[0].mesh)
         self._jitted: dict[str, Callable[..., Any]] = {"server": make_server(plan)}
         for i, training in enumerate(plan.trainings):
             self._jitted[f"train {i}"] = make_trainer(training)
@@ -71,17 +74,21 @@ class Programs:
 
     def shapes(self, name: str, *args: Any) -> Any:
         """Shapes of what a program returns."""
-        return jax.eval_shape(self._jitted[name], *args)
+        with made_for(self._platform):
+            return jax.eval_shape(self._jitted[name], *args)
+
+    def lower(self, arguments: dict[str, tuple[Any, ...]]) -> dict[str, jax.stages.Lowered]:
+        """The programs for such arguments, traced but not compiled."""
+        with made_for(self._platform):
+            return {name: self._jitted[name].lower(*args) for name, args in arguments.items()}  # type: ignore[attr-defined]
 
     def compile(self, arguments: dict[str, tuple[Any, ...]]) -> dict[str, jax.stages.Compiled]:
         """The programs for such arguments; those that are new are compiled side by side."""
         keys = {name: (name, _signature(args)) for name, args in arguments.items()}
         new = {name: args for name, args in arguments.items() if keys[name] not in self._compiled}
-        lowered = {name: self._jitted[name].lower(*args) for name, args in new.items()}  # type: ignore[attr-defined]
+        lowered, options = self.lower(new), compiler_options(self._platform)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = pool.map(
-                lambda program: program.compile(compiler_options()), lowered.values()
-            )
+            compiled = pool.map(lambda program: program.compile(options), lowered.values())
             for name, program in zip(lowered, compiled, strict=True):
                 self._compiled[keys[name]] = program
         return {name: self._compiled[key] for name, key in keys.items()}
@@ -93,9 +100,9 @@ def programs(plan: Plan) -> Programs:
     return Programs(plan)
 
 
-def compiler_options() -> dict[str, Any] | None:
+def compiler_options(platform: str) -> dict[str, Any] | None:
     """On a CPU XLA's first level of optimisation: it compiles faster, and nothing runs slower."""
-    if jax.default_backend() != "cpu" or jax.config.values["jax_disable_most_optimizations"]:
+    if platform != "cpu" or jax.config.values["jax_disable_most_optimizations"]:
         return None
     return {"xla_backend_optimization_level": 1}
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from jfed.data.preprocessing import Images
+from jfed.data.preprocessing import Images, in_rows
 from jfed.data.splits import Split
 from jfed.engine.devices import EVERYWHERE, SPREAD, put
 
@@ -41,7 +41,7 @@ class Resident:
     """
 
     def __init__(self, split: Split, moments: Any, mesh: Mesh) -> None:
-        self.whole = Images(*put((split.images, split.labels, *moments), mesh, EVERYWHERE))
+        self.whole = Images(*put((in_rows(split.images), split.labels, *moments), mesh, EVERYWHERE))
 
     def needed(self, *batches: Batches) -> Needed:
         """What the devices need for batches whose first axis is spread over them."""
@@ -60,7 +60,7 @@ class Streamed:
     """All images on the host, those of an `np.memmap` too; as `Resident` otherwise."""
 
     def __init__(self, split: Split, moments: Any, mesh: Mesh) -> None:
-        self._mesh, self._moments = mesh, put(moments, mesh, EVERYWHERE)
+        self._mesh, self._moments, self._split = mesh, put(moments, mesh, EVERYWHERE), split
         self.whole = Images(split.images, split.labels, *self._moments)  # type: ignore[arg-type]
 
     def needed(self, *batches: Batches) -> Needed:
@@ -76,16 +76,16 @@ class Streamed:
 
     def send(self, needed: Needed, room: int) -> Images:
         shape = len(needed.rows) * room
-        pixels = np.zeros((shape, *self.whole.pixels.shape[1:]), self.whole.pixels.dtype)
+        pixels = np.zeros((shape, *self._split.images.shape[1:]), self._split.images.dtype)
         labels = np.zeros(shape, np.int32)
         for d, rows in enumerate(needed.rows):
             at = slice(d * room, d * room + len(rows))
-            pixels[at], labels[at] = self.whole.pixels[rows], self.whole.labels[rows]
-        return Images(*put((pixels, labels), self._mesh, SPREAD), *self._moments)
+            pixels[at], labels[at] = self._split.images[rows], self._split.labels[rows]
+        return Images(*put((in_rows(pixels), labels), self._mesh, SPREAD), *self._moments)
 
     def some(self, chosen: np.ndarray) -> tuple[Images, np.ndarray]:
         rows = np.sort(chosen)
-        parts = self.whole.pixels[rows], self.whole.labels[rows]
+        parts = in_rows(self._split.images[rows]), self._split.labels[rows]
         images = Images(*put(parts, self._mesh, EVERYWHERE), *self._moments)
         return images, np.searchsorted(rows, chosen)
 

@@ -1,0 +1,95 @@
+"""`jfed plan`: what a run needs of a GPU or TPU, from its compiler, which runs on any machine."""
+
+import dataclasses
+import itertools
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+from jfed import files
+from jfed.cli import flags, run_command
+from jfed.errors import ConfigError, RunFolderError, one_of
+from jfed.planning import tables
+from jfed.planning.compiling import make_plan
+from jfed.planning.targets import open_target, parse
+from jfed.runs.config import RUN_PRESETS, RunConfig, settings, short_name
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """What is planned for.
+
+    Attributes:
+      preset: where settings start from, as of `jfed run`.
+      target: h100, h200, a100, l4, t4, v4-8, v5e:2x2, v5p:2x2x1, v6e:2x2, ...; GPUs of a cluster as
+        h100:1x2x8 (slices x hosts x GPUs of a host); cpu is this machine's own.
+      compare: settings to vary, such as lanes=8,32 or dtype=float32,bfloat16; every combination is
+        compiled.
+      json: a file for all of it.
+    """
+
+    preset: str = RUN_PRESETS[0]
+    target: str = "h100"
+    compare: tuple[str, ...] = ()
+    json: pathlib.Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """All that can be given to `jfed plan`.
+
+    Attributes:
+      run: of the run as a whole.
+      plan: what is planned for.
+    """
+
+    run: RunConfig
+    plan: PlanConfig
+
+
+def execute(args: list[str]) -> None:
+    """The command."""
+    given: Command = flags.parse(
+        Command(run_command.starting(args), PlanConfig()),
+        args,
+        names=short_name,
+        prog="jfed plan",
+        description="Compiles a run for a GPU or TPU, and tells what it needs there.",
+    )
+    parse(given.plan.target)  # before anything is loaded
+    variants = dict(_variants(given.run, given.plan.compare))
+    target, plans = open_target(given.plan.target), {}
+    for name, config in variants.items():
+        print(f"reading data and compiling {name} ...", file=sys.stderr)
+        plans[name] = make_plan(config, target)
+        if len(variants) == 1:
+            print(tables.text(plans[name]))
+    if len(variants) > 1:
+        print(tables.comparison(plans))
+    if given.plan.json is not None:
+        try:
+            found = {name: tables.as_json(plan) for name, plan in plans.items()}
+            files.write_json(given.plan.json, found)
+        except OSError as error:
+            raise RunFolderError(f"cannot write {str(given.plan.json)!r}: {error}.") from error
+
+
+def _variants(run: RunConfig, compare: Sequence[str]) -> Iterator[tuple[str, RunConfig]]:
+    """The settings to plan, by what is different in them."""
+    axes = [[(name, value) for value in values] for name, values in map(_axis, compare)]
+    for chosen in itertools.product(*axes):
+        name = " ".join("=".join(pair) for pair in chosen) or "the run"
+        given = [word for n, v in chosen for word in (f"--{n.replace('_', '-')}", v)]
+        found: Command = flags.parse(
+            Command(run, PlanConfig()), given, names=short_name, prog="jfed plan", description=""
+        )
+        yield name, found.run
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    """Reads lanes=8,32 as a setting and its values."""
+    name, _, values = text.partition("=")
+    found = [value for value in values.split(",") if value]
+    if not found:
+        raise ConfigError(f"compare must look like lanes=8,32, got {text!r}.")
+    return one_of("setting", name.replace("-", "_"), tuple(settings())), found

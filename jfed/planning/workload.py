@@ -1,0 +1,88 @@
+"""How often the loops of a federation's programs run whose lengths are data.
+
+The programs name these loops by scopes: `steps` of the lanes, `ode0`, `ode1`, ... iterations of
+each stage, `begin` and `deliver` what a step does only where a client begins or ends, and of tests
+of clients `tests`, `tuning` and `norms`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jfed.engine.packing import Packing, Schedule
+from jfed.simulation.local_tests import Chunk
+from jfed.tiers.tier import Tier
+
+Lengths = dict[str, float]
+
+
+def of_training(
+    rounds: Sequence[tuple[Packing, Schedule]], tiers: Sequence[Tier], mapping: str
+) -> Lengths:
+    """Of a training program, the mean over rounds, on the device that has most to do.
+
+    Args:
+      rounds: its schedule in each of them.
+      tiers: of the program.
+      mapping: how a device runs its lanes, see `EngineConfig`.
+    """
+    stages = _iterations(tiers)
+    found = [_of_round(packing, schedule, stages, mapping) for packing, schedule in rounds]
+    steps = float(np.mean([one["steps"] for one in found]))
+    return {
+        name: steps if name == "steps" else _share([one[name] for one in found], found)
+        for name in found[0]
+    }
+
+
+def _share(values: Sequence[float], rounds: Sequence[Lengths]) -> float:
+    """The mean over all steps of what is told by step."""
+    weights = np.asarray([one["steps"] for one in rounds])
+    return float(np.dot(values, weights) / max(weights.sum(), 1e-9))
+
+
+def _of_round(packing: Packing, schedule: Schedule, stages: np.ndarray, mapping: str) -> Lengths:
+    lanes, cohort = schedule.lanes, schedule.cohort
+    active = np.asarray(lanes.slot) < packing.slots  # [L, S]
+    slot = np.minimum(lanes.slot, packing.slots - 1)
+    tier = np.asarray(cohort.tier)[slot]
+    shape = (packing.devices, packing.lanes // packing.devices, active.shape[1])
+    starts = (active & (np.asarray(lanes.step) == 0)).reshape(shape)
+    ends = (active & (lanes.step == np.asarray(cohort.steps)[slot] - 1)).reshape(shape)
+    counts = np.where(active[..., None], stages[tier], 0).reshape(*shape, stages.shape[1])
+    cost = np.where(active, np.asarray(packing.costs)[tier], 0.0).reshape(shape)
+    together = mapping == "vmap"
+    if together:  # the lanes of a device are one loop, as long as the longest
+        starts, ends, counts, cost = (x.max(1, keepdims=True) for x in (starts, ends, counts, cost))
+    busiest = int(cost.sum((1, 2)).argmax())
+    steps = int((cost[busiest] > 0).sum())
+    loops = 1 if together else packing.lanes // packing.devices
+    found = {"steps": steps / loops}
+    each = max(steps, 1)
+    found |= {"begin": starts[busiest].sum() / each, "deliver": ends[busiest].sum() / each}
+    means = counts[busiest].sum((0, 1)) / each
+    return found | {f"ode{k}": float(mean) for k, mean in enumerate(means)}
+
+
+def of_testing(tiers: Sequence[Tier]) -> Lengths:
+    """Of a program that tests, the mean over its tiers."""
+    return {f"ode{k}": float(n) for k, n in enumerate(_iterations(tiers).mean(0))}
+
+
+def of_clients_tests(chunks: Sequence[Chunk], tiers: Sequence[Tier]) -> Lengths:
+    """Of a program that tests clients on examples of their own: means over clients."""
+    parts = [chunk.numbers for chunk in chunks]
+    columns = {"tests": "tests", "tuning": "steps", "norms": "epoch"}
+    found = {
+        name: float(np.mean([np.asarray(getattr(part, column)).mean() for part in parts]))
+        for name, column in columns.items()
+    }
+    counts = _iterations(tiers)
+    tier = np.concatenate([np.asarray(part.tier) for part in parts])
+    return found | {f"ode{k}": float(n) for k, n in enumerate(counts[tier].mean(0))}
+
+
+def _iterations(tiers: Sequence[Tier]) -> np.ndarray:
+    """`[tiers, stages]` lengths of the loops of iterations; the last one stands outside of it."""
+    counts = np.asarray([tier.iterations or () for tier in tiers], np.int32)
+    return counts - np.minimum(counts.min(0), 1)
