@@ -248,9 +248,16 @@ def _rounds(
                         writer.flush()
             preempted = preempted or multihost_utils.reached_preemption_sync_point(record.round)
         assert last is not None  # the last one always is
-        if kept < reached:
-            _save(checkpoints, last, history)
-        checkpoints.wait()
+
+        def save() -> None:
+            if kept < reached:
+                _save(checkpoints, last, history)
+            checkpoints.wait()
+
+        if failure is None:  # else other hosts, which do not stop here, hear of it
+            hosts.agree("saving", save)  # so that no host leaves before the first one has
+        else:
+            save()
     saved_now = f"round {len(history)} of {federation.rounds}, which is saved in {str(path)!r}"
     if failure is not None:
         raise CallbackError(

@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 from etils import epath
 
 from jfed.cli import main
+from jfed.runs.checkpoints import stored
 from jfed.runs.folder import claim
 
 SMALL = (
@@ -253,3 +256,79 @@ def test_a_host_that_is_killed_ends_the_other(tmp_path, victim):
     _outputs(processes, 300)
     assert time.monotonic() - began < 60
     assert processes[1 - victim].returncode != 0
+
+
+SLOW_TO_SAVE = """
+import time
+from jfed.runs.checkpoints import Checkpoints
+save = Checkpoints.save
+def slow(*args):
+    time.sleep(6)
+    save(*args)
+Checkpoints.save = slow
+"""
+IMPATIENT = "from jfed.engine import hosts; hosts._GRACE, hosts._LAST = 1.0, 0.0"
+
+
+@pytest.mark.slow
+def test_no_host_that_is_terminated_leaves_before_the_first_has_saved(tmp_path):
+    flags = [*LONG, "--checkpoint-every", 3000, "--workdir", tmp_path / "run"]
+    processes = _start_both(flags, (f"{SLOW_TO_SAVE}\n{IMPATIENT}", IMPATIENT))
+    _begun(processes, tmp_path / "run")
+    processes[0].terminate()
+    outputs = _outputs(processes)
+    assert [process.returncode for process in processes] == [143, 143], outputs
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert saved == [len(_metrics(tmp_path / "run"))]
+
+
+WITH_MEMORY = (
+    "--rounds 40 --cohort 4 --algorithm ditto --ditto-strength 1 --local-test 0.2 --eval-every 9 "
+    "--codec-up topk:0.5 int8 --codec-down bfloat16 --images host"
+).split()
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory):
+    """A run of two processes with client memory and codecs that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    _finish(_start_both([*WITH_MEMORY, "--workdir", folder]))
+    return folder
+
+
+def _same_end(folder, other):
+    """The same numbers in every round, and the same weights, server state and client memory."""
+    rows = [[row | {"seconds": ""} for row in _metrics(path)] for path in (folder, other)]
+    assert rows[0] == rows[1]
+    here, there = (stored(epath.Path(path)).state for path in (folder, other))
+    jax.tree.map(np.testing.assert_array_equal, here, there)
+    names = [f"{n}-{round_}.row" for n, round_ in enumerate(here["latest"]) if round_ >= 0]
+    assert len(names) == 6
+    for name in names:
+        assert (folder / "memory" / name).read_bytes() == (other / "memory" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sent", "every"), [(signal.SIGTERM, 1000), (signal.SIGKILL, 5)], ids=["terminated", "killed"]
+)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_run_goes_on_after_a_host_was_disturbed(tmp_path, left_alone, sent, every, victim):
+    """SIGTERM to one host lets all save the same round; SIGKILL leaves the last checkpoint."""
+    flags = [*WITH_MEMORY, "--checkpoint-every", every, "--workdir", tmp_path / "run"]
+    processes = _start_both(flags)
+    _begun(processes, tmp_path / "run")
+    while len(_metrics(tmp_path / "run")) < 7:
+        time.sleep(0.01)
+    processes[victim].send_signal(sent)
+    outputs = _outputs(processes)
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    statuses = [process.returncode for process in processes]
+    if sent == signal.SIGTERM:
+        assert statuses == [143, 143], outputs
+        assert saved == [len(_metrics(tmp_path / "run"))]
+    else:
+        assert statuses[victim] == -signal.SIGKILL
+        assert 0 < max(saved) < 40
+    _finish(_start_both(flags))
+    _same_end(tmp_path / "run", left_alone)
