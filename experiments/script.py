@@ -1,18 +1,20 @@
 """The command line that the scripts of this folder share: run the arms, write the table."""
 
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-import tyro
-
 from jfed import files
-from jfed.errors import JfedError, RunFolderError
+from jfed.cli import flags
+from jfed.errors import ConfigError, JfedError, RunFolderError
 from jfed.reports import tables as report
 from jfed.reports.finished import FinishedRun
 from jfed.runs import study
 from jfed.runs.config import RunConfig
+from jfed.runs.jobs import JobConfig
+from jfed.settings import as_json, differences
 
 
 def table_of(script: str, scale: str, output: pathlib.Path | None) -> pathlib.Path | None:
@@ -26,11 +28,69 @@ def table_of(script: str, scale: str, output: pathlib.Path | None) -> pathlib.Pa
     return output
 
 
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """All that can be given to a script.
+
+    Attributes:
+      scale: cpu (two cores, at most half an hour), full (the published protocol, for an
+        accelerator) or smoke (seconds, which only show that everything works).
+      workdir: where the run folders go, the table so far, and the figures.
+      seeds: how many.
+      workers: processes at a time; on a CPU one for each core where not given.
+      output: of the table when all is done; results/NAME_SCALE.csv beside the script where not
+        given, but nowhere for smoke.
+      submit: each run becomes a job of this cluster, and nothing waits for them: the same command
+        again tells how they are, submits those anew that failed, and collects the table.
+      jobs: what these ask for.
+    """
+
+    scale: Literal["cpu", "full", "smoke"] = "cpu"
+    workdir: pathlib.Path = pathlib.Path("runs")
+    seeds: int = 3
+    workers: int | None = None
+    output: pathlib.Path | None = None
+    submit: Literal["slurm"] | None = None
+    jobs: JobConfig = dataclasses.field(default_factory=JobConfig)
+
+    def __post_init__(self) -> None:
+        changed = differences(as_json(JobConfig()), as_json(self.jobs))
+        if self.submit is None and changed:
+            raise ConfigError(f"{changed[0].split()[0]} is of jobs; it goes with --submit slurm.")
+        if self.submit is not None and self.workers is not None:
+            raise ConfigError(f"workers {self.workers} is of runs on this machine, not of jobs.")
+
+
+def run_arms(
+    arms: study.Arms,
+    folder: pathlib.Path,
+    seeds: int | Sequence[int],
+    given: Command,
+    on_run: Callable[[Sequence[FinishedRun]], None] = lambda runs: None,
+) -> tuple[list[FinishedRun], dict[tuple[str, int], str]]:
+    """As `study.run_all`; where the runs are jobs, the process ends unless all are over."""
+    if given.submit is None:
+        return study.run_all(arms, folder, seeds=seeds, workers=given.workers, on_run=on_run)
+    found, diverged, queued = study.submit_all(arms, folder, given.jobs, seeds=seeds)
+    if found:
+        on_run(found)
+    if not queued:
+        return found, diverged
+    for (arm, seed), job in queued.items():
+        anew = f" (the one before failed: {job.failed})" if job.failed else ""
+        print(f"{arm}, seed {seed}: job {job.number} is {job.state}{anew}")
+    print(f"{len(found)} runs have finished, {len(queued)} are jobs; the same command goes on.")
+    sys.exit(0)
+
+
 _SEARCH_SEED = 1000
 
 
 def best_rates(
-    arms: study.Arms, rates: Sequence[float], folder: pathlib.Path, workers: int | None
+    arms: study.Arms,
+    rates: Sequence[float],
+    folder: pathlib.Path,
+    given: Command,
 ) -> tuple[study.Arms, dict[str, dict[str, float | None]]]:
     """The arms, each with the best of the learning rates, and what to tell of that in the table."""
     tried = {
@@ -38,7 +98,7 @@ def best_rates(
         for arm, config in arms.items()
         for rate in rates
     }
-    runs, _ = study.run_all(tried, folder / "search", seeds=[_SEARCH_SEED], workers=workers)
+    runs, _ = run_arms(tried, folder / "search", [_SEARCH_SEED], given)
     accuracy = {run.arm: run.average for run in runs}
     print("Learning rates tried, mean test accuracy of the tiers:")
     best: dict[str, RunConfig] = {}
@@ -75,27 +135,11 @@ def main(
     """
     name = pathlib.Path(script).stem
 
-    def command(
-        scale: Literal["cpu", "full", "smoke"] = "cpu",
-        workdir: pathlib.Path = pathlib.Path("runs") / name,
-        seeds: int = 3,
-        workers: int | None = None,
-        output: pathlib.Path | None = None,
-    ) -> None:
-        """Runs the experiment, or what is left of it.
-
-        Args:
-          scale: cpu (two cores, at most half an hour), full (the published protocol, for an
-            accelerator) or smoke (seconds, which only show that everything works).
-          workdir: where the run folders go, the table so far, and the figures.
-          seeds: how many.
-          workers: processes at a time; on a CPU one for each core where not given.
-          output: of the table when all is done; results/NAME_SCALE.csv beside the script where not
-            given, but nowhere for smoke.
-        """
-        folder = workdir / scale
+    def command(given: Command) -> None:
+        scale, seeds = given.scale, given.seeds
+        folder = given.workdir / scale
         goal = target[scale] if isinstance(target, Mapping) else target
-        end = table_of(script, scale, output)
+        end = table_of(script, scale, given.output)
         told = {"command": f"python experiments/{name}.py --scale {scale} --seeds {seeds}"}
 
         def write(done: Sequence[FinishedRun], table: pathlib.Path = folder / "runs.csv") -> None:
@@ -104,8 +148,8 @@ def main(
 
         every, chosen = arms(scale), dict[str, dict[str, float | None]]()
         if rates and scale != "smoke":
-            every, chosen = best_rates(every, rates, folder, workers)
-        found, diverged = study.run_all(every, folder, seeds=seeds, workers=workers, on_run=write)
+            every, chosen = best_rates(every, rates, folder, given)
+        found, diverged = run_arms(every, folder, seeds, given, write)
         if found:
             print(report.text(found, baseline=baseline, target=goal))
             report.save_figures(found, folder)
@@ -116,7 +160,15 @@ def main(
             write(found, end)
 
     try:
-        tyro.cli(command)
+        command(
+            flags.parse(
+                Command(workdir=pathlib.Path("runs") / name),
+                sys.argv[1:],
+                names=lambda path: path.rpartition(".")[2],
+                prog=f"{name}.py",
+                description="Runs the experiment, or what is left of it.",
+            )
+        )
     except OSError as error:
         sys.exit(f"{name}: error: {RunFolderError(str(error))}")
     except JfedError as error:

@@ -1,4 +1,6 @@
-"""Strict JAX settings and checked array shapes for every test."""
+"""Strict JAX settings and checked array shapes for every test; what several test files share."""
+
+import os
 
 import jax
 import jaxtyping
@@ -19,3 +21,24 @@ def compiled(tmp_path_factory, worker_id):
     """The folder of compiled programs that the commands of all tests share."""
     own = tmp_path_factory.getbasetemp()
     return (own if worker_id == "master" else own.parent) / "compiled"
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """A function that puts shell texts before the commands of their names.
+
+    They find the folder that they are in as $HERE; each call is a line of its file `calls`.
+    """
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("HERE", str(folder))
+
+    def put(**texts):
+        for name, text in texts.items():
+            path = folder / name
+            path.write_text(f'#!/bin/bash\necho "{name} $*" >> "$HERE/calls"\n{text}\n')
+            path.chmod(0o755)
+        return folder
+
+    return put

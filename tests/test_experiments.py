@@ -138,13 +138,29 @@ def test_convolution_forms(tmp_path, compiled):
     assert all(float(line[form]) > 0 for form in forms)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--minutes 5", "minutes is of jobs; it goes with --submit slurm"),
+        ("--submit slurm --workers 2", "workers 2 is of runs on this machine, not of jobs"),
+        ("--submit slurm --gpus -1", "gpus must be 0 or more, got -1"),
+    ],
+)
+def test_settings_of_jobs_go_with_jobs(given, message, monkeypatch, tmp_path):
+    script = load("script", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["study.py", "--workdir", str(tmp_path), *given.split()])
+    with pytest.raises(SystemExit, match=f"study: error: {message}"):
+        script.main("study.py", lambda scale: {"one": run_preset("smoke")})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_best_learning_rate_is_taken(tmp_path, monkeypatch, compiled):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
     script = load("script", monkeypatch)
     arms = {"one": run_preset("smoke")}
-    best, told = script.best_rates(arms, (1e30, 0.1), tmp_path, workers=1)
+    best, told = script.best_rates(arms, (1e30, 0.1), tmp_path, script.Command(workers=1))
     assert best["one"].client.learning_rate == told["one"]["learning_rate"] == 0.1
     assert told["one"]["at_rate_1e+30"] is None  # it diverged
     assert 0 < told["one"]["at_rate_0.1"] < 1

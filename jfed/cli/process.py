@@ -6,13 +6,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-import jax
-
 from jfed.engine import hosts
+from jfed.engine.devices import use_cores
 from jfed.engine.hosts import HostsConfig
 from jfed.provenance import cores
-
-_MOST_CPU_DEVICES = 8  # each holds a copy of the images
 
 
 def start_devices(together: HostsConfig) -> None:
@@ -21,9 +18,7 @@ def start_devices(together: HostsConfig) -> None:
     Raises:
       ConfigError: the others cannot be joined, or there are none.
     """
-    if jax.config.values["jax_num_cpu_devices"] < 0:
-        with contextlib.suppress(RuntimeError):  # JAX has started, in a program that calls `main`
-            jax.config.update("jax_num_cpu_devices", min(len(cores()), _MOST_CPU_DEVICES))
+    use_cores(len(cores()))
     hosts.join(together)
 
 

@@ -1,5 +1,6 @@
 """The devices of a run, on one host or several, and how arrays get to them."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,17 @@ IMAGES = ("device", "host")
 AXIS = "clients"  # the mesh axis that lanes and evaluation batches are spread over
 EVERYWHERE = PartitionSpec()
 SPREAD = PartitionSpec(AXIS)
+_MOST_CPU_DEVICES = 8  # each holds a copy of the images
+
+
+def use_cores(count: int) -> None:
+    """Makes a device of each core of a CPU, up to 8; to be called before JAX starts.
+
+    Where JAX was told how many devices a CPU has, or has started, nothing happens.
+    """
+    if jax.config.values["jax_num_cpu_devices"] < 0:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", min(count, _MOST_CPU_DEVICES))
 
 
 @dataclasses.dataclass(frozen=True)

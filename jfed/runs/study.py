@@ -1,7 +1,11 @@
-"""An experiment: several arms with several seeds, each a run folder, side by side on the cores."""
+"""An experiment: several arms with several seeds, each a run folder.
+
+Runs are processes side by side on this machine's cores, or jobs of a Slurm cluster.
+"""
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import gc
 import itertools
@@ -14,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -35,6 +39,7 @@ from jfed.runs import running as runs
 from jfed.runs.assembly import set_up
 from jfed.runs.compiled import keep_compiled
 from jfed.runs.config import RunConfig
+from jfed.runs.jobs import Job, JobConfig, Slurm
 from jfed.seeds import check_seed
 from jfed.settings import as_json
 from jfed.simulation.programs import programs
@@ -73,17 +78,8 @@ def run_all(
       RunFolderError: a folder belongs to other settings.
       JfedError: see `jfed.runs.running.run`.
     """
-    if isinstance(seeds, Sequence):
-        chosen: Sequence[int] = [check_seed(seed) for seed in check_sequence("seeds", seeds)]
-    else:
-        chosen = range(check_integer("seeds", seeds, least=1))
-    if not chosen:
-        raise ConfigError(f"an experiment needs at least one seed, got {seeds!r}.")
-    jobs = _jobs(arms, pathlib.Path(workdir), chosen)
-    found: dict[_Key, FinishedRun] = {}
-    for key, (config, path) in jobs.items():
-        if folder.inspect(files.absolute(path), as_json(config)) == "finished":
-            found[key] = finished.read(path, key[0])
+    jobs = _jobs(arms, pathlib.Path(workdir), seeds)
+    found = _finished(jobs)
     left = {key: job for key, job in jobs.items() if key not in found}
     diverged, began = {}, time.perf_counter()
     for key, why in _run_jobs(left, workers):
@@ -101,8 +97,77 @@ def run_all(
     return [found[key] for key in jobs if key in found], diverged
 
 
-def _jobs(arms: Arms, workdir: pathlib.Path, seeds: Sequence[int]) -> _Jobs:
+class Submitted(NamedTuple):
+    """How the runs of a study are that are jobs of a cluster.
+
+    Attributes:
+      runs: those that have finished.
+      diverged: how others did, by arm and seed.
+      jobs: of those that are left, in the queue.
+    """
+
+    runs: list[FinishedRun]
+    diverged: dict[_Key, str]
+    jobs: dict[_Key, Job]
+
+
+def submit_all(
+    arms: Arms,
+    workdir: str | os.PathLike[str],
+    settings: JobConfig,
+    *,
+    seeds: int | Sequence[int] = 3,
+) -> Submitted:
+    """As `run_all`, but each run is a job of Slurm, and nothing waits for them.
+
+    The same call again reads those that have finished, leaves those in the queue alone, and submits
+    those anew that failed or were killed, which go on where they were.
+
+    Args:
+      arms: see `run_all`.
+      workdir: likewise; a folder that all machines of the cluster see. What a job is and prints is
+        in `workdir/jobs/ARM/SEED`.
+      settings: what the jobs ask for.
+      seeds: see `run_all`.
+
+    Raises:
+      ConfigError, RunFolderError: likewise; or Slurm is not there, or refuses a job.
+    """
+    jobs = _jobs(arms, pathlib.Path(workdir), seeds)
+    cluster = Slurm(settings)  # before the folders are looked into: what ends meanwhile is in both
+    found, diverged, queued = _finished(jobs), dict[_Key, str](), dict[_Key, Job]()
+    for key, (config, path) in jobs.items():
+        if key in found:
+            continue
+        own = pathlib.Path(workdir) / "jobs" / path.relative_to(workdir)
+        last = cluster.last(own)
+        if last is not None and last.diverged is not None:
+            diverged[key] = last.diverged
+        elif last is not None and last.state is not None:
+            queued[key] = last
+        else:
+            told = cluster.submit(config, path, own, f"{path.parent.name}-{key[1]}")
+            queued[key] = dataclasses.replace(told, failed=last.failed if last else None)
+    return Submitted([found[key] for key in jobs if key in found], diverged, queued)
+
+
+def _finished(jobs: _Jobs) -> dict[_Key, FinishedRun]:
+    """The runs that have finished; RunFolderError if a folder is of other settings."""
+    return {
+        key: finished.read(path, key[0])
+        for key, (config, path) in jobs.items()
+        if folder.inspect(files.absolute(path), as_json(config)) == "finished"
+    }
+
+
+def _jobs(arms: Arms, workdir: pathlib.Path, seeds: int | Sequence[int]) -> _Jobs:
     """Settings and folder of every run."""
+    if isinstance(seeds, Sequence):
+        chosen: Sequence[int] = [check_seed(seed) for seed in check_sequence("seeds", seeds)]
+    else:
+        chosen = range(check_integer("seeds", seeds, least=1))
+    if not chosen:
+        raise ConfigError(f"an experiment needs at least one seed, got {seeds!r}.")
     if not arms:
         raise ConfigError("an experiment needs at least one arm, got none.")
     names = {arm: arm.replace(" ", "-").replace("/", "-") for arm in arms}
@@ -110,7 +175,7 @@ def _jobs(arms: Arms, workdir: pathlib.Path, seeds: Sequence[int]) -> _Jobs:
         raise ConfigError(f"arms must have folders of their own, got {list(arms)}.")
     return {
         (arm, seed): (config.replace(seed=seed), workdir / names[arm] / str(seed))
-        for seed in seeds
+        for seed in chosen
         for arm, config in arms.items()
     }
 
