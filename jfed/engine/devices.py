@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ class EngineConfig:
         faster: `jax.config.update("jax_num_cpu_devices", cores)` before anything else, as
         `jfed run` does.
       lanes: on each device. More lanes are more clients at the same time, and more memory. None:
-        one on a CPU, up to 8 on an accelerator.
+        one on a CPU; on an accelerator as many as `useful_lanes` tells, and the cohort has.
       mapping: how a device runs its lanes: "vmap" all at once, "map" or "unroll" one after another;
         "auto": "map" on a CPU, "vmap" on an accelerator. "debug" is another engine, a plain Python
         loop over clients and batches on one device, to compare with and to step through.
@@ -64,12 +65,18 @@ class EngineConfig:
         one_of("mapping", self.mapping, MAPPINGS)
         one_of("images", self.images, IMAGES)
 
-    def resolve(self, clients: int, there: Sequence[jax.Device] | None = None) -> "EngineConfig":
+    def resolve(
+        self,
+        clients: int,
+        there: Sequence[jax.Device] | None = None,
+        useful: Callable[[jax.Device], int] = lambda device: 8,
+    ) -> "EngineConfig":
         """The same with numbers in place of None and a mapping in place of "auto".
 
         Args:
           clients: about how many train in a round; lanes beyond them would idle.
           there: see `make_mesh`.
+          useful: how many lanes an accelerator should have if there are so many clients.
 
         Raises:
           ConfigError: there are fewer devices.
@@ -78,12 +85,14 @@ class EngineConfig:
             return dataclasses.replace(self, devices=1, lanes=1)
         found = _first(self.devices, there)
         devices, cpu = len(found), found[0].platform == "cpu"
-        lanes = 1 if cpu else max(1, min(8, clients // devices))
+        lanes = self.lanes or 1
+        if self.lanes is None and not cpu:
+            lanes = max(1, min(useful(found[0]), clients // devices))
         mapping = "map" if cpu else "vmap"
         return dataclasses.replace(
             self,
             devices=devices,
-            lanes=self.lanes or lanes,
+            lanes=lanes,
             mapping=mapping if self.mapping == "auto" else self.mapping,
         )
 
@@ -114,6 +123,27 @@ def _first(devices: int | None, there: Sequence[jax.Device] | None) -> Sequence[
             f"devices, got devices {count}; leave it out."
         )
     return found[:count]
+
+
+# FLOPs of a step that keep an accelerator busy. `jfed plan` counts some 750 kernels in a step of an
+# ODENet on a GPU, a millisecond or two of launching alone, in which one does a few 10^11.
+_BUSY = 1e12
+
+
+def useful_lanes(device: jax.Device, flops: float, memory: Callable[[], int]) -> int:
+    """How many lanes it takes to keep an accelerator busy, if half of its memory has room for them.
+
+    Args:
+      device: one of several alike.
+      flops: of a step of one lane.
+      memory: tells the bytes that a lane takes; asked only where the device tells what it has.
+    """
+    lanes = math.ceil(_BUSY / max(flops, 1.0))
+    try:
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # it is only described
+        limit = None
+    return lanes if limit is None else max(1, min(lanes, limit // 2 // memory()))
 
 
 def platform_of(mesh: Mesh) -> str:

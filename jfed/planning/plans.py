@@ -27,7 +27,7 @@ class ProgramPlan:
     """
 
     name: str
-    calls: float
+    calls: int
     seconds: float
     error: str | None = None
     arguments: int = 0

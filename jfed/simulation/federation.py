@@ -36,6 +36,7 @@ from jfed.engine.devices import (
     platform_of,
     put,
     to_host,
+    useful_lanes,
 )
 from jfed.engine.faults import FaultConfig
 from jfed.engine.lanes import SCHEDULE, Inputs, Training
@@ -234,7 +235,9 @@ class Federation:
             check_model(tier, like, data)
         self._check(data, like)
         self.clock = self._make_clock() if self.time.devices_of_clients else None
-        self.engine = (engine or EngineConfig()).resolve(self.population.cohort, devices)
+        self.engine = (engine or EngineConfig()).resolve(
+            self.population.cohort, devices, self._useful_lanes
+        )
         self._mesh = make_mesh(self.engine.devices, devices)
         self._rows = ClientRows(
             jax.eval_shape(self.algorithm.memory_init, like),
@@ -323,17 +326,26 @@ class Federation:
             for i, tier in enumerate(self.tiers.members)
         ]
 
+    def _useful_lanes(self, device: jax.Device) -> int:
+        most = int(np.argmax(self._flops))
+        step = self._flops[most] * self.client.batch_size
+        return useful_lanes(device, step, lambda: self._peak_bytes(most))
+
+    def _peak_bytes(self, tier: int) -> int:
+        """Of a client's memory while it trains."""
+        exchange = next(e for group, e in self._exchanges.items() if tier in group)
+        own = self.tiers.members[tier]
+        shapes = own.shapes(jax.eval_shape(self.tiers.init, self.key))
+        return peak_bytes(own, shapes, exchange, self._image_shape, self.client.batch_size)
+
     def training_costs(self) -> dict[str, TrainingCost]:
         """What training costs a client, by the name of its tier; takes a moment for each."""
-        like, client, found = jax.eval_shape(self.tiers.init, self.key), self.client, {}
-        for group, exchange in self._exchanges.items():
-            for i in group:
-                tier = self.tiers.members[i]
-                shape, size = self._image_shape, client.batch_size
-                memory = peak_bytes(tier, tier.shapes(like), exchange, shape, size)
-                own = np.flatnonzero(self.population.tier == i).tolist()
-                counts = [client_examples(len(self.population.partition[c]), client) for c in own]
-                found[tier.name] = TrainingCost(self._flops[i] * float(np.mean(counts)), memory)
+        found = {}
+        for i, tier in enumerate(self.tiers.members):
+            own = np.flatnonzero(self.population.tier == i).tolist()
+            sizes = [len(self.population.partition[client]) for client in own]
+            examples = float(np.mean([client_examples(n, self.client) for n in sizes]))
+            found[tier.name] = TrainingCost(self._flops[i] * examples, self._peak_bytes(i))
         return found
 
     def _make_groups(self, data: Dataset, like: Params) -> list[_Group]:

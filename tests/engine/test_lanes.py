@@ -28,7 +28,7 @@ from jfed.algorithms import (
 from jfed.algorithms.codecs import named
 from jfed.data import Dataset, Split
 from jfed.data.preprocessing import Augmentation, Images
-from jfed.engine.devices import EngineConfig, make_mesh
+from jfed.engine.devices import EngineConfig, make_mesh, useful_lanes
 from jfed.engine.faults import FaultConfig
 from jfed.engine.lanes import Inputs, Training, make_trainer
 from jfed.engine.packing import Packing, Work, client_batches, pack
@@ -608,6 +608,16 @@ def test_bad_engine_settings_are_quoted(changes, message):
         EngineConfig(**changes).resolve(10)
 
 
+def test_lanes_keep_a_device_busy_and_fit_into_half_of_it():
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2000})
+    assert useful_lanes(device, 1e11, lambda: 1) == 10
+    assert useful_lanes(device, 1e13, lambda: 1) == 1
+    assert useful_lanes(device, 1e9, lambda: 40) == 25
+    assert useful_lanes(device, 1e9, lambda: 4000) == 1
+    unknown = types.SimpleNamespace(memory_stats=lambda: None)
+    assert useful_lanes(unknown, 1e10, lambda: 1 / 0) == 100
+
+
 def test_the_engine_picks_by_platform():
     device = functools.partial(types.SimpleNamespace, process_index=0)
     cpu, gpu, tpu = ([device(platform=kind)] * 4 for kind in ("cpu", "gpu", "tpu"))
@@ -615,6 +625,7 @@ def test_the_engine_picks_by_platform():
     assert EngineConfig(devices=2).resolve(10, gpu) == EngineConfig(2, 5, "vmap")
     assert EngineConfig().resolve(2, tpu) == EngineConfig(4, 1, "vmap")
     assert EngineConfig(devices=2).resolve(100, gpu).lanes == 8
+    assert EngineConfig(devices=2).resolve(100, gpu, lambda device: 70).lanes == 50
     given = EngineConfig(devices=1, lanes=3, mapping="unroll")
     assert given.resolve(10, gpu) == given.resolve(10, cpu) == given
     debug = EngineConfig(devices=4, lanes=3, mapping="debug")
