@@ -41,7 +41,8 @@ class JobConfig:
 
     Attributes:
       partition: by name; the cluster's default one where not given.
-      minutes: until the run has to save and queue again; what compiles takes a part of them.
+      minutes: until the run has to save and queue again, 5 or more. Slurm warns up to two and a
+        half before, and a job that has hardly begun would not hear it.
       cpus: cores; without a GPU up to 8 of them are the run's devices.
       gpus: how many.
       memory: in GB; what the cluster gives where not given.
@@ -58,7 +59,7 @@ class JobConfig:
     slurm_args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_integer("minutes", self.minutes, least=1)
+        check_integer("minutes", self.minutes, least=5)
         check_integer("cpus", self.cpus, least=1)
         check_integer("gpus", self.gpus, least=0)
         check_integer("timeouts", self.timeouts, least=0)

@@ -78,7 +78,7 @@ def test_settings_become_options_of_sbatch(tmp_path, slurm):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"minutes": 0}, "minutes must be 1 or more, got 0"),
+        ({"minutes": 4}, "minutes must be 5 or more, got 4"),
         ({"cpus": 0}, "cpus must be 1 or more, got 0"),
         ({"gpus": -1}, "gpus must be 0 or more, got -1"),
         ({"memory": 0.0}, "memory must be a number, above 0, got 0.0"),
