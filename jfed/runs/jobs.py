@@ -178,10 +178,7 @@ class Slurm:
         if not job.paths.result_pickle.exists():
             return Job(number, None, failed=f"it was killed; see {job.paths.stdout}")
         if (error := job.exception()) is not None:
-            trace = [
-                line for line in str(error).splitlines() if re.match(r"\S+(Error|Exit)\b", line)
-            ]
-            return Job(number, None, failed=trace[-1] if trace else str(error))
+            return Job(number, None, failed=_last_error(str(error)))
         return Job(number, None, diverged=job.result())
 
     def submit(self, config: RunConfig, run: pathlib.Path, folder: pathlib.Path, name: str) -> Job:
