@@ -33,15 +33,13 @@ def keep(value: Array) -> Array:
     return checkpoint_name(value, _KEPT)
 
 
-def shares_of(mask: Mask | None, batch: int) -> Shares:
+def shares_of(mask: Mask | None, batch: Any) -> Shares:
     """Equal shares of the examples where `mask` is 1, or of all.
 
     In a batch of padding alone (a lane without work, the end of an evaluation) all count: what
     comes of it is thrown away, but a variance of zero would make it overflow, and 0 * inf is nan.
     """
-    if mask is None:
-        return jnp.full(batch, 1 / batch)
-    counts = jnp.where(mask.any(), mask, 1)
+    counts = jnp.ones(batch) if mask is None else jnp.where(mask.any(), mask, 1)
     return counts / counts.sum()
 
 

@@ -108,7 +108,7 @@ def test_devices_of_clients_and_a_deadline(tmp_path, capsys):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["simulated_seconds"] == pytest.approx(3e-3)
     zero, one, *untrained = summary["tiers"]
-    assert one["training_flops"] > 2 * zero["training_flops"] > 0
+    assert one["training_flops"] > 1.5 * zero["training_flops"] > 0
     assert one["peak_bytes"] > zero["peak_bytes"] > 3 * 4 * zero["parameters"]
     assert {tier["peak_bytes"] for tier in untrained} == {None}
     assert (folder / "accuracy_by_time.png").read_bytes().startswith(b"\x89PNG")
