@@ -68,8 +68,8 @@ class EngineConfig:
     def resolve(
         self,
         clients: int,
-        there: Sequence[jax.Device] | None = None,
-        useful: Callable[[jax.Device], int] = lambda device: 8,
+        there: Sequence[Any] | None = None,
+        useful: Callable[[Any], int] = lambda device: 8,
     ) -> "EngineConfig":
         """The same with numbers in place of None and a mapping in place of "auto".
 
@@ -97,7 +97,7 @@ class EngineConfig:
         )
 
 
-def make_mesh(devices: int | None, there: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: int | None, there: Sequence[Any] | None = None) -> Mesh:
     """That many devices along one axis, or all that there are, those of other hosts included.
 
     Args:
@@ -112,7 +112,7 @@ def make_mesh(devices: int | None, there: Sequence[jax.Device] | None = None) ->
     return Mesh(np.asarray(_first(devices, there)), (AXIS,))
 
 
-def _first(devices: int | None, there: Sequence[jax.Device] | None) -> Sequence[jax.Device]:
+def _first(devices: int | None, there: Sequence[Any] | None) -> Sequence[Any]:
     found = jax.devices() if there is None else there
     count, hosts = len(found) if devices is None else devices, {d.process_index for d in found}
     if count > len(found):
@@ -130,7 +130,7 @@ def _first(devices: int | None, there: Sequence[jax.Device] | None) -> Sequence[
 _BUSY = 1e12
 
 
-def useful_lanes(device: jax.Device, flops: float, memory: Callable[[], int]) -> int:
+def useful_lanes(device: Any, flops: float, memory: Callable[[], int]) -> int:
     """How many lanes it takes to keep an accelerator busy, if half of its memory has room for them.
 
     Args:

@@ -187,12 +187,12 @@ def network(
         mask: Mask | None = None,
         statistics: Statistics | None = None,
     ) -> Float[Array, "*exits B classes"]:
-        shares = shares_of(mask, images.shape[0])
+        shares = shares_of(mask)
         logits, _ = call(bind(params), images, shares, statistics, record=False)
         return logits.astype(jnp.float32)
 
     def measure(params: Params, images: Float[Array, "B H W C"], mask: Mask) -> Statistics:
-        return call(bind(params), images, shares_of(mask, images.shape[0]), None, record=True)[1]
+        return call(bind(params), images, shares_of(mask), None, record=True)[1]
 
     return Model(init, apply, measure if norm == "batch" else None)
 

@@ -19,8 +19,8 @@ NORMS = ("batch", "group")
 _EPSILON = 1e-5
 _MAX_GROUPS = 8
 
-# How much each example of a batch counts in a mean over it; together 1.
-Shares = Float[Array, " B"]
+# How much each example of a batch counts in a mean over it, together 1; None where all are alike.
+Shares = Float[Array, " B"] | None
 
 _KEPT = "kept"
 # A policy for `jax.checkpoint`: keep what is expensive to compute again, which is what convolutions
@@ -33,13 +33,15 @@ def keep(value: Array) -> Array:
     return checkpoint_name(value, _KEPT)
 
 
-def shares_of(mask: Mask | None, batch: Any) -> Shares:
+def shares_of(mask: Mask | None) -> Shares:
     """Equal shares of the examples where `mask` is 1, or of all.
 
     In a batch of padding alone (a lane without work, the end of an evaluation) all count: what
     comes of it is thrown away, but a variance of zero would make it overflow, and 0 * inf is nan.
     """
-    counts = jnp.ones(batch) if mask is None else jnp.where(mask.any(), mask, 1)
+    if mask is None:
+        return None
+    counts = jnp.where(mask.any(), mask, 1)
     return counts / counts.sum()
 
 
@@ -78,7 +80,7 @@ def batch_moments(x: Float[Array, "B H W C"], shares: Shares) -> Moments:
     than a hundred deviations would cost it digits.
     """
     x = _wide(x)
-    part, size = x * _examples(shares), x.shape[1] * x.shape[2]
+    part, size = x * _examples(shares, x), x.shape[1] * x.shape[2]
     mean, square = part.sum((0, 1, 2)) / size, (part * x).sum((0, 1, 2)) / size
     return Moments(keep(mean), keep(jnp.maximum(square - jnp.square(mean), 0)))
 
@@ -101,7 +103,7 @@ def batch_normalise(
 
 
 def _batch_forward(
-    gain: float, x: Array, shares: Array, scale: Array, offset: Array
+    gain: float, x: Array, shares: Shares, scale: Array, offset: Array
 ) -> tuple[tuple[Array, Moments], Any]:
     used = batch_moments(x, shares)
     return (_normalise(x, used, scale, offset, gain), used), (x, shares, scale, used)
@@ -113,9 +115,10 @@ def _batch_backward(gain: float, residuals: Any, gradients: tuple[Array, Moments
     unit = (_wide(x) - _channels(used.mean)) * _channels(factor)
     d_offset, d_scale = dy.sum((0, 1, 2)), (dy * unit).sum((0, 1, 2))
     along, across = (_channels(d / (x.shape[1] * x.shape[2])) for d in (d_offset, d_scale))
-    common = _examples(shares) * (along + unit * across)
+    common = _examples(shares, x) * (along + unit * across)
     dx = _channels(scale * factor) * (dy - common)
-    return dx.astype(x.dtype), jnp.zeros_like(shares), d_scale, d_offset
+    d_shares = jax.tree.map(jnp.zeros_like, shares)
+    return dx.astype(x.dtype), d_shares, d_scale, d_offset
 
 
 batch_normalise.defvjp(_batch_forward, _batch_backward)
@@ -146,8 +149,8 @@ def _channels(a: Float[Array, " C"]) -> Float[Array, "1 1 1 C"]:
     return a[None, None, None, :]
 
 
-def _examples(a: Shares) -> Float[Array, "B 1 1 1"]:
-    return a[:, None, None, None]
+def _examples(shares: Shares, x: Float[Array, "B H W C"]) -> Float[Array, "B 1 1 1"] | float:
+    return 1 / x.shape[0] if shares is None else shares[:, None, None, None]
 
 
 def _groups(channels: int) -> int:

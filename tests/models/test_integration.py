@@ -44,7 +44,7 @@ def test_order_of_convergence_on_a_linear_system(solver):
     assert order == pytest.approx(ORDERS[solver], abs=0.25)
 
 
-EQUAL = shares_of(None, 2)
+EQUAL = shares_of(None)
 
 
 def _ode_function(channels, dtype="float32"):
@@ -126,7 +126,7 @@ def test_gradients_equal_finite_differences_in_float64(solver):
         state = jax.tree.map(lambda x: x.astype(jnp.float64), state)
         z = jax.random.normal(jax.random.key(1), (2, 4, 4, 3), jnp.float64)
         weights = jax.random.normal(jax.random.key(2), z.shape, jnp.float64)
-        shares = EQUAL.astype(jnp.float64)
+        shares = EQUAL
 
         def loss(state, z):
             def field(t, z, m):

@@ -11,7 +11,7 @@ from jfed.models.blocks import ResidualBlock, Shape
 from jfed.models.layers import SeparableTimeConv, Style, TimeConv, max_pool
 from jfed.models.norms import shares_of
 
-EQUAL = shares_of(None, 2)
+EQUAL = shares_of(None)
 
 
 def _conv(x, kernel, stride=1, groups=1):
