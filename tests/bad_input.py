@@ -80,6 +80,10 @@ MODEL = jfed.models.Model(
 SMALL_RESNET = jfed.models.ResNetConfig(widths=(4, 8), blocks=(1, 1), channels=1)
 
 
+def _resolved(**given: Any) -> Any:
+    return jfed.EngineConfig(**given).resolve(3, None, lambda device: 8)
+
+
 def mutated(rng, given):
     """The keyword arguments with one to three of them replaced by junk."""
     names = rng.sample(sorted(given), min(len(given), rng.choice([1, 1, 2, 3])))
@@ -137,7 +141,10 @@ def entry_points():
         (jfed.Augmentation, arguments_of(jfed.Augmentation())),
         (jfed.FaultConfig, arguments_of(jfed.FaultConfig())),
         (jfed.TimeConfig, arguments_of(jfed.TimeConfig(("nvidia-t4@5g",), deadline=9.0))),
-        (lambda **given: jfed.EngineConfig(**given).resolve(3), arguments_of(jfed.EngineConfig())),
+        (
+            lambda **given: jfed.EngineConfig(**given).resolve(3, None, lambda device: 8),
+            arguments_of(jfed.EngineConfig()),
+        ),
         (CheckpointConfig, arguments_of(CheckpointConfig())),
         (Settings, arguments_of(Settings())),
         (jfed.models.ODENetConfig, odenet),

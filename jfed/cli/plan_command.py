@@ -8,10 +8,13 @@ from collections.abc import Iterator, Sequence
 
 from jfed import files
 from jfed.cli import flags, run_command
+from jfed.engine.devices import use_cores
 from jfed.errors import ConfigError, RunFolderError, one_of
 from jfed.planning import tables
-from jfed.planning.compiling import make_plan
+from jfed.planning.compiling import plan_federation
 from jfed.planning.targets import open_target, parse
+from jfed.provenance import cores
+from jfed.runs.assembly import set_up
 from jfed.runs.config import RUN_PRESETS, RunConfig, settings, short_name
 
 
@@ -56,22 +59,30 @@ def execute(args: list[str]) -> None:
         prog="jfed plan",
         description="Compiles a run for a GPU or TPU, and tells what it needs there.",
     )
-    parse(given.plan.target)  # before anything is loaded
+    _check(given.plan)
     variants = dict(_variants(given.run, given.plan.compare))
-    target, plans = open_target(given.plan.target), {}
-    for name, config in variants.items():
-        print(f"reading data and compiling {name} ...", file=sys.stderr)
-        plans[name] = make_plan(config, target)
-        if len(variants) == 1:
-            print(tables.text(plans[name]))
-    if len(variants) > 1:
-        print(tables.comparison(plans))
+    use_cores(len(cores()))
+    target = open_target(given.plan.target)
+    print("reading data ...", file=sys.stderr)
+    ready = {n: set_up(c, devices=target.devices).federation for n, c in variants.items()}
+    plans = {}
+    for name, federation in ready.items():
+        print(f"compiling {name} ...", file=sys.stderr)
+        plans[name] = plan_federation(federation, target)
+    print(tables.comparison(plans) if len(plans) > 1 else tables.text(plans[name]))
     if given.plan.json is not None:
         try:
             found = {name: tables.as_json(plan) for name, plan in plans.items()}
             files.write_json(given.plan.json, found)
         except OSError as error:
             raise RunFolderError(f"cannot write {str(given.plan.json)!r}: {error}.") from error
+
+
+def _check(plan: PlanConfig) -> None:
+    """Checks what can be before anything is loaded."""
+    parse(plan.target)
+    if plan.json is not None and not plan.json.absolute().parent.is_dir():
+        raise ConfigError(f"there is no folder for {str(plan.json)!r}.")
 
 
 def _variants(run: RunConfig, compare: Sequence[str]) -> Iterator[tuple[str, RunConfig]]:
@@ -81,7 +92,11 @@ def _variants(run: RunConfig, compare: Sequence[str]) -> Iterator[tuple[str, Run
         name = " ".join("=".join(pair) for pair in chosen) or "the run"
         given = [word for n, v in chosen for word in (f"--{n.replace('_', '-')}", v)]
         found: Command = flags.parse(
-            Command(run, PlanConfig()), given, names=short_name, prog="jfed plan", description=""
+            Command(run_command.for_method(run, given), PlanConfig()),
+            given,
+            names=short_name,
+            prog="jfed plan",
+            description="",
         )
         yield name, found.run
 

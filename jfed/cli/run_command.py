@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import sys
 import time
@@ -84,15 +85,18 @@ def parse(args: list[str]) -> Command:
 
 def starting(args: list[str]) -> RunConfig:
     """What the settings are before flags change them: those of the preset that is asked for."""
-    begin = run_preset(_given(args, "--preset") or LaunchConfig.preset)
-    if (_given(args, "--method") or "ode") != "ode":
-        begin = begin.replace(iterations=None)  # which are of the preset's method
-    return begin
+    return for_method(run_preset(_given(args, "--preset") or LaunchConfig.preset), args)
+
+
+def for_method(begin: RunConfig, args: list[str]) -> RunConfig:
+    """The settings without iterations, which are those of the preset's method, for another one."""
+    other = (_given(args, "--method") or "ode") != "ode"
+    return begin.replace(iterations=None) if other else begin
 
 
 def _given(args: list[str], flag: str) -> str | None:
     """The value of a flag that is one word."""
-    for arg, after in zip(args, [*args[1:], None], strict=True):
+    for arg, after in itertools.zip_longest(args, args[1:]):
         if arg == flag:
             return after
         if arg.startswith(f"{flag}="):

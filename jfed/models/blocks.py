@@ -87,7 +87,7 @@ class ResidualBlock(nnx.Module):
         if not len(self.layers):
             return nnx.relu(x), used
         if self.step is not None:
-            y = self.step[...] * y
+            y = self.step[...].astype(y.dtype) * y
         return nnx.relu(x + y), used
 
 

@@ -133,9 +133,10 @@ def integrate(
     assert most is not None
     if least == most:
         return _static(step, z, most, unroll, record)
-    if record:
-        return _recorded(step, z, steps, most, largest)
     last = min(least, 1)
+    if record:
+        assert largest is None
+        return _recorded(step, z, steps, most, last)
     before, far = steps - last, None if largest is None else largest - last
     z = repeat(lambda k, z: step(k, z)[0], z, before, most=most - last, largest=far)
     return step(before, z)[0] if last else z, None
@@ -188,18 +189,16 @@ def _static(step: Callable, z: Array, steps: int, unroll: bool, record: bool) ->
 
 
 def _recorded(
-    step: Callable, z: Array, steps: Count, most: int, largest: Count | None
+    step: Callable, z: Array, steps: Count, most: int, last: int
 ) -> tuple[Array, Moments]:
-    """As `repeat`, with the moments of the steps that were taken."""
+    """As `repeat` and `last` steps after it, with the moments of the steps that were taken."""
 
-    def body(k: Array, carry: Any) -> Any:
+    def body(k: Count, carry: Any) -> Any:
         z, moments = carry
         end, used = step(k, z)
-        after = end, jax.tree.map(lambda m, u: m.at[k].set(u), moments, used)
-        if largest is None:
-            return after
-        return jax.tree.map(lambda a, b: jnp.where(k < steps, a, b), after, carry)
+        return end, jax.tree.map(lambda m, u: m.at[k].set(u), moments, used)
 
     shapes = jax.eval_shape(lambda z: step(jnp.zeros((), jnp.int32), z)[1], z)
     moments = jax.tree.map(lambda s: jnp.zeros((most, *s.shape), s.dtype), shapes)
-    return jax.lax.fori_loop(0, steps if largest is None else largest, body, (z, moments))
+    end = jax.lax.fori_loop(0, steps - last, body, (z, moments))
+    return body(steps - 1, end) if last else end

@@ -2,10 +2,11 @@
 
 What programs compute, read, write and send is counted in what the target's compiler made of them,
 with loops as long as the run's own schedules have them. Seconds cannot be known from that: only
-that no round is shorter than its arithmetic at the peak of the matrix units, or than its bytes at
-the memory's bandwidth.
+how long the arithmetic takes at the peak of the matrix units, and the bytes at the memory's
+bandwidth. Left out: deadlines, the trainings that measure the bytes of codecs, copies for saving.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,35 +15,30 @@ from typing import Any
 import jax
 import numpy as np
 
+from jfed.errors import ConfigError
 from jfed.planning import workload
 from jfed.planning.counting import count, count_body
 from jfed.planning.findings import find
-from jfed.planning.plans import Plan, ProgramPlan
+from jfed.planning.plans import ProgramPlan, RunPlan
 from jfed.planning.targets import Target
 from jfed.planning.workload import Lengths
-from jfed.runs.assembly import set_up
-from jfed.runs.config import RunConfig
 from jfed.simulation.federation import Federation
 from jfed.simulation.programs import compiler_options
 
 _ROUNDS = 20  # that lengths of loops are means over
 
 
-def make_plan(config: RunConfig, target: Target, **options: Any) -> Plan:
-    """Compiles every program of a run for a target, and counts what they do.
+def plan_federation(federation: Federation, target: Target) -> RunPlan:
+    """Compiles every program of a run, and counts what they do.
 
     A program that the compiler fails on is told with its error, and the others go on.
 
     Args:
-      config: of the run.
+      federation: set up on the target's devices.
       target: see `jfed.planning.targets.open_target`.
-      **options: of `jfed.runs.assembly.set_up`.
     """
-    return plan_federation(set_up(config, devices=target.devices, **options).federation, target)
-
-
-def plan_federation(federation: Federation, target: Target) -> Plan:
-    """As `make_plan`, of a federation that was set up on the target's devices."""
+    if federation.engine.mapping == "debug":
+        raise ConfigError("mapping 'debug' is a plain loop: there is no program to plan.")
     arguments, lengths = federation.arguments(), _lengths(federation)
     held = _held(federation, arguments)
     there = {id(x) for arrays in held.values() for x in arrays}
@@ -50,7 +46,7 @@ def plan_federation(federation: Federation, target: Target) -> Plan:
     for name, lowered in federation.lower(arguments).items():
         own = [x for x in jax.tree.leaves(arguments[name]) if id(x) not in there]
         programs.append(_compiled(federation, name, lowered, lengths[name], bytes_on_device(own)))
-    return Plan(
+    return RunPlan(
         target=target.name,
         chip=target.chip,
         devices=federation.engine.devices or 1,
@@ -69,26 +65,25 @@ def _compiled(
     lengths: Lengths,
     arguments: int,
 ) -> ProgramPlan:
-    title, calls = _title(federation, name), _calls(federation, name)
+    (kind, _), lanes = _parts(name), federation.engine.lanes or 1
+    plan = ProgramPlan(kind, _title(federation, name), _calls(federation, name), 0.0)
     began = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options(federation.platform))
+        seconds, text = time.perf_counter() - began, compiled.as_text() or ""
+        memory: Any = compiled.memory_analysis()
+        return dataclasses.replace(
+            plan,
+            seconds=seconds,
+            arguments=arguments,
+            outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            temporary=memory.temp_size_in_bytes,
+            counts=count(text, lengths),
+            step=count_body(text, "steps", lengths) if kind == "train" else None,
+            findings=find(text, lengths, lanes=lanes if federation.engine.mapping == "vmap" else 1),
+        )
     except Exception as error:  # whatever a compiler raises
-        return ProgramPlan(title, calls, time.perf_counter() - began, error=str(error))
-    seconds, text = time.perf_counter() - began, compiled.as_text() or ""
-    memory: Any = compiled.memory_analysis()
-    lanes = federation.engine.lanes if federation.engine.mapping == "vmap" else None
-    return ProgramPlan(
-        title,
-        calls,
-        seconds,
-        arguments=arguments,
-        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        temporary=memory.temp_size_in_bytes,
-        counts=count(text, lengths),
-        step=count_body(text, "steps", lengths) if "steps" in lengths else None,
-        findings=find(text, lengths, lanes=lanes or 1),
-    )
+        return dataclasses.replace(plan, seconds=time.perf_counter() - began, error=str(error))
 
 
 def _lengths(federation: Federation) -> dict[str, Lengths]:

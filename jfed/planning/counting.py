@@ -64,6 +64,11 @@ class Counts:
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     unknown: list[Unknown] = dataclasses.field(default_factory=list)
 
+    @property
+    def sent(self) -> float:
+        """Bytes that collectives take from a device."""
+        return sum((one.bytes * one.times for one in self.collectives), start=0.0)
+
 
 class Visit(NamedTuple):
     """A kernel, or a loop or conditional that waits for a value.

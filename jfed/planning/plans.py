@@ -1,4 +1,4 @@
-"""What a run needs of a machine: bytes, arithmetic, traffic, and what no machine can go below."""
+"""What a run needs of a machine: bytes, arithmetic, traffic, and the time of these at best."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from jfed.engine.devices import EngineConfig
 from jfed.planning.counting import Counts
 from jfed.planning.findings import Finding
-from jfed.planning.hardware import Chip
+from jfed.planning.hardware import TPU_PASSES, Chip
+
+_GPU_SHARE = 0.75  # of its memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +16,8 @@ class ProgramPlan:
     """One program of a run.
 
     Attributes:
-      name: "train", "server", "evaluate", ... and the tiers that it serves.
+      kind: "train", "server", "evaluate", "local" (tests of clients) or "norms" (for them).
+      name: its kind, and the tiers that it serves.
       calls: of it in the whole run.
       seconds: that compiling took on this machine.
       error: what the compiler said; None if it made the program.
@@ -26,6 +29,7 @@ class ProgramPlan:
       findings: what is amiss.
     """
 
+    kind: str
     name: str
     calls: int
     seconds: float
@@ -43,21 +47,22 @@ class ProgramPlan:
         return self.arguments + self.outputs + self.temporary
 
     @property
-    def sent(self) -> float:
-        """Bytes that collectives take from a device in a call."""
-        return sum(one.bytes * one.times for one in self.counts.collectives)
+    def is_too_large(self) -> bool:
+        """Whether the compiler found no room for it, as those of TPUs do."""
+        return self.error is not None and "RESOURCE_EXHAUSTED" in self.error
 
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """Seconds that something takes at the least, by what takes them.
+    """Seconds that something takes at best, by what takes them.
 
-    A device may compute, load and send at the same time, so that the longest of these is the least;
+    A device may compute, load and send at the same time, so that the longest of these counts;
     starting kernels one by one costs the more the smaller they are.
 
     Attributes:
       arithmetic: products of matrices at the peak of the units that do them.
-      memory: bytes at the bandwidth of the device's memory.
+      memory: bytes at the bandwidth of the device's memory. A cache may save some of them, most of
+        programs whose arrays are small.
       links: bytes between devices at the bandwidth of a device's links.
       launches: starting kernels.
     """
@@ -74,7 +79,7 @@ class Floor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A run on a target.
 
     Attributes:
@@ -99,51 +104,61 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """The most bytes that a device needs at a time, by what compiled."""
+        """About the most bytes that a device needs at a time, by what compiled."""
         return sum(self.held.values()) + max((p.memory for p in self.programs), default=0)
 
     @property
+    def room(self) -> int | None:
+        """Bytes that JAX takes of a device; None where that is not known."""
+        if self.chip is None:
+            return None
+        return int(self.chip.memory * (_GPU_SHARE if self.chip.platform == "gpu" else 1))
+
+    @property
     def fits(self) -> bool | None:
-        """Whether a device has that much; None where that is not known."""
-        return None if self.chip is None else self.memory <= self.chip.memory
+        """Whether there is room; None where that is not known."""
+        if any(program.is_too_large for program in self.programs):
+            return False
+        if self.room is None or any(program.error for program in self.programs):
+            return None
+        return self.memory <= self.room
 
     @property
     def most_lanes(self) -> int | None:
-        """About how many lanes a device has memory for, if each takes as much as these do.
+        """About how many lanes a device has room for, if each takes as much as these do.
 
         None where lanes run one after another, or a device's memory is not known.
         """
         training = [p.memory for p in self.training if p.error is None]
-        if self.chip is None or self.engine.mapping != "vmap" or not any(training):
+        if self.room is None or self.engine.mapping != "vmap" or not any(training):
             return None
         each = max(training) / (self.engine.lanes or 1)
-        return max(int((self.chip.memory - sum(self.held.values())) / each), 0)
+        return max(int((self.room - sum(self.held.values())) / each), 0)
 
     @property
     def training(self) -> list[ProgramPlan]:
         """The programs that train clients."""
-        return [p for p in self.programs if p.name.startswith("train ")]
+        return [p for p in self.programs if p.kind == "train"]
 
     @property
     def of_round(self) -> list[ProgramPlan]:
         """The programs that every round calls."""
-        return [p for p in self.programs if p.name == "server" or p in self.training]
+        return [p for p in self.programs if p.kind in ("train", "server")]
 
     def floor(self, counts: Counts) -> Floor | None:
         """Of what a device does; None where the device is not known."""
         chip = self.chip
         if chip is None:
             return None
-        sent = sum(one.bytes * one.times for one in counts.collectives)
         return Floor(
             arithmetic=sum(n / peak(chip, dtype) for dtype, n in counts.flops.items()),
             memory=counts.bytes / chip.bandwidth,
-            links=sent / chip.link if self.devices > 1 else 0.0,
+            links=counts.sent / chip.link if self.devices > 1 else 0.0,
             launches=counts.kernels * chip.launch,
         )
 
     def least_seconds(self, programs: Sequence[ProgramPlan], *, calls: bool) -> float | None:
-        """Below which the programs cannot go one after another, called once each or as in the run.
+        """What the programs take at best one after another, called once each or as in the run.
 
         The host's work, compiling, reading data and saving come on top.
         """
@@ -161,6 +176,6 @@ def peak(chip: Chip, dtype: str) -> float:
     """
     name, _, precision = dtype.partition("/")
     if name == "float32" and precision != "highest":
-        passes = 3 if precision == "high" else 1
+        passes = TPU_PASSES["high"] if precision == "high" and chip.platform == "tpu" else 1
         return chip.peak[chip.float32_default] / passes
     return chip.peak.get(name, chip.peak["float32"])

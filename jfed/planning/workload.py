@@ -70,16 +70,19 @@ def of_testing(tiers: Sequence[Tier]) -> Lengths:
 
 
 def of_clients_tests(chunks: Sequence[Chunk], tiers: Sequence[Tier]) -> Lengths:
-    """Of a program that tests clients on examples of their own: means over clients."""
-    parts = [chunk.numbers for chunk in chunks]
-    columns = {"tests": "tests", "tuning": "steps", "norms": "epoch"}
-    found = {
-        name: float(np.mean([np.asarray(getattr(part, column)).mean() for part in parts]))
-        for name, column in columns.items()
-    }
-    counts = _iterations(tiers)
-    tier = np.concatenate([np.asarray(part.tier) for part in parts])
-    return found | {f"ode{k}": float(n) for k, n in enumerate(counts[tier].mean(0))}
+    """Of a program that tests clients on examples of their own.
+
+    Means over the places of its calls, of which some may have no client.
+    """
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([np.asarray(getattr(chunk.numbers, name)) for chunk in chunks])
+
+    tests, epoch = column("tests"), column("epoch")
+    lengths = {"tests": tests, "tuning": column("steps"), "norms": np.maximum(epoch - 1, 0)}
+    found = {name: float(lengths[name].mean()) for name in lengths}
+    counts = np.average(_iterations(tiers)[column("tier")], axis=0, weights=tests)
+    return found | {f"ode{k}": float(n) for k, n in enumerate(counts)}
 
 
 def _iterations(tiers: Sequence[Tier]) -> np.ndarray:

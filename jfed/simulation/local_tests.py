@@ -279,7 +279,7 @@ class Chunk(NamedTuple):
       tested: on what, on the devices.
       needed: images for it.
       images: the most that a device needs for any of the calls.
-      numbers: of `tested`, on the host, without examples.
+      numbers: of `tested`, on the host, without examples; zeros where there is no client.
     """
 
     clients: list[int]
@@ -335,8 +335,7 @@ def chunks(
         trains = tested.train, tested.train_real if reads_training else unread
         needed = images.needed(trains, (tested.test, tested.test_real))
         tested = tested._replace(train=needed.indices[0], test=needed.indices[1])
-        numbers = _stacked(some, len(some), shapes)
-        numbers = numbers._replace(train=(), train_real=(), test=(), test_real=())
+        numbers = tested._replace(train=(), train_real=(), test=(), test_real=())
         there = put(tested, mesh, SPREAD)
         found.append(Chunk([row[0] for row in some], there, needed, 0, numbers))
     most = max((len(rows) for chunk in found for rows in chunk.needed.rows), default=0)

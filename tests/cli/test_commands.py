@@ -10,6 +10,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from jfed.cli import run_command
 from jfed.cli.commands import main
 from jfed.cli.models_command import model_table
 
@@ -211,6 +212,10 @@ def test_an_unknown_command_names_the_close_ones(capsys):
 
 
 @pytest.mark.slow
+def test_flags_are_all_left_out_in_the_first_command_of_the_readme():
+    assert run_command.parse([]) == run_command.parse(["--preset", "digits"])
+
+
 def test_models_lists_every_preset():
     table = model_table(32, (1,))
     lines = {line.split()[0]: line.split() for line in table.splitlines()[2:]}

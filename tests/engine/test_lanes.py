@@ -605,7 +605,11 @@ def test_what_a_client_does_not_own_is_no_part_of_its_updates_norm():
 )
 def test_bad_engine_settings_are_quoted(changes, message):
     with pytest.raises(ConfigError, match=message):
-        EngineConfig(**changes).resolve(10)
+        EngineConfig(**changes).resolve(10, None, _eight)
+
+
+def _eight(device):
+    return 8
 
 
 def test_lanes_keep_a_device_busy_and_fit_into_half_of_it():
@@ -621,12 +625,12 @@ def test_lanes_keep_a_device_busy_and_fit_into_half_of_it():
 def test_the_engine_picks_by_platform():
     device = functools.partial(types.SimpleNamespace, process_index=0)
     cpu, gpu, tpu = ([device(platform=kind)] * 4 for kind in ("cpu", "gpu", "tpu"))
-    assert EngineConfig(devices=2).resolve(10, cpu) == EngineConfig(2, 1, "map")
-    assert EngineConfig(devices=2).resolve(10, gpu) == EngineConfig(2, 5, "vmap")
-    assert EngineConfig().resolve(2, tpu) == EngineConfig(4, 1, "vmap")
-    assert EngineConfig(devices=2).resolve(100, gpu).lanes == 8
+    assert EngineConfig(devices=2).resolve(10, cpu, _eight) == EngineConfig(2, 1, "map")
+    assert EngineConfig(devices=2).resolve(10, gpu, _eight) == EngineConfig(2, 5, "vmap")
+    assert EngineConfig().resolve(2, tpu, _eight) == EngineConfig(4, 1, "vmap")
+    assert EngineConfig(devices=2).resolve(100, gpu, _eight).lanes == 8
     assert EngineConfig(devices=2).resolve(100, gpu, lambda device: 70).lanes == 50
     given = EngineConfig(devices=1, lanes=3, mapping="unroll")
-    assert given.resolve(10, gpu) == given.resolve(10, cpu) == given
+    assert given.resolve(10, gpu, _eight) == given.resolve(10, cpu, _eight) == given
     debug = EngineConfig(devices=4, lanes=3, mapping="debug")
-    assert debug.resolve(10, gpu) == EngineConfig(1, 1, "debug")
+    assert debug.resolve(10, gpu, _eight) == EngineConfig(1, 1, "debug")

@@ -7,7 +7,7 @@ import pytest
 import jfed
 from jfed.data import Dataset, Split
 from jfed.engine.devices import EngineConfig
-from jfed.models.flops import training_flops
+from jfed.models.flops import forward_flops, training_flops
 from jfed.planning.compiling import plan_federation
 from jfed.planning.targets import open_target
 from jfed.simulation.federation import Federation
@@ -70,6 +70,16 @@ def test_flops_are_those_that_the_model_has(name, cpu):
     )
     (training,) = plan.training
     assert sum(training.counts.flops.values()) == pytest.approx(own, rel=0.05)
+    # Of a test of the first tier and of the others, each 8 images, after 8 that norms are measured
+    # on; a model alone counts the plane of the time for each image, a batch once.
+    forward = [
+        forward_flops(tier.bound(), tier.shapes(like), (12, 12, 3)) for tier in federation.evaluated
+    ]
+    (test,) = (p for p in plan.programs if p.kind == "evaluate")
+    batches = 1 + (tier_measures := federation.evaluated[0].bound().measure is not None)
+    assert tier_measures == (name != "CNN")
+    expected = 8 * batches * np.mean(forward)
+    assert sum(test.counts.flops.values()) == pytest.approx(expected, rel=0.12)
     assert not any(program.counts.unknown for program in plan.programs)
 
 

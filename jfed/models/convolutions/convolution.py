@@ -102,7 +102,8 @@ def choose_form(
     On the CPU from a table measured inside a scan. On others by what their compilers make of it
     (`jfed plan`), unmeasured: "xla", but on a GPU whose lanes have kernels of their own, where it
     would be a convolution in as many groups as there are lanes, gradients included, matrix
-    products. A TPU's compiler knows a way without groups.
+    products. A TPU's compiler knows a way without groups. Platform and lanes are known while the
+    engine traces: a function with a `jax.jit` of its own keeps what it was first traced for.
     """
     backend = backend or platform()
     if backend == "tpu" or (backend == "gpu" and lanes() == 1):
