@@ -95,13 +95,14 @@ def for_method(begin: RunConfig, args: list[str]) -> RunConfig:
 
 
 def _given(args: list[str], flag: str) -> str | None:
-    """The value of a flag that is one word."""
+    """The value of a flag that is one word; of one that is given twice, the last."""
+    found = None
     for arg, after in itertools.zip_longest(args, args[1:]):
         if arg == flag:
-            return after
-        if arg.startswith(f"{flag}="):
-            return arg.partition("=")[2]
-    return None
+            found = after
+        elif arg.startswith(f"{flag}="):
+            found = arg.partition("=")[2]
+    return found
 
 
 def _flag(path: str) -> str:

@@ -151,7 +151,7 @@ class RunPlan:
         if chip is None:
             return None
         return Floor(
-            arithmetic=sum(n / peak(chip, dtype) for dtype, n in counts.flops.items()),
+            arithmetic=sum((n / peak(chip, t) for t, n in counts.flops.items()), start=0.0),
             memory=counts.bytes / chip.bandwidth,
             links=counts.sent / chip.link if self.devices > 1 else 0.0,
             launches=counts.kernels * chip.launch,
@@ -166,7 +166,8 @@ class RunPlan:
         if any(floor is None for floor in floors) or any(p.error for p in programs):
             return None
         times = [p.calls if calls else 1.0 for p in programs]
-        return sum(f.seconds * n for f, n in zip(floors, times, strict=True) if f is not None)
+        seconds = [f.seconds * n for f, n in zip(floors, times, strict=True) if f is not None]
+        return sum(seconds, start=0.0)
 
 
 def peak(chip: Chip, dtype: str) -> float:

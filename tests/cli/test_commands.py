@@ -216,6 +216,11 @@ def test_flags_are_all_left_out_in_the_first_command_of_the_readme():
     assert run_command.parse([]) == run_command.parse(["--preset", "digits"])
 
 
+def test_of_a_preset_that_is_given_twice_the_last_counts():
+    smoke = run_command.parse(["--preset", "smoke"])
+    assert run_command.parse(["--preset", "digits", "--preset=smoke"]) == smoke
+
+
 def test_models_lists_every_preset():
     table = model_table(32, (1,))
     lines = {line.split()[0]: line.split() for line in table.splitlines()[2:]}
