@@ -130,7 +130,7 @@ def _title(federation: Federation, name: str) -> str:
 
 
 def _held(federation: Federation, arguments: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The arrays that devices hold for the whole run, by what they are."""
+    """The arrays that devices hold from round to round, by what they are."""
     *_, calibration, test = arguments["evaluate 0"]
     inputs, *_ = arguments["train 0"]
     images = [calibration, test] + [inputs.images] * (federation.engine.images == "device")
@@ -138,6 +138,7 @@ def _held(federation: Federation, arguments: Mapping[str, Any]) -> dict[str, lis
         "images": jax.tree.leaves(images),
         "variables": jax.tree.leaves(inputs.server.variables),
         "server's state": jax.tree.leaves(inputs.server.state),
+        "client memory": jax.tree.leaves([a[2] for n, a in arguments.items() if n[:5] == "train"]),
     }
 
 

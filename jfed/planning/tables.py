@@ -80,7 +80,7 @@ def _memory(plan: RunPlan) -> str:
     if not compiled:
         return _lower(plan) if plan.fits is False else ""
     largest = max(compiled, key=lambda p: p.memory)
-    parts = [f"{what} {_bytes(size)}" for what, size in plan.held.items()]
+    parts = [f"{what} {_bytes(size)}" for what, size in plan.held.items() if size]
     parts.append(
         f"{largest.name!r} {_bytes(largest.memory)} (arguments {_bytes(largest.arguments)}, "
         f"results {_bytes(largest.outputs)}, temporary {_bytes(largest.temporary)})"
