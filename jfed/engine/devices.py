@@ -130,7 +130,7 @@ def _first(devices: int | None, there: Sequence[Any] | None) -> Sequence[Any]:
 _BUSY = 1e12
 
 
-def useful_lanes(device: Any, flops: float, memory: Callable[[], int]) -> int:
+def useful_lanes(device: Any, flops: int | float, memory: Callable[[], int]) -> int:
     """How many lanes it takes to keep an accelerator busy, if half of its memory has room for them.
 
     Args:
