@@ -80,7 +80,7 @@ MODEL = jfed.models.Model(
 SMALL_RESNET = jfed.models.ResNetConfig(widths=(4, 8), blocks=(1, 1), channels=1)
 
 
-def _resolved(**given: Any) -> Any:
+def _resolved(**given):
     return jfed.EngineConfig(**given).resolve(3, None, lambda device: 8)
 
 
