@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -20,21 +21,20 @@ def lanes() -> int:
     return _LANES.get()
 
 
-@contextlib.contextmanager
-def made_for(name: str) -> Iterator[None]:
+def made_for(name: str) -> contextlib.AbstractContextManager[None]:
     """What is traced meanwhile is made for that platform, whatever JAX's default one is."""
-    token = _PLATFORM.set(name)
-    try:
-        yield
-    finally:
-        _PLATFORM.reset(token)
+    return _meanwhile(_PLATFORM, name)
+
+
+def vmapped(count: int) -> contextlib.AbstractContextManager[None]:
+    """What is traced meanwhile is vmapped over so many lanes."""
+    return _meanwhile(_LANES, count)
 
 
 @contextlib.contextmanager
-def vmapped(count: int) -> Iterator[None]:
-    """What is traced meanwhile is vmapped over so many lanes."""
-    token = _LANES.set(count)
+def _meanwhile(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _LANES.reset(token)
+        variable.reset(token)

@@ -153,8 +153,7 @@ def platform_of(mesh: Mesh) -> str:
 
 def _is_described(mesh: Mesh) -> bool:
     """Whether the devices are those of a description, which hold no arrays."""
-    real = [jax.devices()[0].client, jax.devices("cpu")[0].client]
-    return not any(mesh.devices.flat[0].client is client for client in real)
+    return type(mesh.devices.flat[0].client).__name__ == "CompileOnlyPyClient"  # jaxlib's own
 
 
 def put(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
