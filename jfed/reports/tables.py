@@ -12,16 +12,17 @@ from tabulate import tabulate
 from jfed import files
 from jfed.errors import ConfigError, check_number, one_of
 from jfed.reports import plots
+from jfed.reports.comparisons import LEVEL, Difference, difference, told
 from jfed.reports.finished import FinishedRun, Point
 from jfed.reports.summary import in_units
 from jfed.simulation.scores import METRICS, column
 
-_LEVEL = 0.05  # a star says that noise alone would give such a difference less often than this
 STYLES = ("simple", "github", "latex_booktabs")  # Tabulate's names
 NOTE = (
     "Accuracies: mean ± standard deviation over seeds; means of tiers are of the trained ones, "
-    "however many clients each has. Differences are paired by seed, in points, * where a two-sided "
-    "paired t-test of that one difference gives p < 0.05. MFLOPs are of classifying an image; "
+    "however many clients each has. Differences are paired by seed, in points, * where two-sided "
+    f"paired t-tests, corrected for all that are in the table (Holm), give p < {LEVEL:g}: so often "
+    "noise alone gives a table any star. MFLOPs are of classifying an image; "
     "training GFLOPs are a client's in a round, memory is its peak while it trains."
 )
 
@@ -118,22 +119,6 @@ def _spread(values: np.ndarray) -> str:
     return f"{values.mean():,.2f}{deviation}"
 
 
-def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
-    """Mean and standard deviation of differences of shares by seed, in points; see `NOTE`."""
-    seeds = sorted(ours.keys() & theirs.keys())
-    if not seeds:
-        return ""
-    points = np.round([100 * (ours[seed] - theirs[seed]) for seed in seeds], 9)
-    if len(seeds) == 1:
-        return f"{points[0]:+.2f}"
-    mean, error = points.mean(), points.std(ddof=1) / np.sqrt(len(seeds))
-    from scipy.stats import t  # half a second to import, which each command would take
-
-    critical = t.ppf(1 - _LEVEL / 2, len(seeds) - 1)
-    star = " *" if abs(mean) > critical * error else ""
-    return f"{mean:+.2f} ± {points.std(ddof=1):.2f}{star}"
-
-
 def arm_table(
     runs: Sequence[FinishedRun],
     *,
@@ -153,7 +138,7 @@ def arm_table(
     Raises:
       ConfigError: no such arm or style, a target outside of 0 to 1, an arm with a seed twice.
     """
-    groups, rows = by_arm(runs), []
+    groups, rows, compared = by_arm(runs), [], _Compared()
     timed = any(run.seconds is not None for run in runs)
     for arm, group in groups.items():
         trained = [tier for run in group for tier in run.trained]
@@ -185,9 +170,10 @@ def arm_table(
             same = len(other[0].trained) == len(group[0].trained)
             comparable = same and arm != baseline
             for title, measure in _MEASURES.items():
-                cell = _compare(group, other, measure) if comparable else ""
-                row[f"{title} vs {baseline}"] = cell
+                found = _compare(group, other, measure) if comparable else None
+                compared.add(row, f"{title} vs {baseline}", found)
         rows.append(row)
+    compared.tell()
     return _format(rows, style)
 
 
@@ -199,7 +185,7 @@ def tier_table(
     A tier is compared with the one of the same name, if it is of the same kind: an iteration count
     with that count, not with a width.
     """
-    groups, rows = by_arm(runs), []
+    groups, rows, compared = by_arm(runs), [], _Compared()
     there = {name for run in runs for tier in run.tiers for name in tier.get("metrics", {})}
     measured = [name for name in METRICS if column(name) in there]
     for arm, group in groups.items():
@@ -224,8 +210,10 @@ def tier_table(
             if baseline is not None:
                 baseline = arm_of(baseline, tuple(groups))
                 other = groups[baseline]
-                row[f"vs {baseline}"] = "" if arm == baseline else _compare(group, other, accuracy)
+                found = None if arm == baseline else _compare(group, other, accuracy)
+                compared.add(row, f"vs {baseline}", found)
             rows.append(row)
+    compared.tell()
     return _format(rows, style)
 
 
@@ -265,12 +253,30 @@ def _compare(
     group: Sequence[FinishedRun],
     other: Sequence[FinishedRun],
     measure: Measure,
-) -> str:
+) -> Difference | None:
     ours, theirs = (
         {run.seed: value for run in runs if (value := measure(run)) is not None}
         for runs in (group, other)
     )
     return difference(ours, theirs)
+
+
+class _Compared:
+    """Cells of a table whose stars depend on each other."""
+
+    def __init__(self) -> None:
+        self._cells: list[tuple[dict[str, str], str, Difference | None]] = []
+
+    def add(self, row: dict[str, str], name: str, found: Difference | None) -> None:
+        """A cell to be told once all are known."""
+        row[name] = ""
+        self._cells.append((row, name, found))
+
+    def tell(self) -> None:
+        """Writes all cells into their rows."""
+        texts = told([found for *_, found in self._cells])
+        for (row, name, _), text in zip(self._cells, texts, strict=True):
+            row[name] = text
 
 
 def sections(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
