@@ -11,6 +11,7 @@ from jfed.cli import flags
 from jfed.errors import ConfigError, JfedError, RunFolderError
 from jfed.reports import tables as report
 from jfed.reports.finished import FinishedRun
+from jfed.reports.run_lines import to_lines
 from jfed.runs import study
 from jfed.runs.config import RunConfig
 from jfed.runs.jobs import JobConfig
@@ -143,8 +144,8 @@ def main(
         told = {"command": f"python experiments/{name}.py --scale {scale} --seeds {seeds}"}
 
         def write(done: Sequence[FinishedRun], table: pathlib.Path = folder / "runs.csv") -> None:
-            found = [line | told | chosen.get(line["arm"], {}) for line in report.lines(done, goal)]
-            files.write_csv(found, table)
+            found = to_lines(done)
+            files.write_csv([x | told | chosen.get(x["arm"], {}) for x in found], table)
 
         every, chosen = arms(scale), dict[str, dict[str, float | None]]()
         if rates and scale != "smoke":

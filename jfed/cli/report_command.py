@@ -2,20 +2,36 @@
 
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import tyro
 
 from jfed import files
 from jfed.errors import RunFolderError
-from jfed.reports import finished, tables
+from jfed.reports import finished, run_lines, tables
+from jfed.reports.finished import FinishedRun
 from jfed.runs.config import settings
+
+
+def _read(paths: Sequence[str]) -> list[FinishedRun]:
+    """The runs of tables and of folders, whose arms are called by the settings that differ."""
+    files_of_runs = [path for path in paths if path.endswith(".csv")]
+    found = [run for path in files_of_runs for run in run_lines.read_lines(path)]
+    folders = [path for path in paths if path not in files_of_runs]
+    if folders or not found:
+        names = {path: name for name, path in settings().items()}
+        others, left_out = finished.read_all(folders, names)
+        for why in left_out:
+            print(f"jfed: left out: {why}", file=sys.stderr)
+        found += others
+    return found
 
 
 def execute(args: list[str]) -> None:
     """The command."""
 
     def command(
-        folders: tyro.conf.Positional[tuple[str, ...]],
+        runs: tyro.conf.Positional[tuple[str, ...]],
         baseline: str | None = None,
         target: float | None = None,
         style: str = tables.STYLES[0],
@@ -24,22 +40,19 @@ def execute(args: list[str]) -> None:
         """Tables of finished runs: mean and standard deviation over those that differ in the seed.
 
         Args:
-          folders: run folders.
+          runs: run folders, and tables of runs (.csv) that this command or an experiment wrote.
           baseline: compare all others with the runs of this name, as the table calls them.
           target: accuracy from 0 to 1; tells how many rounds, bytes and simulated
             seconds it took.
           style: of the tables: simple, github or latex_booktabs.
           output: a folder for runs.csv and figures.
         """
-        names = {path: name for name, path in settings().items()}
-        found, left_out = finished.read_all(folders, names)
-        for why in left_out:
-            print(f"jfed: left out: {why}", file=sys.stderr)
+        found = _read(runs)
         print(tables.text(found, baseline=baseline, target=target, style=style))
         if output is not None:
             try:
                 tables.save_figures(found, output)
-                files.write_csv(tables.lines(found, target), output / "runs.csv")
+                files.write_csv(run_lines.to_lines(found), output / "runs.csv")
             except OSError as error:
                 raise RunFolderError(f"cannot write to {str(output)!r}: {error}.") from error
             print(f"Written to {output}")

@@ -81,7 +81,7 @@ class FinishedRun:
     @property
     def bytes_total(self) -> int:
         """Of all clients and rounds, in both directions."""
-        return self.summary["bytes_up_total"] + self.summary["bytes_down_total"]
+        return self.history[-1].bytes_total
 
     def average_at(self, point: Point) -> float:
         """As `average`, at an earlier evaluation."""
@@ -131,7 +131,7 @@ def read(folder: epath.PathLike, arm: str = "") -> FinishedRun:
         _ = [(t["kind"], t["flops"], t["iterations"], t["solver"]) for t in run.tiers]
         _ = [run.average, *map(run.average_at, run.history)]
         asked, done = config["rounds"], summary["rounds"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise RunFolderError(
             f"{str(path)!r} is damaged, or of another version of jfed: {error!r}."
         ) from error

@@ -30,7 +30,6 @@ Groups = Mapping[str, Sequence[FinishedRun]]
 Measure = Callable[[FinishedRun], float | None]
 # An accuracy from 0 to 1, for all runs or for each.
 Target = float | Callable[[FinishedRun], float]
-LOCAL = ("mean", "weighted", "worst", "p10", "std")
 _MEASURES: dict[str, Measure] = {"mean": lambda run: run.average, "worst": lambda run: run.worst}
 
 
@@ -40,51 +39,6 @@ def goal_of(run: FinishedRun, target: Target) -> float:
     if check_number("target", goal, above=0.0) > 1:
         raise ConfigError(f"target must be above 0 and at most 1, got {goal!r}.")
     return goal
-
-
-def lines(runs: Sequence[FinishedRun], target: Target | None = None) -> list[dict[str, Any]]:
-    """One line for each run and evaluated tier: all that a table is made of.
-
-    Args:
-      runs: of any arms and seeds.
-      target: adds `bytes_to_target` and `rounds_to_target`, see `FinishedRun.reaching`, and
-        `seconds_to_target` of simulated ones; with tests of clients also those of `local`.
-    """
-    found = []
-    for run in runs:
-        hardware = run.summary["hardware"]
-        about = {
-            "bytes_total": run.bytes_total,
-            "rounds": run.summary["rounds"],
-            "hardware": hardware["machine"],
-            "devices": " + ".join(hardware["devices"]),
-            "jax": hardware["jax"],
-            "commit": hardware["commit"],
-        }
-        if run.epsilon is not None:
-            about["epsilon"] = run.epsilon
-        if run.seconds is not None:
-            about["simulated_seconds"] = run.seconds
-        if run.local is not None:
-            about |= {f"local_{name}": round(run.local[name], 6) for name in LOCAL}
-        if target is not None:
-            about |= {"target": goal_of(run, target)}
-            for kind in ("", "local_") if run.local is not None else ("",):
-                point = run.reaching(goal_of(run, target), local=bool(kind))
-                about[f"{kind}bytes_to_target"] = point and point.bytes_total
-                about[f"{kind}rounds_to_target"] = point and point.round
-                if run.seconds is not None:
-                    about[f"{kind}seconds_to_target"] = point and point.seconds
-        for tier in run.tiers:
-            own = {"arm": run.arm, "seed": run.seed}
-            own |= {name: tier[name] for name in ("kind", "tier", "trained")}
-            own |= {name: round(tier[name], 6) for name in ("accuracy", "loss")}
-            metrics = {name: x and round(x, 6) for name, x in tier.get("metrics", {}).items()}
-            own |= {name: x for name, x in metrics.items() if name not in own}
-            own |= {name: tier[name] for name in ("parameters", "flops", "bytes_up")}
-            own |= {name: tier.get(name) for name in ("training_flops", "peak_bytes")}
-            found.append(own | about)
-    return found
 
 
 def by_arm(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
