@@ -29,8 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, PartitionSpec as P
 from script import table_of
 from tabulate import tabulate
 

@@ -1,22 +1,14 @@
 """The command line: `jfed COMMAND`, see `_USAGE`."""
 
-import functools
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jfed
-from jfed.cli import (
-    benchmark_command,
-    export_command,
-    models_command,
-    plan_command,
-    predict_command,
-    prepare_command,
-    report_command,
-    run_command,
-)
 from jfed.errors import DeviceMemoryError, DivergedError, JfedError, PreemptedError, one_of
+from jfed.runs import huge_pages
 
+_COMMANDS = ("run", "plan", "report", "predict", "export", "models", "prepare", "benchmark")
 _USAGE = """usage: jfed COMMAND [options]
 
 Federated learning of Neural ODE image classifiers with different iteration counts.
@@ -42,7 +34,8 @@ def command() -> int:
 def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int:
     """Runs the command line; returns the exit status.
 
-    With `own_process` the process may be started again, see `jfed.runs.huge_pages`.
+    With `own_process` the process may be started again, see `jfed.runs.huge_pages`, before what a
+    command needs is imported.
 
     0: done. 1: the run diverged or ran out of memory; what it recorded is kept. 2: a setting, a
     data set or a run folder that cannot be used; nothing is lost. 130: interrupted twice, or
@@ -50,16 +43,6 @@ def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int
     recorded round is saved, and the same command goes on from there.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], None]] = {
-        "run": functools.partial(run_command.execute, restart=own_process),
-        "plan": plan_command.execute,
-        "report": report_command.execute,
-        "predict": predict_command.execute,
-        "export": export_command.execute,
-        "models": models_command.execute,
-        "prepare": prepare_command.execute,
-        "benchmark": benchmark_command.execute,
-    }
     if not args or args[0] in ("-h", "--help"):
         print(_USAGE)
         return 0
@@ -67,8 +50,10 @@ def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int
         print(jfed.__version__)
         return 0
     try:
-        one_of("command", args[0], tuple(commands))
-        commands[args[0]](args[1:])
+        name = one_of("command", args[0], _COMMANDS)
+        if own_process and name == "run" and not _without_huge_pages(args):
+            huge_pages.restart()
+        importlib.import_module(f"jfed.cli.{name}_command").execute(args[1:])
     except KeyboardInterrupt:
         print("jfed: interrupted; what was saved is kept.", file=sys.stderr)
         return 130
@@ -82,3 +67,8 @@ def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int
         print(f"jfed: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _without_huge_pages(args: Sequence[str]) -> bool:
+    """Whether the flag is given; reading flags properly takes the imports that this is to save."""
+    return any(arg.replace("_", "-") == "--no-huge-pages" for arg in args)

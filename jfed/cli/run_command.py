@@ -18,8 +18,7 @@ from jfed.engine import hosts
 from jfed.engine.hosts import HostsConfig
 from jfed.errors import JfedError, optional
 from jfed.reports.summary import format_local, format_table
-from jfed.runs import folder, huge_pages
-from jfed.runs import running as runs
+from jfed.runs import folder, running as runs
 from jfed.runs.assembly import set_up
 from jfed.runs.checkpoints import CheckpointConfig
 from jfed.runs.compiled import keep_compiled
@@ -110,18 +109,10 @@ def _flag(path: str) -> str:
     return f"checkpoint_{field}" if part == "checkpoints" else short_name(path)
 
 
-def execute(args: list[str], *, restart: bool = False) -> None:
-    """The command; see `jfed.cli.commands.main` for how it ends.
-
-    Args:
-      args: after the command.
-      restart: the process is this command's own and may be started again, see
-        `jfed.runs.huge_pages`.
-    """
+def execute(args: list[str]) -> None:
+    """The command; see `jfed.cli.commands.main` for how it ends."""
     given = _parse_or_tell(args)
     config, launch = given.run, given.launch
-    if restart and launch.huge_pages:
-        huge_pages.restart()
     start_devices(launch.hosts)
     if launch.cache:
         keep_compiled(launch.cache_dir)

@@ -5,6 +5,7 @@ from jfed.data.partitions import (
     SCHEMES,
     PartitionConfig,
     by_client,
+    check as check_partition,
     class_counts,
     dirichlet,
     dirichlet_balanced,
@@ -14,7 +15,6 @@ from jfed.data.partitions import (
     quantity_skew,
     shards,
 )
-from jfed.data.partitions import check as check_partition
 from jfed.data.preparation import prepare
 from jfed.data.sources import DataConfig, load
 from jfed.data.splits import Dataset, Split

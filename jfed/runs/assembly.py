@@ -7,8 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from jfed import data as data_lib
-from jfed import tiers as tiers_lib
+from jfed import data as data_lib, tiers as tiers_lib
 from jfed.algorithms.catalogue import make_algorithm
 from jfed.algorithms.codecs import compressed
 from jfed.engine.devices import EngineConfig, make_mesh

@@ -4,7 +4,7 @@ XLA takes a program's working memory from the system each time that it runs, and
 pages of 4 KiB, a round of one tier of an ODENet 16/32/64 (batch 32) then takes 22,000 page faults
 on each device. Many Linux systems give huge pages only to who asks for them ("madvise"); glibc 2.35
 and newer asks where the variable `GLIBC_TUNABLES` says so, which a process reads once, when it
-starts. `jfed run` therefore starts itself again, before it starts JAX; `--no-huge-pages` keeps it
+starts. `jfed run` therefore starts itself again, before it imports JAX; `--no-huge-pages` keeps it
 from that, as does a `GLIBC_TUNABLES` that sets `glibc.malloc.hugetlb`. (Keeping the memory ends the
 faults as well, by `mallopt`: one arena, no `mmap`, no trimming. But then rounds took longer.)
 """
@@ -17,8 +17,6 @@ import pathlib
 import pkgutil
 import sys
 from collections.abc import Iterator
-
-import jax
 
 VARIABLE = "GLIBC_TUNABLES"
 _TUNABLE, _SINCE = "glibc.malloc.hugetlb", (2, 35)
@@ -56,15 +54,14 @@ def restart() -> None:
 
 
 def accelerated() -> bool:
-    """Whether JAX will compute on an accelerator, told without starting it.
+    """Whether JAX will compute on an accelerator, told without importing it.
 
     Asking JAX would start it, and a process in which JAX's drivers run should not be replaced. What
     decides is the platform that the user named (`JAX_PLATFORMS`). If none is named, JAX takes an
     accelerator if a plugin for one is installed. Those for NVIDIA and AMD do nothing without a
     device file of the driver; of any other it is not known what it needs: it counts as at work.
     """
-    values = jax.config.values
-    named = values["jax_platforms"] or values["jax_platform_name"]
+    named = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
     return named.split(",")[0] != "cpu" if named else any(map(_works, _plugins()))
 
 

@@ -27,8 +27,7 @@ from jfed.errors import (
     check_sequence,
     optional,
 )
-from jfed.runs import huge_pages
-from jfed.runs import running as runs
+from jfed.runs import huge_pages, running as runs
 from jfed.runs.assembly import set_up
 from jfed.runs.compiled import keep_compiled
 from jfed.runs.config import RunConfig

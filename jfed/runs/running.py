@@ -13,8 +13,7 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from jfed import data as data_lib
-from jfed import files
+from jfed import data as data_lib, files
 from jfed.engine import hosts
 from jfed.errors import CallbackError, PreemptedError, RunFolderError
 from jfed.provenance import hardware, made_with

@@ -34,8 +34,7 @@ from jfed.errors import (
 from jfed.provenance import cores
 from jfed.reports import finished
 from jfed.reports.finished import FinishedRun
-from jfed.runs import folder, huge_pages
-from jfed.runs import running as runs
+from jfed.runs import folder, huge_pages, running as runs
 from jfed.runs.assembly import set_up
 from jfed.runs.compiled import keep_compiled
 from jfed.runs.config import RunConfig

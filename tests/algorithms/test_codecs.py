@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_rounds
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from numpy_rounds import CONFIG, DATA, MODEL, PARTS, check, each, run
 
 import jfed

@@ -1,8 +1,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from stand_in import conv
 
 from jfed.errors import ConfigError

@@ -7,8 +7,7 @@ import pytest
 
 from jfed.cli import main
 from jfed.errors import ConfigError, RunFolderError
-from jfed.reports import finished
-from jfed.reports import tables as report
+from jfed.reports import finished, tables as report
 
 # Accuracies at 1 and 2 iterations by arm and seed.
 ACCURACIES = {

@@ -7,13 +7,11 @@ import subprocess
 import sys
 import types
 
-import jax
 import pytest
 
 from jfed.benchmark.contenders import Contender
 from jfed.benchmark.workers import started
-from jfed.cli import run_command
-from jfed.errors import RunFolderError
+from jfed.cli import main
 from jfed.runs import huge_pages
 
 ASK = "glibc.malloc.hugetlb=1"
@@ -101,17 +99,15 @@ def test_the_command_starts_again_with_them_once(on_request, tmp_path, main, exp
 def restarted(on_request, monkeypatch):
     """What `restart` starts, in place of starting it."""
     started = []
-    jax.devices()
     monkeypatch.setattr(os, "execve", lambda *given: started.append(given))
     monkeypatch.setattr(sys, "gettrace", lambda: None)
     monkeypatch.setattr(sys, "getprofile", lambda: None)
     monkeypatch.delenv("JFED_RESTARTED", raising=False)
     monkeypatch.setattr(huge_pages, "_ROOT", on_request.parent)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
-    before = jax.config.values["jax_platforms"]
-    jax.config.update("jax_platforms", None)  # JAX has started: it changes nothing
-    yield started
-    jax.config.update("jax_platforms", before)
+    for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    return started
 
 
 def test_a_process_that_lacks_them_starts_again(restarted):
@@ -164,17 +160,19 @@ def test_a_platform_that_was_named_decides(
 ):
     if not accelerated:
         _plugin(monkeypatch, tmp_path, "xla_of_tomorrow")
-    jax.config.update("jax_platforms", platforms)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
     huge_pages.restart()
     assert bool(restarted) != accelerated
 
 
-def test_asking_starts_no_jax():
+def test_asking_takes_no_imports():
+    """The command starts again before it has spent seconds on them."""
     code = """if True:
-        from jax._src import xla_bridge
-        from jfed.runs import huge_pages
-        huge_pages.accelerated()
-        assert not xla_bridge.backends_are_initialized()"""
+        import sys
+        from jfed.cli import commands, main
+        main(["--help"])
+        commands.huge_pages.accelerated()
+        assert not {"jax", "numpy", "tyro"} & set(sys.modules)"""
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
@@ -218,16 +216,13 @@ def test_nobody_watches_by_default(restarted, monkeypatch, tmp_path):
     assert not huge_pages.watched()
 
 
-def test_a_switch_turns_them_off(restarted, monkeypatch, tmp_path):
+@pytest.mark.parametrize("flag", [None, "--no-huge-pages", "--no_huge_pages"])
+def test_a_switch_turns_them_off(restarted, monkeypatch, tmp_path, flag):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").touch()
-    arguments = ["--workdir", "taken", "--no-cache"]
-    with pytest.raises(RunFolderError, match="is a file"):
-        run_command.execute([*arguments, "--no-huge-pages"], restart=True)
-    assert not restarted
-    with pytest.raises(RunFolderError, match="is a file"):
-        run_command.execute(arguments, restart=True)
-    assert restarted
+    arguments = ["run", "--workdir", "taken", "--no-cache", *[flag] * (flag is not None)]
+    assert main(arguments, own_process=True) == 2
+    assert bool(restarted) == (flag is None)
 
 
 def test_a_process_that_cannot_start_again_goes_on(on_request, monkeypatch):
