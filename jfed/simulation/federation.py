@@ -78,7 +78,7 @@ from jfed.simulation.evaluation import (
 from jfed.simulation.local_tests import Chunk, LocalTesting
 from jfed.simulation.measured_traffic import Sizes, as_sizes, wire_bytes
 from jfed.simulation.population import Sampler, make_population
-from jfed.simulation.programs import Plan, group_tiers, make_merged, programs
+from jfed.simulation.programs import Specification, group_tiers, make_merged, programs
 from jfed.simulation.records import columns
 from jfed.simulation.scores import METRICS, column
 from jfed.simulation.simulated_time import Clock, TimeConfig, make_devices
@@ -376,7 +376,7 @@ class Federation:
         return groups
 
     @functools.cached_property
-    def _plan(self) -> Plan:
+    def _spec(self) -> Specification:
         aggregator = make_aggregator(self.server)
         trainings = tuple(
             Training(
@@ -404,7 +404,7 @@ class Federation:
             if self._tested
         )
         clients = len(self.population.partition)
-        return Plan(
+        return Specification(
             trainings,
             tuple(self.tested_tiers),
             aggregator,
@@ -438,7 +438,7 @@ class Federation:
         key = everywhere(jax.random.fold_in(self.key, 1))
         self._local = [
             self._chunks(testing, group.tiers)
-            for testing, group in zip(self._plan.local, self._groups, strict=False)
+            for testing, group in zip(self._spec.local, self._groups, strict=False)
         ]
         self._fixed = {"present": present, "key": key}
         self._settings = everywhere(
@@ -513,12 +513,12 @@ class Federation:
     def _compiled(self) -> tuple[dict[str, jax.stages.Compiled], float]:
         """The programs, and the seconds that tracing and compiling them took."""
         began = time.perf_counter()
-        compiled = programs(self._plan).compile(self.arguments())
+        compiled = programs(self._spec).compile(self.arguments())
         return compiled, time.perf_counter() - began
 
     def lower(self, arguments: dict[str, tuple[Any, ...]]) -> dict[str, jax.stages.Lowered]:
         """The programs for such arguments (see `arguments`), traced for the devices, no more."""
-        return programs(self._plan).lower(arguments)
+        return programs(self._spec).lower(arguments)
 
     @property
     def platform(self) -> str:
@@ -527,7 +527,7 @@ class Federation:
 
     def arguments(self) -> dict[str, tuple[Any, ...]]:
         """The arguments of every program, as of the first round, or like them."""
-        start, shared = self.start, programs(self._plan)
+        start, shared = self.start, programs(self._spec)
         arguments, delivered, tiers = self._evaluations(start), [], []
         if self.engine.mapping == "debug":
             return arguments
@@ -614,10 +614,10 @@ class Federation:
         self, state: State, number: int, rate: float, work: Sequence[Sequence[Work]]
     ) -> tuple[State, Array, list[Report], list[Load]]:
         """A round by the debug engine."""
-        inputs, plan = self._inputs(state.server, number, rate, self._images.whole), self._plan
+        inputs, spec = self._inputs(state.server, number, rate, self._images.whole), self._spec
         sent: list[debug.Sent] = []
         reports, rows = [], {}
-        for training, items in zip(plan.trainings, work, strict=True):
+        for training, items in zip(spec.trainings, work, strict=True):
             told = []
             for item in items:
                 before = self._rows.row(item.client, state.latest)
@@ -630,9 +630,9 @@ class Federation:
         if counts or self.algorithm.is_private:
             message, owners = self._silence(server.variables)
             if counts:
-                message, owners = debug.merge(sent, plan.aggregator, server.variables)
+                message, owners = debug.merge(sent, spec.aggregator, server.variables)
             merged = make_merged(
-                plan, server.variables, inputs.key, inputs.round, message, owners, counts
+                spec, server.variables, inputs.key, inputs.round, message, owners, counts
             )
             server = self.algorithm.server_step(server, merged)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(server.variables)]
@@ -687,7 +687,7 @@ class Federation:
     def test_locally(self, state: State, number: int) -> list[tuple[Sequence[int], Metrics]]:
         """Tests of clients on examples of their own: numbers, and arrays on the devices."""
         found: list[tuple[Sequence[int], Metrics]] = []
-        for i, (testing, chunks) in enumerate(zip(self._plan.local, self._local, strict=True)):
+        for i, (testing, chunks) in enumerate(zip(self._spec.local, self._local, strict=True)):
             norms = None
             if testing.has_common_norms:
                 arguments = state.server.variables, self._calibration
@@ -702,11 +702,11 @@ class Federation:
     def _local_programs(self, state: State) -> dict[str, tuple[Any, ...]]:
         """The arguments of the programs of `test_locally`."""
         found: dict[str, tuple[Any, ...]] = {}
-        for i, (testing, chunks) in enumerate(zip(self._plan.local, self._local, strict=True)):
+        for i, (testing, chunks) in enumerate(zip(self._spec.local, self._local, strict=True)):
             norms = None
             if testing.has_common_norms:
                 found[f"norms {i}"] = state.server.variables, self._calibration
-                told = programs(self._plan).shapes(f"norms {i}", *found[f"norms {i}"])
+                told = programs(self._spec).shapes(f"norms {i}", *found[f"norms {i}"])
                 norms = jax.tree.map(self._everywhere, told)
             found[f"local {i}"] = *self._local_arguments(state, 0, chunks[0]), norms
         return found
@@ -809,7 +809,7 @@ class Federation:
         None if it would not count. Where the program changes what arrives, by weights other than 1
         or the server's clipping, the debug engine trains the client.
         """
-        group, training = self._groups[i], self._plan.trainings[i]
+        group, training = self._groups[i], self._spec.trainings[i]
         own = {name: self.algorithm.weights.get(name, one_each) for name in self.algorithm.parts}
         is_changed = training.clip is not None or any(w is not one_each for w in own.values())
         if is_changed or self.engine.mapping == "debug":

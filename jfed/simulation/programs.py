@@ -1,7 +1,7 @@
 """The compiled programs of a federation, shared by all federations of a process that are alike.
 
-A program is decided by a `Plan` and the shapes of its arguments. Seeds, data and partitions are
-arguments, so another seed compiles nothing anew.
+A program is decided by a `Specification` and the shapes of its arguments. Seeds, data and
+partitions are arguments, so another seed compiles nothing anew.
 """
 
 import concurrent.futures
@@ -31,7 +31,7 @@ _SERVER = np.uint32(2**32 - 5)  # folded into a round's key: the server's own
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Specification:
     """What decides the programs of a federation.
 
     Attributes:
@@ -56,18 +56,18 @@ class Plan:
 
 
 class Programs:
-    """The jitted programs of a plan, compiled once for each shape of their arguments."""
+    """The jitted programs of a specification, compiled once for each shape of their arguments."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._platform = platform_of(plan.trainings[0].mesh)
-        self._jitted: dict[str, Callable[..., Any]] = {"server": make_server(plan)}
-        for i, training in enumerate(plan.trainings):
+    def __init__(self, spec: Specification) -> None:
+        self._platform = platform_of(spec.trainings[0].mesh)
+        self._jitted: dict[str, Callable[..., Any]] = {"server": make_server(spec)}
+        for i, training in enumerate(spec.trainings):
             self._jitted[f"train {i}"] = make_trainer(training)
-        for i, tiers in enumerate(plan.evaluated):
-            mesh = plan.trainings[0].mesh
-            evaluator = make_evaluator(tiers[0], mesh, plan.measure, keep=plan.keep)
+        for i, tiers in enumerate(spec.evaluated):
+            mesh = spec.trainings[0].mesh
+            evaluator = make_evaluator(tiers[0], mesh, spec.measure, keep=spec.keep)
             self._jitted[f"evaluate {i}"] = evaluator
-        for i, testing in enumerate(plan.local):
+        for i, testing in enumerate(spec.local):
             self._jitted[f"local {i}"] = make_local_tester(testing)
             self._jitted[f"norms {i}"] = make_measurer(testing)
         self._compiled: dict[Any, jax.stages.Compiled] = {}
@@ -95,9 +95,9 @@ class Programs:
 
 
 @functools.lru_cache(maxsize=8)
-def programs(plan: Plan) -> Programs:
-    """The programs of a plan, the same object for equal plans."""
-    return Programs(plan)
+def programs(spec: Specification) -> Programs:
+    """The programs of a specification, the same object for equal ones."""
+    return Programs(spec)
 
 
 def compiler_options(platform: str) -> dict[str, Any] | None:
@@ -122,7 +122,7 @@ def group_tiers(tiers: Sequence[Tier]) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, groups.values()))
 
 
-def make_server(plan: Plan) -> jax.stages.Wrapped:
+def make_server(spec: Specification) -> jax.stages.Wrapped:
     """The jitted end of a round: merge what was delivered, and take the server's step.
 
     Returns:
@@ -130,7 +130,7 @@ def make_server(plan: Plan) -> jax.stages.Wrapped:
       delivered, the tier of each slot, and the key of the run; `finite` tells whether all variables
       are. The server's state is donated; if nobody delivered it stays as it was.
     """
-    algorithm = plan.trainings[0].algorithm
+    algorithm = spec.trainings[0].algorithm
 
     def step(
         server: Server,
@@ -141,11 +141,11 @@ def make_server(plan: Plan) -> jax.stages.Wrapped:
     ) -> tuple[Server, Array]:
         groups = [
             Group(training.tiers, told, tier)
-            for training, told, tier in zip(plan.trainings, delivered, tiers, strict=True)
+            for training, told, tier in zip(spec.trainings, delivered, tiers, strict=True)
         ]
-        message, owners = merge(server.variables, groups, plan.aggregator, round_)
+        message, owners = merge(server.variables, groups, spec.aggregator, round_)
         clients = jnp.concatenate([d.report.delivered for d in delivered]).sum()
-        merged = make_merged(plan, server.variables, key, round_, message, owners, clients)
+        merged = make_merged(spec, server.variables, key, round_, message, owners, clients)
         after = algorithm.server_step(server, merged)
         if not algorithm.is_private:
             after = jax.tree.map(lambda new, old: jnp.where(clients > 0, new, old), after, server)
@@ -156,7 +156,7 @@ def make_server(plan: Plan) -> jax.stages.Wrapped:
 
 
 def make_merged(
-    plan: Plan,
+    spec: Specification,
     variables: Params,
     key: Array,
     round_: Array,
@@ -166,12 +166,12 @@ def make_merged(
 ) -> Merged:
     """What an algorithm's server gets; `key` belongs to the run."""
     tiers, personal = (
-        [training.tiers for training in plan.trainings],
-        plan.trainings[0].algorithm.personal,
+        [training.tiers for training in spec.trainings],
+        spec.trainings[0].algorithm.personal,
     )
-    population = owned(variables, tiers, [jnp.float32(n) for n in plan.population], round_)
+    population = owned(variables, tiers, [jnp.float32(n) for n in spec.population], round_)
     if personal is not None:  # the server has none of these
         owners, population = (without(personal, tree) for tree in (owners, population))
     own_key = jax.random.fold_in(jax.random.fold_in(key, round_), _SERVER)
-    everyone = jnp.float32(plan.clients)
+    everyone = jnp.float32(spec.clients)
     return Merged(message, owners, jnp.float32(clients), population, round_, own_key, everyone)

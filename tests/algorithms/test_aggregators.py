@@ -17,7 +17,7 @@ from jfed.engine.merging import Delivered, Group, Report, clip, merge
 from jfed.errors import ConfigError
 from jfed.models import Model
 from jfed.models.losses import Metrics
-from jfed.simulation.programs import Plan, make_server
+from jfed.simulation.programs import Specification, make_server
 from jfed.tiers import Tier
 
 LIKE = {"a": jnp.zeros((4, 3)), "b": jnp.zeros(5)}
@@ -303,7 +303,7 @@ def test_a_round_that_nobody_delivers_in_leaves_variables_and_momentum(aggregato
         for tier, slots in zip(TIERS, SLOTS, strict=True)
     )
     step = make_server(
-        Plan(trainings, (), make_aggregator(config), ((7,),) * len(trainings), 7, None)
+        Specification(trainings, (), make_aggregator(config), ((7,),) * len(trainings), 7, None)
     )
 
     def after(*rounds):

@@ -15,7 +15,7 @@ from jfed.engine.merging import Delivered, Report
 from jfed.errors import ConfigError
 from jfed.models import Model
 from jfed.models.losses import Metrics
-from jfed.simulation.programs import Plan, make_server
+from jfed.simulation.programs import Specification, make_server
 from jfed.tiers import Tier
 
 MODEL = Model(lambda key: jnp.zeros(2), lambda params, x: x)
@@ -36,7 +36,7 @@ def _server(config, rounds, tiers=(TIER,)):
     trainings = tuple(
         Training((tier,), algorithm, Augmentation(), make_mesh(1), "map", slots=1) for tier in tiers
     )
-    step = make_server(Plan(trainings, (), None, ((9,),) * len(trainings), 9, None))
+    step = make_server(Specification(trainings, (), None, ((9,),) * len(trainings), 9, None))
     variables = jnp.array([1.0, 2.0])
     server, finite = Server(variables, algorithm.server_init(variables)), True
     for number, delivered in enumerate(rounds):
