@@ -41,7 +41,7 @@ class TierSummary:
       training_flops: of a client in a round, the mean over those of the tier, see
         `jfed.models.flops.training_flops`; None where clients did not run it.
       peak_bytes: of a client's memory while it trains, see
-        `jfed.simulation.training_costs.peak_bytes`; likewise.
+        `jfed.simulation.training_costs.TrainingCosts.peak_bytes`; likewise.
       bytes_down: to one client in one round.
       bytes_up: from one client in one round.
       twin: the ResNet it is compared with; None where the model is itself one, or not of jfed.

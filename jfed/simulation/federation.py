@@ -36,7 +36,6 @@ from jfed.engine.devices import (
     platform_of,
     put,
     to_host,
-    useful_lanes,
 )
 from jfed.engine.faults import FaultConfig
 from jfed.engine.lanes import SCHEDULE, Inputs, Training
@@ -48,12 +47,11 @@ from jfed.engine.packing import (
     Schedule,
     Work,
     capacity,
-    client_examples,
     load,
     pack,
 )
 from jfed.errors import ConfigError, check_integer, check_type, name_of
-from jfed.models.flops import forward_flops, training_flops
+from jfed.models.flops import forward_flops
 from jfed.models.losses import Metrics
 from jfed.models.model import Model, Params, by_name, initialise
 from jfed.seeds import check_seed, generator
@@ -82,7 +80,7 @@ from jfed.simulation.programs import Specification, group_tiers, make_merged, pr
 from jfed.simulation.records import columns
 from jfed.simulation.scores import METRICS, column
 from jfed.simulation.simulated_time import Clock, TimeConfig, make_devices
-from jfed.simulation.training_costs import TrainingCost, peak_bytes
+from jfed.simulation.training_costs import TrainingCost, TrainingCosts
 from jfed.simulation.training_images import Resident, Streamed, TrainingImages
 from jfed.simulation.under_way import UnderWay
 from jfed.tiers import Tier, Tiers
@@ -155,7 +153,6 @@ class Federation:
         devices: Sequence[jax.Device] | None = None,
     ) -> None:
         check_type("data", data, Dataset)
-        self._image_shape = data.image_shape
         if isinstance(algorithm, str):
             raise ConfigError(
                 "algorithm must be an Algorithm, such as jfed.algorithms.scaffold(client, server), "
@@ -234,9 +231,12 @@ class Federation:
         for tier in self.evaluated:
             check_model(tier, like, data)
         self._check(data, like)
+        self._costs = TrainingCosts(
+            self.tiers.members, like, self._exchanges, data.image_shape, self.client.batch_size
+        )
         self.clock = self._make_clock() if self.time.devices_of_clients else None
         self.engine = (engine or EngineConfig()).resolve(
-            self.population.cohort, devices, self._useful_lanes
+            self.population.cohort, devices, self._costs.useful_lanes
         )
         self._mesh = make_mesh(self.engine.devices, devices)
         self._rows = ClientRows(
@@ -279,14 +279,14 @@ class Federation:
     def _check(self, data: Dataset, like: Params) -> None:
         """Checks what clients and server do, and tells what travels and what is recorded."""
         self.traffic: dict[str, Traffic] = {}
-        self._exchanges: dict[tuple[int, ...], Exchange] = {}  # by program
+        self._exchanges: dict[int, Exchange] = {}  # by tier
         trained: dict[str, None] = {}
         for group in group_tiers(self.tiers.members):  # which differ in numbers only
             tiers = [self.tiers.members[i] for i in group]
             check_training(tiers[0], like, self.client, data)
             found = check_algorithm(tiers[0], like, self.algorithm, self.client, data)
             check_parts(found.message, self.server)
-            self._exchanges[group] = found
+            self._exchanges |= dict.fromkeys(group, found)
             trained |= dict.fromkeys(by_name(found.metrics.others))
             for tier in tiers:
                 self.traffic[tier.name] = traffic(
@@ -310,43 +310,17 @@ class Federation:
             learning_rate(self.client, number, self.rounds)
 
     def _make_clock(self) -> Clock:
-        clock = Clock(make_devices(self.time, self.population), self._flops, self.time.deadline)
+        clock = Clock(
+            make_devices(self.time, self.population), self._costs.flops, self.time.deadline
+        )
         # What codecs come to is known only once they ran.
         none = np.zeros_like(self._counted)
         clock.check(self.population, none if self.algorithm.measured else self._counted)
         return clock
 
-    @functools.cached_property
-    def _flops(self) -> list[int]:
-        """Of training on one example, by tier."""
-        like = jax.eval_shape(self.tiers.init, self.key)
-        gradients = {i: e.gradients for group, e in self._exchanges.items() for i in group}
-        return [
-            gradients[i] * training_flops(tier.bound(), tier.shapes(like), self._image_shape)
-            for i, tier in enumerate(self.tiers.members)
-        ]
-
-    def _useful_lanes(self, device: jax.Device) -> int:
-        most = int(np.argmax(self._flops))
-        step = self._flops[most] * self.client.batch_size
-        return useful_lanes(device, step, lambda: self._peak_bytes(most))
-
-    def _peak_bytes(self, tier: int) -> int:
-        """Of a client's memory while it trains."""
-        exchange = next(e for group, e in self._exchanges.items() if tier in group)
-        own = self.tiers.members[tier]
-        shapes = own.shapes(jax.eval_shape(self.tiers.init, self.key))
-        return peak_bytes(own, shapes, exchange, self._image_shape, self.client.batch_size)
-
     def training_costs(self) -> dict[str, TrainingCost]:
         """What training costs a client, by the name of its tier; takes a moment for each."""
-        found = {}
-        for i, tier in enumerate(self.tiers.members):
-            own = np.flatnonzero(self.population.tier == i).tolist()
-            sizes = [len(self.population.partition[client]) for client in own]
-            examples = float(np.mean([client_examples(n, self.client) for n in sizes]))
-            found[tier.name] = TrainingCost(self._flops[i] * examples, self._peak_bytes(i))
-        return found
+        return self._costs.of_clients(self.population)
 
     def _make_groups(self, data: Dataset, like: Params) -> list[_Group]:
         """Which tiers train together, and on what."""
@@ -390,7 +364,7 @@ class Federation:
                 clip=self.server.clip_updates,
                 streamed=isinstance(self._images, Streamed),
                 faults=self.population.faults,
-                metrics=jax.tree.structure(self._exchanges[group.tiers].metrics),
+                metrics=jax.tree.structure(self._exchanges[group.tiers[0]].metrics),
             )
             for tiers, group in zip(self.training_tiers, self._groups, strict=True)
         )
@@ -642,7 +616,7 @@ class Federation:
         """The merged message of a round in which nobody delivers, and the owners in it."""
         zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
         nothing, like = zeros(variables), self.tiers.members[0].shapes(variables)
-        parts = self._exchanges[self._groups[0].tiers].message.items()
+        parts = self._exchanges[0].message.items()
         return {n: nothing if is_like(p, like) else zeros(p) for n, p in parts}, nothing
 
     def _inputs(self, server: Server, number: int, rate: float, images: Images) -> Inputs:
