@@ -46,12 +46,10 @@ from jfed.engine.packing import (
     Packing,
     Schedule,
     Work,
-    capacity,
     load,
     pack,
 )
 from jfed.errors import ConfigError, check_integer, check_type, name_of
-from jfed.models.flops import forward_flops
 from jfed.models.losses import Metrics
 from jfed.models.model import Model, Params, by_name, initialise
 from jfed.seeds import check_seed, generator
@@ -73,10 +71,11 @@ from jfed.simulation.evaluation import (
     evaluated_tiers,
     in_batches,
 )
+from jfed.simulation.groups import TierGroup, group_tiers, make_groups
 from jfed.simulation.local_tests import Chunk, LocalTesting
 from jfed.simulation.measured_traffic import Sizes, as_sizes, wire_bytes
 from jfed.simulation.population import Sampler, make_population
-from jfed.simulation.programs import Specification, group_tiers, make_merged, programs
+from jfed.simulation.programs import Specification, make_merged, programs
 from jfed.simulation.records import columns
 from jfed.simulation.scores import METRICS, column
 from jfed.simulation.simulated_time import Clock, TimeConfig, make_devices
@@ -102,20 +101,6 @@ class State(NamedTuple):
     server: Server
     latest: Any
     sizes: Any
-
-
-class _Group(NamedTuple):
-    """Tiers that share a program.
-
-    Attributes:
-      tiers: their numbers.
-      packing: what their clients are packed on.
-      images: the most that a device needs in a round.
-    """
-
-    tiers: tuple[int, ...]
-    packing: Packing
-    images: int
 
 
 class Federation:
@@ -246,7 +231,14 @@ class Federation:
             memory_folder,
             self._mesh,
         )
-        self._groups = self._make_groups(data, like)
+        self._groups = make_groups(
+            self.tiers.members,
+            like,
+            self.population,
+            self.engine,
+            data,
+            remember=self._rows.remember,
+        )
         self.norms: dict[str, Any] = {}  # statistics of each evaluated tier, as last measured
         self._place(data)
 
@@ -321,33 +313,6 @@ class Federation:
     def training_costs(self) -> dict[str, TrainingCost]:
         """What training costs a client, by the name of its tier; takes a moment for each."""
         return self._costs.of_clients(self.population)
-
-    def _make_groups(self, data: Dataset, like: Params) -> list[_Group]:
-        """Which tiers train together, and on what."""
-        devices, groups = self._mesh.size, []
-        lanes = (self.engine.lanes or 1) * devices
-        for members in group_tiers(self.tiers.members):
-            tiers = [self.tiers.members[i] for i in members]
-            costs: tuple[float, ...] = (1.0,)
-            if len(tiers) > 1:
-                flops = [forward_flops(t.bound(), t.shapes(like), data.image_shape) for t in tiers]
-                costs = tuple(float(max(n, 1)) for n in flops)
-            slots = max(1, self.population.most(members))
-            even = -(-slots // devices)  # a few more rows of memory than that leave packing free
-            packing = Packing(
-                devices=devices,
-                lanes=lanes,
-                lockstep=self.engine.mapping == "vmap",
-                batch_size=self.client.batch_size,
-                steps=capacity(self.population.steps(), self.population.cohort, lanes, costs),
-                slots=slots,
-                rows=min(slots, even + max(2, even // 4)) if self._rows.remember else slots,
-                costs=costs,
-            )
-            sizes = sorted(map(len, self.population.partition))
-            most = min(sum(sizes[-slots:]), lanes // devices * packing.steps * packing.batch_size)
-            groups.append(_Group(members, packing, min(most, len(data.train))))
-        return groups
 
     @functools.cached_property
     def _spec(self) -> Specification:
@@ -537,8 +502,7 @@ class Federation:
         lasts: float | None = None
         if self.clock is not None:
             by_tier, lasts = self.clock.round(cohort, by_tier, state.sizes)
-        work = [[w for i in group.tiers for w in by_tier[i]] for group in self._groups]
-        work = [_as_in(items, g.tiers) for items, g in zip(work, self._groups, strict=True)]
+        work = [group.own(by_tier) for group in self._groups]
         finite: Array | np.bool_ = np.bool_(True)
         reports: list[Report] = []
         loads = [Load()]
@@ -695,11 +659,7 @@ class Federation:
     def schedules(self, number: int) -> list[tuple[Packing, Schedule]]:
         """What each training program does in a round, were nobody late."""
         by_tier = self.population.work(number, self.population.sample(number))
-        work = [_as_in([w for i in g.tiers for w in by_tier[i]], g.tiers) for g in self._groups]
-        return [
-            (group.packing, pack(items, group.packing))
-            for group, items in zip(self._groups, work, strict=True)
-        ]
+        return [(g.packing, pack(g.own(by_tier), g.packing)) for g in self._groups]
 
     @property
     def local_calls(self) -> list[list[Chunk]]:
@@ -717,7 +677,7 @@ class Federation:
         groups = group_tiers(self.evaluated)
         return [tuple(self.evaluated[i] for i in members) for members in groups]
 
-    def _on_devices(self, group: _Group, packed: Schedule) -> tuple[Schedule, Images]:
+    def _on_devices(self, group: TierGroup, packed: Schedule) -> tuple[Schedule, Images]:
         """Sends each device its lanes and images, and all of them the table of clients."""
         lanes = packed.lanes
         needed = self._images.needed((np.asarray(lanes.examples), np.asarray(lanes.real)))
@@ -802,9 +762,3 @@ class Federation:
     def _due(self, number: int) -> bool:
         every = self.evaluation.every
         return number + 1 == self.rounds or (every > 0 and (number + 1) % every == 0)
-
-
-def _as_in(work: Sequence[Work], tiers: Sequence[int]) -> list[Work]:
-    """Work with tiers numbered as in their program, in the order of its slots."""
-    found = [item._replace(tier=tiers.index(item.tier)) for item in work]
-    return sorted(found, key=lambda item: item.client)

@@ -114,14 +114,6 @@ def _signature(args: Any) -> Any:
     return structure, tuple(told)
 
 
-def group_tiers(tiers: Sequence[Tier]) -> tuple[tuple[int, ...], ...]:
-    """The tiers that share programs: groups of their numbers, in the order of the first ones."""
-    groups: dict[Any, list[int]] = {}
-    for i, tier in enumerate(tiers):
-        groups.setdefault(tier.program, []).append(i)
-    return tuple(map(tuple, groups.values()))
-
-
 def make_server(spec: Specification) -> jax.stages.Wrapped:
     """The jitted end of a round: merge what was delivered, and take the server's step.
 

@@ -79,7 +79,7 @@ class TrainingCosts:
         return held + residual_bytes(own.bound(), shapes, self._image_shape, size)
 
     def useful_lanes(self, device: jax.Device) -> int:
-        """How many lanes of the most expensive tier keep an accelerator busy, see `EngineConfig`."""
+        """How many lanes of the most expensive tier keep an accelerator busy."""
         most = int(np.argmax(self.flops))
         step = self.flops[most] * self._batch_size
         return useful_lanes(device, step, lambda: self.peak_bytes(most))
