@@ -75,7 +75,16 @@ from jfed.simulation.groups import TierGroup, group_tiers, make_groups
 from jfed.simulation.local_tests import Chunk, LocalTesting
 from jfed.simulation.measured_traffic import Sizes, as_sizes, wire_bytes
 from jfed.simulation.population import Sampler, make_population
-from jfed.simulation.programs import Specification, make_merged, programs
+from jfed.simulation.programs import (
+    SERVER,
+    Arguments,
+    EvaluateArguments,
+    Program,
+    Specification,
+    TrainArguments,
+    make_merged,
+    programs,
+)
 from jfed.simulation.records import columns
 from jfed.simulation.scores import METRICS, column
 from jfed.simulation.simulated_time import Clock, TimeConfig, make_devices
@@ -319,7 +328,7 @@ class Federation:
         aggregator = make_aggregator(self.server)
         trainings = tuple(
             Training(
-                tiers=tiers,
+                tiers=tuple(self.tiers.members[i] for i in group.tiers),
                 algorithm=self.algorithm,
                 augmentation=self.augmentation,
                 mesh=self._mesh,
@@ -331,7 +340,7 @@ class Federation:
                 faults=self.population.faults,
                 metrics=jax.tree.structure(self._exchanges[group.tiers[0]].metrics),
             )
-            for tiers, group in zip(self.training_tiers, self._groups, strict=True)
+            for group in self._groups
         )
         measure, keep = self.evaluation.measure, bool(self.evaluation.metrics)
         counts = np.bincount(self.population.tier, minlength=len(self.tiers.members)).tolist()
@@ -342,10 +351,12 @@ class Federation:
             for t in trainings
             if self._tested
         )
+        groups = group_tiers(self.evaluated)
+        evaluated = tuple(tuple(self.evaluated[i] for i in members) for members in groups)
         clients = len(self.population.partition)
         return Specification(
             trainings,
-            tuple(self.tested_tiers),
+            evaluated,
             aggregator,
             population,
             clients,
@@ -381,7 +392,7 @@ class Federation:
         ]
         self._fixed = {"present": present, "key": key}
         self._settings = everywhere(
-            [jax.tree.map(np.int32, tier.setting) for tier in self.evaluated]
+            {tier.name: jax.tree.map(np.int32, tier.setting) for tier in self.evaluated}
         )
 
     def _chunks(self, testing: LocalTesting, tiers: Sequence[int]) -> list[Chunk]:
@@ -449,13 +460,13 @@ class Federation:
         return state._replace(server=jax.tree.map(jnp.copy, state.server))
 
     @functools.cached_property
-    def _compiled(self) -> tuple[dict[str, jax.stages.Compiled], float]:
+    def _compiled(self) -> tuple[dict[Program, jax.stages.Compiled], float]:
         """The programs, and the seconds that tracing and compiling them took."""
         began = time.perf_counter()
         compiled = programs(self._spec).compile(self.arguments())
         return compiled, time.perf_counter() - began
 
-    def lower(self, arguments: dict[str, tuple[Any, ...]]) -> dict[str, jax.stages.Lowered]:
+    def lower(self, arguments: Arguments) -> dict[Program, jax.stages.Lowered]:
         """The programs for such arguments (see `arguments`), traced for the devices, no more."""
         return programs(self._spec).lower(arguments)
 
@@ -464,22 +475,23 @@ class Federation:
         """Of the devices: "cpu", "gpu" or "tpu"."""
         return platform_of(self._mesh)
 
-    def arguments(self) -> dict[str, tuple[Any, ...]]:
+    def arguments(self) -> dict[Program, tuple[Any, ...]]:
         """The arguments of every program, as of the first round, or like them."""
         start, shared = self.start, programs(self._spec)
         arguments, delivered, tiers = self._evaluations(start), [], []
         if self.engine.mapping == "debug":
             return arguments
-        for i, group in enumerate(self._groups):
+        for training, group in zip(self._spec.trainings, self._groups, strict=True):
             packed = pack([], group.packing)
             schedule, images = self._on_devices(group, packed)
             inputs = self._inputs(start.server, 0, 0.0, images)
             rows = self._rows.packed([], packed, group.packing, start.latest)
-            arguments[f"train {i}"] = (inputs, schedule, rows)
-            told, _ = shared.shapes(f"train {i}", *arguments[f"train {i}"])
+            program = Program("train", training.tiers)
+            arguments[program] = TrainArguments(inputs, schedule, rows)
+            told, _ = shared.shapes(program, *arguments[program])
             delivered.append(jax.tree.map(self._everywhere, told))
             tiers.append(schedule.cohort.tier)
-        arguments["server"] = (start.server, delivered, tiers, inputs.round, inputs.key)
+        arguments[SERVER] = (start.server, delivered, tiers, inputs.round, inputs.key)
         return arguments
 
     def compile(self) -> float:
@@ -531,18 +543,18 @@ class Federation:
         self, state: State, number: int, rate: float, work: Sequence[Sequence[Work]]
     ) -> tuple[State, Array, list[Report], list[Load]]:
         delivered, tiers, loads, kept = [], [], [], []
-        for i, (group, items) in enumerate(zip(self._groups, work, strict=True)):
+        for training, group, items in zip(self._spec.trainings, self._groups, work, strict=True):
             packed = pack(items, group.packing)
             loads.append(load(items, packed, group.packing))
             schedule, images = self._on_devices(group, packed)
             inputs = self._inputs(state.server, number, rate, images)
             rows = self._rows.packed(items, packed, group.packing, state.latest)
-            told, rows = self._compiled[0][f"train {i}"](inputs, schedule, rows)
+            told, rows = self._compiled[0][Program("train", training.tiers)](inputs, schedule, rows)
             delivered.append(told)
             tiers.append(schedule.cohort.tier)
             kept.append(Trained(items, packed, group.packing, rows))
         reports = [told.report for told in delivered]
-        server, finite = self._compiled[0]["server"](
+        server, finite = self._compiled[0][SERVER](
             state.server, delivered, tiers, inputs.round, inputs.key
         )
         latest = self._rows.keep(number, state.latest, kept)
@@ -587,24 +599,24 @@ class Federation:
         numbers = put((np.int32(number), np.float32(rate)), self._mesh, EVERYWHERE)
         return Inputs(server, images, *self._fixed.values(), *numbers)
 
-    def _evaluations(self, state: State) -> dict[str, tuple[Any, ...]]:
+    def _evaluations(self, state: State) -> dict[Program, tuple[Any, ...]]:
         """The arguments of all programs that test, each with the setting of its first tier."""
-        groups, shared = group_tiers(self.evaluated), (self._calibration, self._test)
-        arguments = {
-            f"evaluate {i}": (state.server.variables, self._settings[members[0]], *shared)
-            for i, members in enumerate(groups)
+        arguments: dict[Program, tuple[Any, ...]] = {
+            Program("evaluate", tiers): self._evaluation(state, tiers[0])
+            for tiers in self._spec.evaluated
         }
         return arguments | self._local_programs(state)
 
+    def _evaluation(self, state: State, tier: Tier) -> EvaluateArguments:
+        setting = self._settings[tier.name]
+        return EvaluateArguments(state.server.variables, setting, self._calibration, self._test)
+
     def evaluate(self, state: State) -> dict[str, Tested]:
         """Tests of each evaluated tier, arrays on the device, by name."""
-        found = {}
-        for i, members in enumerate(group_tiers(self.evaluated)):
-            program = self._compiled[0][f"evaluate {i}"]
-            for member in members:
-                found[self.evaluated[member].name] = program(
-                    state.server.variables, self._settings[member], self._calibration, self._test
-                )
+        found: dict[str, Tested] = {}
+        for tiers in self._spec.evaluated:
+            program = self._compiled[0][Program("evaluate", tiers)]
+            found |= {tier.name: program(*self._evaluation(state, tier)) for tier in tiers}
         self.norms = {name: tested.statistics for name, tested in found.items()}
         return {tier.name: found[tier.name] for tier in self.evaluated}
 
@@ -625,28 +637,31 @@ class Federation:
     def test_locally(self, state: State, number: int) -> list[tuple[Sequence[int], Metrics]]:
         """Tests of clients on examples of their own: numbers, and arrays on the devices."""
         found: list[tuple[Sequence[int], Metrics]] = []
-        for i, (testing, chunks) in enumerate(zip(self._spec.local, self._local, strict=True)):
+        for testing, chunks in zip(self._spec.local, self._local, strict=True):
             norms = None
             if testing.has_common_norms:
                 arguments = state.server.variables, self._calibration
-                norms = self._compiled[0][f"norms {i}"](*arguments)
+                norms = self._compiled[0][Program("norms", testing.tiers)](*arguments)
+            program = self._compiled[0][Program("local", testing.tiers)]
             for chunk in chunks:
                 if testing.streamed and len(found) > 1:  # no more images than of two calls
                     jax.block_until_ready(found[-2][1])
                 given = self._local_arguments(state, number, chunk)
-                found.append((chunk.clients, self._compiled[0][f"local {i}"](*given, norms)))
+                found.append((chunk.clients, program(*given, norms)))
         return found
 
-    def _local_programs(self, state: State) -> dict[str, tuple[Any, ...]]:
+    def _local_programs(self, state: State) -> dict[Program, tuple[Any, ...]]:
         """The arguments of the programs of `test_locally`."""
-        found: dict[str, tuple[Any, ...]] = {}
-        for i, (testing, chunks) in enumerate(zip(self._spec.local, self._local, strict=True)):
+        found: dict[Program, tuple[Any, ...]] = {}
+        for testing, chunks in zip(self._spec.local, self._local, strict=True):
             norms = None
             if testing.has_common_norms:
-                found[f"norms {i}"] = state.server.variables, self._calibration
-                told = programs(self._spec).shapes(f"norms {i}", *found[f"norms {i}"])
+                program = Program("norms", testing.tiers)
+                found[program] = state.server.variables, self._calibration
+                told = programs(self._spec).shapes(program, *found[program])
                 norms = jax.tree.map(self._everywhere, told)
-            found[f"local {i}"] = *self._local_arguments(state, 0, chunks[0]), norms
+            given = self._local_arguments(state, 0, chunks[0])
+            found[Program("local", testing.tiers)] = *given, norms
         return found
 
     def host_seconds(self, number: int) -> float:
@@ -662,20 +677,12 @@ class Federation:
         return [(g.packing, pack(g.own(by_tier), g.packing)) for g in self._groups]
 
     @property
-    def local_calls(self) -> list[list[Chunk]]:
+    def local_calls(self) -> dict[Program, list[Chunk]]:
         """The calls of each program that tests clients on examples of their own."""
-        return self._local
-
-    @property
-    def training_tiers(self) -> list[tuple[Tier, ...]]:
-        """The tiers of each training program."""
-        return [tuple(self.tiers.members[i] for i in group.tiers) for group in self._groups]
-
-    @property
-    def tested_tiers(self) -> list[tuple[Tier, ...]]:
-        """The tiers of each evaluation program."""
-        groups = group_tiers(self.evaluated)
-        return [tuple(self.evaluated[i] for i in members) for members in groups]
+        return {
+            Program("local", testing.tiers): chunks
+            for testing, chunks in zip(self._spec.local, self._local, strict=True)
+        }
 
     def _on_devices(self, group: TierGroup, packed: Schedule) -> tuple[Schedule, Images]:
         """Sends each device its lanes and images, and all of them the table of clients."""
@@ -755,7 +762,8 @@ class Federation:
         packed = pack([item], group.packing)
         rows = self._rows.packed([item], packed, group.packing, state.latest)
         schedule, images = self._on_devices(group, packed)
-        told, _ = self._compiled[0][f"train {i}"](inputs._replace(images=images), schedule, rows)
+        program = self._compiled[0][Program("train", training.tiers)]
+        told, _ = program(inputs._replace(images=images), schedule, rows)
         found = told.of_one(training.tiers[0].shapes(inputs.server.variables))
         return to_host(found) if np.asarray(told.report.delivered).any() else None
 

@@ -8,8 +8,8 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,57 @@ from jaxtyping import Array
 from jfed.algorithms.aggregators import Aggregator
 from jfed.algorithms.algorithm import Merged, Server
 from jfed.engine.devices import platform_of
-from jfed.engine.lanes import Training, make_trainer, without
+from jfed.engine.lanes import Inputs, Training, make_trainer, without
 from jfed.engine.merging import Delivered, Group, merge, owned
+from jfed.engine.packing import Schedule
 from jfed.models.model import Params
 from jfed.platforms import made_for
-from jfed.simulation.evaluation import Measure, make_evaluator
+from jfed.simulation.evaluation import Examples, Measure, make_evaluator
 from jfed.simulation.local_tests import LocalTesting, make_local_tester, make_measurer
 from jfed.tiers.tier import Tier
 
-_SERVER = np.uint32(2**32 - 5)  # folded into a round's key: the server's own
+_SERVER_KEY = np.uint32(2**32 - 5)  # folded into a round's key: the server's own
+
+
+class Program(NamedTuple):
+    """Which of a federation's programs.
+
+    Attributes:
+      kind: "train", "server", "evaluate", "local" (tests of clients) or "norms" (for them).
+      tiers: that share it; () of the server's, which there is one of.
+    """
+
+    kind: str
+    tiers: tuple[Tier, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Its kind, and the tiers that it serves."""
+        return f"{self.kind} {', '.join(tier.name for tier in self.tiers)}".strip()
+
+
+SERVER = Program("server")
+
+
+class TrainArguments(NamedTuple):
+    """Of a program that trains, see `jfed.engine.lanes.make_trainer`."""
+
+    inputs: Inputs
+    schedule: Schedule
+    memory: Any
+
+
+class EvaluateArguments(NamedTuple):
+    """Of a program that tests the global model, see `jfed.simulation.evaluation.make_evaluator`."""
+
+    variables: Params
+    setting: Any
+    calibration: Examples
+    test: Examples
+
+
+# Of programs; those of the other kinds are plain tuples.
+Arguments = Mapping[Program, tuple[Any, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,39 +101,38 @@ class Programs:
     """The jitted programs of a specification, compiled once for each shape of their arguments."""
 
     def __init__(self, spec: Specification) -> None:
-        self._platform = platform_of(spec.trainings[0].mesh)
-        self._jitted: dict[str, Callable[..., Any]] = {"server": make_server(spec)}
-        for i, training in enumerate(spec.trainings):
-            self._jitted[f"train {i}"] = make_trainer(training)
-        for i, tiers in enumerate(spec.evaluated):
-            mesh = spec.trainings[0].mesh
+        mesh = spec.trainings[0].mesh
+        self._platform = platform_of(mesh)
+        self._jitted: dict[Program, Callable[..., Any]] = {SERVER: make_server(spec)}
+        for training in spec.trainings:
+            self._jitted[Program("train", training.tiers)] = make_trainer(training)
+        for tiers in spec.evaluated:
             evaluator = make_evaluator(tiers[0], mesh, spec.measure, keep=spec.keep)
-            self._jitted[f"evaluate {i}"] = evaluator
-        for i, testing in enumerate(spec.local):
-            self._jitted[f"local {i}"] = make_local_tester(testing)
-            self._jitted[f"norms {i}"] = make_measurer(testing)
+            self._jitted[Program("evaluate", tiers)] = evaluator
+        for testing in spec.local:
+            self._jitted[Program("local", testing.tiers)] = make_local_tester(testing)
+            self._jitted[Program("norms", testing.tiers)] = make_measurer(testing)
         self._compiled: dict[Any, jax.stages.Compiled] = {}
 
-    def shapes(self, name: str, *args: Any) -> Any:
+    def shapes(self, program: Program, *args: Any) -> Any:
         """Shapes of what a program returns."""
         with made_for(self._platform):
-            return jax.eval_shape(self._jitted[name], *args)
+            return jax.eval_shape(self._jitted[program], *args)
 
-    def lower(self, arguments: dict[str, tuple[Any, ...]]) -> dict[str, jax.stages.Lowered]:
+    def lower(self, arguments: Arguments) -> dict[Program, jax.stages.Lowered]:
         """The programs for such arguments, traced but not compiled."""
         with made_for(self._platform):
-            return {name: self._jitted[name].lower(*args) for name, args in arguments.items()}  # type: ignore[attr-defined]
+            return {p: self._jitted[p].lower(*args) for p, args in arguments.items()}  # type: ignore[attr-defined]
 
-    def compile(self, arguments: dict[str, tuple[Any, ...]]) -> dict[str, jax.stages.Compiled]:
+    def compile(self, arguments: Arguments) -> dict[Program, jax.stages.Compiled]:
         """The programs for such arguments; those that are new are compiled side by side."""
-        keys = {name: (name, _signature(args)) for name, args in arguments.items()}
-        new = {name: args for name, args in arguments.items() if keys[name] not in self._compiled}
+        keys = {program: (program, _signature(args)) for program, args in arguments.items()}
+        new = {p: args for p, args in arguments.items() if keys[p] not in self._compiled}
         lowered, options = self.lower(new), compiler_options(self._platform)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = pool.map(lambda program: program.compile(options), lowered.values())
-            for name, program in zip(lowered, compiled, strict=True):
-                self._compiled[keys[name]] = program
-        return {name: self._compiled[key] for name, key in keys.items()}
+            compiled = pool.map(lambda one: one.compile(options), lowered.values())
+            self._compiled |= zip((keys[program] for program in lowered), compiled, strict=True)
+        return {program: self._compiled[key] for program, key in keys.items()}
 
 
 @functools.lru_cache(maxsize=8)
@@ -164,6 +205,6 @@ def make_merged(
     population = owned(variables, tiers, [jnp.float32(n) for n in spec.population], round_)
     if personal is not None:  # the server has none of these
         owners, population = (without(personal, tree) for tree in (owners, population))
-    own_key = jax.random.fold_in(jax.random.fold_in(key, round_), _SERVER)
+    own_key = jax.random.fold_in(jax.random.fold_in(key, round_), _SERVER_KEY)
     everyone = jnp.float32(spec.clients)
     return Merged(message, owners, jnp.float32(clients), population, round_, own_key, everyone)
