@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array
 
 from jfed.algorithms.aggregators import make_aggregator
-from jfed.algorithms.algorithm import Algorithm, Server, one_each
+from jfed.algorithms.algorithm import Algorithm, Server
 from jfed.algorithms.catalogue import AlgorithmConfig, make_algorithm
 from jfed.algorithms.clients import ClientConfig, learning_rate
 from jfed.algorithms.privacy import (
@@ -27,7 +26,6 @@ from jfed.algorithms.privacy import (
 from jfed.algorithms.servers import ServerConfig, client_weights
 from jfed.data import Dataset, check_partition, class_counts
 from jfed.data.preprocessing import Augmentation, Images, ModelInputs, channel_moments, in_rows
-from jfed.engine import debug
 from jfed.engine.devices import (
     EVERYWHERE,
     SPREAD,
@@ -38,15 +36,11 @@ from jfed.engine.devices import (
     to_host,
 )
 from jfed.engine.faults import FaultConfig
-from jfed.engine.lanes import SCHEDULE, Inputs, Training
+from jfed.engine.lanes import Inputs, Training
 from jfed.engine.memory import ClientMemory
-from jfed.engine.merging import Report
 from jfed.engine.packing import (
-    Load,
     Packing,
     Schedule,
-    Work,
-    load,
     pack,
 )
 from jfed.errors import ConfigError, check_integer, check_type, name_of
@@ -63,7 +57,8 @@ from jfed.simulation.checks import (
     check_parts,
     check_training,
 )
-from jfed.simulation.client_rows import ClientRows, Trained
+from jfed.simulation.client_rows import ClientRows
+from jfed.simulation.cohort_training import CohortTraining, Outcome
 from jfed.simulation.evaluation import (
     EvaluationConfig,
     Examples,
@@ -71,18 +66,15 @@ from jfed.simulation.evaluation import (
     evaluated_tiers,
     in_batches,
 )
-from jfed.simulation.groups import TierGroup, group_tiers, make_groups
+from jfed.simulation.groups import group_tiers, make_groups
 from jfed.simulation.local_tests import Chunk, LocalTesting
-from jfed.simulation.measured_traffic import Sizes, as_sizes, wire_bytes
+from jfed.simulation.measured_traffic import Sizes, TrafficMeter, as_sizes, round_traffic
 from jfed.simulation.population import Sampler, make_population
 from jfed.simulation.programs import (
-    SERVER,
     Arguments,
     EvaluateArguments,
     Program,
     Specification,
-    TrainArguments,
-    make_merged,
     programs,
 )
 from jfed.simulation.records import columns
@@ -93,7 +85,6 @@ from jfed.simulation.training_images import Resident, Streamed, TrainingImages
 from jfed.simulation.under_way import UnderWay
 from jfed.tiers import Tier, Tiers
 from jfed.tiers.communication import Traffic, traffic
-from jfed.tiers.parts import is_like, map_parts
 from jfed.tiers.tier import as_tiers
 
 
@@ -250,6 +241,10 @@ class Federation:
         )
         self.norms: dict[str, Any] = {}  # statistics of each evaluated tier, as last measured
         self._place(data)
+        self._training = CohortTraining(
+            self._spec, self._groups, self._images, self._rows, self._exchanges[0].message
+        )
+        self._meter = TrafficMeter(self._training, self.population)
 
     def _be_private(
         self,
@@ -466,6 +461,9 @@ class Federation:
         compiled = programs(self._spec).compile(self.arguments())
         return compiled, time.perf_counter() - began
 
+    def _program(self, program: Program) -> jax.stages.Compiled:
+        return self._compiled[0][program]
+
     def lower(self, arguments: Arguments) -> dict[Program, jax.stages.Lowered]:
         """The programs for such arguments (see `arguments`), traced for the devices, no more."""
         return programs(self._spec).lower(arguments)
@@ -477,22 +475,12 @@ class Federation:
 
     def arguments(self) -> dict[Program, tuple[Any, ...]]:
         """The arguments of every program, as of the first round, or like them."""
-        start, shared = self.start, programs(self._spec)
-        arguments, delivered, tiers = self._evaluations(start), [], []
+        start = self.start
+        arguments = self._evaluations(start)
         if self.engine.mapping == "debug":
             return arguments
-        for training, group in zip(self._spec.trainings, self._groups, strict=True):
-            packed = pack([], group.packing)
-            schedule, images = self._on_devices(group, packed)
-            inputs = self._inputs(start.server, 0, 0.0, images)
-            rows = self._rows.packed([], packed, group.packing, start.latest)
-            program = Program("train", training.tiers)
-            arguments[program] = TrainArguments(inputs, schedule, rows)
-            told, _ = shared.shapes(program, *arguments[program])
-            delivered.append(jax.tree.map(self._everywhere, told))
-            tiers.append(schedule.cohort.tier)
-        arguments[SERVER] = (start.server, delivered, tiers, inputs.round, inputs.key)
-        return arguments
+        inputs = self._inputs(start.server, 0, 0.0)
+        return arguments | self._training.arguments(inputs, start.latest)
 
     def compile(self) -> float:
         """Compiles every program, several at a time, once; returns the seconds that it took."""
@@ -507,30 +495,32 @@ class Federation:
         rate = learning_rate(self.client, number, self.rounds)
         cohort = self.population.sample(number)
         by_tier = self.population.work(number, cohort)
+        inputs = self._inputs(state.server, number, rate)
         # When a run is tested, and for how long it goes on, must not decide who is late.
         is_anew = self._due(number) and self.time.deadline is None
         if self.algorithm.measured and (number == 0 or is_anew):
-            state = state._replace(sizes=self._measure(state, number, rate, by_tier))
+            sizes = self._meter.measure(
+                self._program, inputs, number, state.latest, state.sizes, by_tier
+            )
+            state = state._replace(sizes=sizes)
         lasts: float | None = None
         if self.clock is not None:
             by_tier, lasts = self.clock.round(cohort, by_tier, state.sizes)
         work = [group.own(by_tier) for group in self._groups]
-        finite: Array | np.bool_ = np.bool_(True)
-        reports: list[Report] = []
-        loads = [Load()]
+        done = Outcome(state.server, state.latest)
         if any(work) or self.algorithm.is_private:
-            run = self._debug if self.engine.mapping == "debug" else self._train
-            state, finite, reports, loads = run(state, number, rate, work)
+            done = self._training.run(self._program, inputs, number, state.latest, work)
+            state = State(done.server, done.latest, state.sizes)
         under_way = UnderWay(
             number=number,
             clients=sum(map(len, cohort)),
             work=work,
             learning_rate=rate,
-            traffic=self._bytes(state, cohort, by_tier),
-            load=functools.reduce(Load.plus, loads),
-            reports=reports,
+            traffic=round_traffic(state.sizes, cohort, by_tier),
+            load=done.load,
+            reports=done.reports,
             evaluations=self.evaluate(state) if self._due(number) else {},
-            finite=finite,
+            finite=done.finite,
             local=self.test_locally(state, number) if self._due(number) else [],
             epsilon=self._spent(number + 1) if self._spent and self._due(number) else None,
             lasts=lasts,
@@ -539,65 +529,9 @@ class Federation:
         )
         return state, under_way
 
-    def _train(
-        self, state: State, number: int, rate: float, work: Sequence[Sequence[Work]]
-    ) -> tuple[State, Array, list[Report], list[Load]]:
-        delivered, tiers, loads, kept = [], [], [], []
-        for training, group, items in zip(self._spec.trainings, self._groups, work, strict=True):
-            packed = pack(items, group.packing)
-            loads.append(load(items, packed, group.packing))
-            schedule, images = self._on_devices(group, packed)
-            inputs = self._inputs(state.server, number, rate, images)
-            rows = self._rows.packed(items, packed, group.packing, state.latest)
-            told, rows = self._compiled[0][Program("train", training.tiers)](inputs, schedule, rows)
-            delivered.append(told)
-            tiers.append(schedule.cohort.tier)
-            kept.append(Trained(items, packed, group.packing, rows))
-        reports = [told.report for told in delivered]
-        server, finite = self._compiled[0][SERVER](
-            state.server, delivered, tiers, inputs.round, inputs.key
-        )
-        latest = self._rows.keep(number, state.latest, kept)
-        return State(server, latest, state.sizes), finite, reports, loads
-
-    def _debug(
-        self, state: State, number: int, rate: float, work: Sequence[Sequence[Work]]
-    ) -> tuple[State, Array, list[Report], list[Load]]:
-        """A round by the debug engine."""
-        inputs, spec = self._inputs(state.server, number, rate, self._images.whole), self._spec
-        sent: list[debug.Sent] = []
-        reports, rows = [], {}
-        for training, items in zip(spec.trainings, work, strict=True):
-            told = []
-            for item in items:
-                before = self._rows.row(item.client, state.latest)
-                one, rows[item.client] = debug.train(training, inputs, item, before)
-                told.append(one)
-            sent += told
-            reports.append(debug.report(told))
-        latest = self._rows.keep_rows(number, state.latest, rows)
-        server, counts = state.server, sum(one.counts for one in sent)
-        if counts or self.algorithm.is_private:
-            message, owners = self._silence(server.variables)
-            if counts:
-                message, owners = debug.merge(sent, spec.aggregator, server.variables)
-            merged = make_merged(
-                spec, server.variables, inputs.key, inputs.round, message, owners, counts
-            )
-            server = self.algorithm.server_step(server, merged)
-        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(server.variables)]
-        return State(server, latest, state.sizes), jnp.stack(finite).all(), reports, [Load()]
-
-    def _silence(self, variables: Params) -> tuple[dict[str, Any], Params]:
-        """The merged message of a round in which nobody delivers, and the owners in it."""
-        zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
-        nothing, like = zeros(variables), self.tiers.members[0].shapes(variables)
-        parts = self._exchanges[0].message.items()
-        return {n: nothing if is_like(p, like) else zeros(p) for n, p in parts}, nothing
-
-    def _inputs(self, server: Server, number: int, rate: float, images: Images) -> Inputs:
+    def _inputs(self, server: Server, number: int, rate: float) -> Inputs:
         numbers = put((np.int32(number), np.float32(rate)), self._mesh, EVERYWHERE)
-        return Inputs(server, images, *self._fixed.values(), *numbers)
+        return Inputs(server, self._images.whole, *self._fixed.values(), *numbers)
 
     def _evaluations(self, state: State) -> dict[Program, tuple[Any, ...]]:
         """The arguments of all programs that test, each with the setting of its first tier."""
@@ -615,7 +549,7 @@ class Federation:
         """Tests of each evaluated tier, arrays on the device, by name."""
         found: dict[str, Tested] = {}
         for tiers in self._spec.evaluated:
-            program = self._compiled[0][Program("evaluate", tiers)]
+            program = self._program(Program("evaluate", tiers))
             found |= {tier.name: program(*self._evaluation(state, tier)) for tier in tiers}
         self.norms = {name: tested.statistics for name, tested in found.items()}
         return {tier.name: found[tier.name] for tier in self.evaluated}
@@ -632,7 +566,8 @@ class Federation:
         if self.algorithm.personalise is not None:
             rows = self._rows.some(chunk.clients, len(chunk.tested.client), state.latest)
         images = self._images.send(chunk.needed, chunk.images)
-        return self._inputs(state.server, number, rate, images), chunk.tested, rows
+        inputs = self._inputs(state.server, number, rate)
+        return inputs._replace(images=images), chunk.tested, rows
 
     def test_locally(self, state: State, number: int) -> list[tuple[Sequence[int], Metrics]]:
         """Tests of clients on examples of their own: numbers, and arrays on the devices."""
@@ -641,8 +576,8 @@ class Federation:
             norms = None
             if testing.has_common_norms:
                 arguments = state.server.variables, self._calibration
-                norms = self._compiled[0][Program("norms", testing.tiers)](*arguments)
-            program = self._compiled[0][Program("local", testing.tiers)]
+                norms = self._program(Program("norms", testing.tiers))(*arguments)
+            program = self._program(Program("local", testing.tiers))
             for chunk in chunks:
                 if testing.streamed and len(found) > 1:  # no more images than of two calls
                     jax.block_until_ready(found[-2][1])
@@ -658,8 +593,7 @@ class Federation:
             if testing.has_common_norms:
                 program = Program("norms", testing.tiers)
                 found[program] = state.server.variables, self._calibration
-                told = programs(self._spec).shapes(program, *found[program])
-                norms = jax.tree.map(self._everywhere, told)
+                norms = programs(self._spec).shapes(program, *found[program])
             given = self._local_arguments(state, 0, chunks[0])
             found[Program("local", testing.tiers)] = *given, norms
         return found
@@ -668,7 +602,7 @@ class Federation:
         """Seconds of a round's work on the host: sampling, packing, sending the schedule."""
         began = time.perf_counter()
         for group, (_, packed) in zip(self._groups, self.schedules(number), strict=True):
-            jax.block_until_ready(self._on_devices(group, packed))
+            jax.block_until_ready(self._training.send(group, packed))
         return time.perf_counter() - began
 
     def schedules(self, number: int) -> list[tuple[Packing, Schedule]]:
@@ -683,89 +617,6 @@ class Federation:
             Program("local", testing.tiers): chunks
             for testing, chunks in zip(self._spec.local, self._local, strict=True)
         }
-
-    def _on_devices(self, group: TierGroup, packed: Schedule) -> tuple[Schedule, Images]:
-        """Sends each device its lanes and images, and all of them the table of clients."""
-        lanes = packed.lanes
-        needed = self._images.needed((np.asarray(lanes.examples), np.asarray(lanes.real)))
-        packed = packed._replace(lanes=lanes._replace(examples=needed.indices[0]))
-        parts = (put(x, self._mesh, spec) for x, spec in zip(packed, SCHEDULE, strict=True))
-        return Schedule(*parts), self._images.send(needed, group.images)
-
-    def _everywhere(self, like: Any) -> Any:
-        sharding = jax.sharding.NamedSharding(self._mesh, EVERYWHERE)
-        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
-
-    def _bytes(
-        self, state: State, cohort: Sequence[np.ndarray], done: Sequence[Sequence[Work]]
-    ) -> Traffic:
-        """The model to the whole cohort, and an update from each client that did work."""
-        counts = [[len(c), len(work)] for c, work in zip(cohort, done, strict=True)]
-        return Traffic(*map(int, (np.asarray(counts, np.int64) * state.sizes).sum(0)))
-
-    def _measure(
-        self, state: State, number: int, rate: float, by_tier: Sequence[Sequence[Work]]
-    ) -> Sizes:
-        """Bytes of a client of each tier, of messages of this round: of the first of its clients.
-
-        That one trains for it alone; nothing of it is kept.
-        """
-        inputs = self._inputs(state.server, number, rate, self._images.whole)
-        found = np.zeros_like(state.sizes)
-        for i, group in enumerate(self._groups):
-            for place, tier in enumerate(group.tiers):
-                if by_tier[tier]:
-                    client = by_tier[tier][0].client
-                else:
-                    client = int(np.flatnonzero(self.population.tier == tier)[0])
-                item = self.population.alone(number, client, place)
-                message = self._message(i, inputs, item, state)
-                if message is None:  # it would not count; so nothing is known anew
-                    found[tier] = state.sizes[tier]
-                    continue
-                member, like = self.tiers.members[tier], state.server.variables
-                shapes = member.shapes(like)
-                cut = to_host(self._sends[tier](state.server, inputs.round))
-                found[tier] = [
-                    wire_bytes(member, self.algorithm, shapes, tree) for tree in (cut, message)
-                ]
-        return found
-
-    @functools.cached_property
-    def _sends(self) -> list[Callable[[Server, Array], Any]]:
-        """What the server sends to a client of each tier, and when."""
-
-        def of(tier: Tier) -> Callable[[Server, Array], Any]:
-            def send(server: Server, round_: Array) -> Any:
-                whole = self.algorithm.send(server)
-                return map_parts(lambda v: tier.extract(v, round_), server.variables, whole)
-
-            return jax.jit(send)
-
-        return [of(tier) for tier in self.tiers.members]
-
-    def _message(self, i: int, inputs: Inputs, item: Work, state: State) -> dict[str, Any] | None:
-        """What one client sends that trains alone by a program, cut to its tier, on the host.
-
-        None if it would not count. Where the program changes what arrives, by weights other than 1
-        or the server's clipping, the debug engine trains the client.
-        """
-        group, training = self._groups[i], self._spec.trainings[i]
-        own = {name: self.algorithm.weights.get(name, one_each) for name in self.algorithm.parts}
-        is_changed = training.clip is not None or any(w is not one_each for w in own.values())
-        if is_changed or self.engine.mapping == "debug":
-            plain = dataclasses.replace(training, clip=None)
-            one, _ = debug.train(plain, inputs, item, self._rows.row(item.client, state.latest))
-            like, tier = inputs.server.variables, training.tiers[item.tier]
-            found = map_parts(lambda v: tier.extract(v, inputs.round), like, one.parts)
-            return to_host(found) if one.counts else None
-        packed = pack([item], group.packing)
-        rows = self._rows.packed([item], packed, group.packing, state.latest)
-        schedule, images = self._on_devices(group, packed)
-        program = self._compiled[0][Program("train", training.tiers)]
-        told, _ = program(inputs._replace(images=images), schedule, rows)
-        found = told.of_one(training.tiers[0].shapes(inputs.server.variables))
-        return to_host(found) if np.asarray(told.report.delivered).any() else None
 
     def _due(self, number: int) -> bool:
         every = self.evaluation.every

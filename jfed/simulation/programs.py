@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from jfed.algorithms.aggregators import Aggregator
 from jfed.algorithms.algorithm import Merged, Server
-from jfed.engine.devices import platform_of
+from jfed.engine.devices import EVERYWHERE, platform_of
 from jfed.engine.lanes import Inputs, Training, make_trainer, without
 from jfed.engine.merging import Delivered, Group, merge, owned
 from jfed.engine.packing import Schedule
@@ -70,6 +70,8 @@ class EvaluateArguments(NamedTuple):
 
 # Of programs; those of the other kinds are plain tuples.
 Arguments = Mapping[Program, tuple[Any, ...]]
+# Gives a compiled program.
+Compiled = Callable[[Program], jax.stages.Compiled]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,13 +103,13 @@ class Programs:
     """The jitted programs of a specification, compiled once for each shape of their arguments."""
 
     def __init__(self, spec: Specification) -> None:
-        mesh = spec.trainings[0].mesh
-        self._platform = platform_of(mesh)
+        self._mesh = spec.trainings[0].mesh
+        self._platform = platform_of(self._mesh)
         self._jitted: dict[Program, Callable[..., Any]] = {SERVER: make_server(spec)}
         for training in spec.trainings:
             self._jitted[Program("train", training.tiers)] = make_trainer(training)
         for tiers in spec.evaluated:
-            evaluator = make_evaluator(tiers[0], mesh, spec.measure, keep=spec.keep)
+            evaluator = make_evaluator(tiers[0], self._mesh, spec.measure, keep=spec.keep)
             self._jitted[Program("evaluate", tiers)] = evaluator
         for testing in spec.local:
             self._jitted[Program("local", testing.tiers)] = make_local_tester(testing)
@@ -115,9 +117,11 @@ class Programs:
         self._compiled: dict[Any, jax.stages.Compiled] = {}
 
     def shapes(self, program: Program, *args: Any) -> Any:
-        """Shapes of what a program returns."""
+        """Shapes of what a program returns, of arrays that lie on every device."""
         with made_for(self._platform):
-            return jax.eval_shape(self._jitted[program], *args)
+            found = jax.eval_shape(self._jitted[program], *args)
+        there = jax.sharding.NamedSharding(self._mesh, EVERYWHERE)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), found)
 
     def lower(self, arguments: Arguments) -> dict[Program, jax.stages.Lowered]:
         """The programs for such arguments, traced but not compiled."""
