@@ -25,10 +25,9 @@ from jfed.algorithms.privacy import (
 )
 from jfed.algorithms.servers import ServerConfig, client_weights
 from jfed.data import Dataset, check_partition, class_counts
-from jfed.data.preprocessing import Augmentation, Images, ModelInputs, channel_moments, in_rows
+from jfed.data.preprocessing import Augmentation, ModelInputs, channel_moments
 from jfed.engine.devices import (
     EVERYWHERE,
-    SPREAD,
     EngineConfig,
     make_mesh,
     platform_of,
@@ -46,7 +45,7 @@ from jfed.engine.packing import (
 from jfed.errors import ConfigError, check_integer, check_type, name_of
 from jfed.models.losses import Metrics
 from jfed.models.model import Model, Params, by_name, initialise
-from jfed.seeds import check_seed, generator
+from jfed.seeds import check_seed
 from jfed.simulation import local_tests
 from jfed.simulation.checks import (
     Exchange,
@@ -61,10 +60,8 @@ from jfed.simulation.client_rows import ClientRows
 from jfed.simulation.cohort_training import CohortTraining, Outcome
 from jfed.simulation.evaluation import (
     EvaluationConfig,
-    Examples,
     Tested,
     evaluated_tiers,
-    in_batches,
 )
 from jfed.simulation.groups import group_tiers, make_groups
 from jfed.simulation.local_tests import Chunk, LocalTesting
@@ -72,18 +69,18 @@ from jfed.simulation.measured_traffic import Sizes, TrafficMeter, as_sizes, roun
 from jfed.simulation.population import Sampler, make_population
 from jfed.simulation.programs import (
     Arguments,
-    EvaluateArguments,
     Program,
     Specification,
     programs,
 )
 from jfed.simulation.records import columns
-from jfed.simulation.scores import METRICS, column
+from jfed.simulation.scores import column
 from jfed.simulation.simulated_time import Clock, TimeConfig, make_devices
+from jfed.simulation.testing import Testing
 from jfed.simulation.training_costs import TrainingCost, TrainingCosts
 from jfed.simulation.training_images import Resident, Streamed, TrainingImages
 from jfed.simulation.under_way import UnderWay
-from jfed.tiers import Tier, Tiers
+from jfed.tiers import Tiers
 from jfed.tiers.communication import Traffic, traffic
 from jfed.tiers.tier import as_tiers
 
@@ -362,32 +359,24 @@ class Federation:
 
     def _place(self, data: Dataset) -> None:
         """Puts images on the devices, once for the whole run, but for those that are streamed."""
-        size, count = self.evaluation.batch_size, self.evaluation.calibration_examples
-        chosen = generator(self.seed, "calibration").permutation(len(data.train))[:count]
         moments = channel_moments(data.train.images)
         pixels = str(data.train.images.dtype)
         self.inputs = ModelInputs(data.image_shape, *moments, data.class_names, pixels)
         everywhere = functools.partial(put, mesh=self._mesh, spec=EVERYWHERE)
-        spread = functools.partial(put, mesh=self._mesh, spec=SPREAD)
         lying = Streamed if self.engine.images == "host" else Resident
         self._images: TrainingImages = lying(data.train, moments, self._mesh)
-        some, places = self._images.some(chosen)
-        self._calibration = Examples(some, *spread(in_batches(places, size, self._mesh.size)))
-        test = Images(*everywhere((in_rows(data.test.images), data.test.labels, *moments)))
-        every, self._labels = np.arange(len(data.test)), data.test.labels
-        self._test = Examples(test, *spread(in_batches(every, size, self._mesh.size)))
-        present = None
+        self._present = None
         if self.client.mask_absent_classes:
             partition = self.population.partition
-            present = everywhere(class_counts(data.train.labels, partition, data.num_classes) > 0)
-        key = everywhere(jax.random.fold_in(self.key, 1))
-        self._local = [
+            present = class_counts(data.train.labels, partition, data.num_classes) > 0
+            self._present = everywhere(present)
+        self._key = everywhere(jax.random.fold_in(self.key, 1))
+        calls = [
             self._chunks(testing, group.tiers)
             for testing, group in zip(self._spec.local, self._groups, strict=False)
         ]
-        self._fixed = {"present": present, "key": key}
-        self._settings = everywhere(
-            {tier.name: jax.tree.map(np.int32, tier.setting) for tier in self.evaluated}
+        self._testing = Testing(
+            self._spec, self.evaluation, data, self._images, moments, calls, seed=self.seed
         )
 
     def _chunks(self, testing: LocalTesting, tiers: Sequence[int]) -> list[Chunk]:
@@ -476,10 +465,10 @@ class Federation:
     def arguments(self) -> dict[Program, tuple[Any, ...]]:
         """The arguments of every program, as of the first round, or like them."""
         start = self.start
-        arguments = self._evaluations(start)
+        inputs = self._inputs(start.server, 0, learning_rate(self.client, 0, self.rounds))
+        arguments = self._testing.arguments(inputs, self._rows, start.latest)
         if self.engine.mapping == "debug":
             return arguments
-        inputs = self._inputs(start.server, 0, 0.0)
         return arguments | self._training.arguments(inputs, start.latest)
 
     def compile(self) -> float:
@@ -521,82 +510,28 @@ class Federation:
             reports=done.reports,
             evaluations=self.evaluate(state) if self._due(number) else {},
             finite=done.finite,
-            local=self.test_locally(state, number) if self._due(number) else [],
+            local=self._test_clients(state, number) if self._due(number) else [],
             epsilon=self._spent(number + 1) if self._spent and self._due(number) else None,
             lasts=lasts,
-            score=self.score,
+            score=self._testing.score,
             tier_of=lambda client: self.tiers.members[self.population.tier[client]].name,
         )
         return state, under_way
 
     def _inputs(self, server: Server, number: int, rate: float) -> Inputs:
         numbers = put((np.int32(number), np.float32(rate)), self._mesh, EVERYWHERE)
-        return Inputs(server, self._images.whole, *self._fixed.values(), *numbers)
-
-    def _evaluations(self, state: State) -> dict[Program, tuple[Any, ...]]:
-        """The arguments of all programs that test, each with the setting of its first tier."""
-        arguments: dict[Program, tuple[Any, ...]] = {
-            Program("evaluate", tiers): self._evaluation(state, tiers[0])
-            for tiers in self._spec.evaluated
-        }
-        return arguments | self._local_programs(state)
-
-    def _evaluation(self, state: State, tier: Tier) -> EvaluateArguments:
-        setting = self._settings[tier.name]
-        return EvaluateArguments(state.server.variables, setting, self._calibration, self._test)
+        return Inputs(server, self._images.whole, self._present, self._key, *numbers)
 
     def evaluate(self, state: State) -> dict[str, Tested]:
         """Tests of each evaluated tier, arrays on the device, by name."""
-        found: dict[str, Tested] = {}
-        for tiers in self._spec.evaluated:
-            program = self._program(Program("evaluate", tiers))
-            found |= {tier.name: program(*self._evaluation(state, tier)) for tier in tiers}
+        found = self._testing.evaluate(self._program, state.server.variables)
         self.norms = {name: tested.statistics for name, tested in found.items()}
         return {tier.name: found[tier.name] for tier in self.evaluated}
 
-    def score(self, probabilities: np.ndarray) -> dict[str, float]:
-        """The metrics that were asked for, of the probabilities of an evaluation, by column."""
-        found = probabilities[: len(self._labels)]
-        return {column(m): METRICS[m].of(found, self._labels) for m in self.evaluation.metrics}
-
-    def _local_arguments(self, state: State, number: int, chunk: Chunk) -> tuple[Any, ...]:
-        """The arguments of the program that tests clients on examples of their own."""
+    def _test_clients(self, state: State, number: int) -> list[tuple[Sequence[int], Metrics]]:
         rate = learning_rate(self.client, 0, self.rounds)  # of fine-tuning, in every round
-        rows: Any = ()
-        if self.algorithm.personalise is not None:
-            rows = self._rows.some(chunk.clients, len(chunk.tested.client), state.latest)
-        images = self._images.send(chunk.needed, chunk.images)
         inputs = self._inputs(state.server, number, rate)
-        return inputs._replace(images=images), chunk.tested, rows
-
-    def test_locally(self, state: State, number: int) -> list[tuple[Sequence[int], Metrics]]:
-        """Tests of clients on examples of their own: numbers, and arrays on the devices."""
-        found: list[tuple[Sequence[int], Metrics]] = []
-        for testing, chunks in zip(self._spec.local, self._local, strict=True):
-            norms = None
-            if testing.has_common_norms:
-                arguments = state.server.variables, self._calibration
-                norms = self._program(Program("norms", testing.tiers))(*arguments)
-            program = self._program(Program("local", testing.tiers))
-            for chunk in chunks:
-                if testing.streamed and len(found) > 1:  # no more images than of two calls
-                    jax.block_until_ready(found[-2][1])
-                given = self._local_arguments(state, number, chunk)
-                found.append((chunk.clients, program(*given, norms)))
-        return found
-
-    def _local_programs(self, state: State) -> dict[Program, tuple[Any, ...]]:
-        """The arguments of the programs of `test_locally`."""
-        found: dict[Program, tuple[Any, ...]] = {}
-        for testing, chunks in zip(self._spec.local, self._local, strict=True):
-            norms = None
-            if testing.has_common_norms:
-                program = Program("norms", testing.tiers)
-                found[program] = state.server.variables, self._calibration
-                norms = programs(self._spec).shapes(program, *found[program])
-            given = self._local_arguments(state, 0, chunks[0])
-            found[Program("local", testing.tiers)] = *given, norms
-        return found
+        return self._testing.test_clients(self._program, inputs, self._rows, state.latest)
 
     def host_seconds(self, number: int) -> float:
         """Seconds of a round's work on the host: sampling, packing, sending the schedule."""
@@ -613,10 +548,7 @@ class Federation:
     @property
     def local_calls(self) -> dict[Program, list[Chunk]]:
         """The calls of each program that tests clients on examples of their own."""
-        return {
-            Program("local", testing.tiers): chunks
-            for testing, chunks in zip(self._spec.local, self._local, strict=True)
-        }
+        return self._testing.calls
 
     def _due(self, number: int) -> bool:
         every = self.evaluation.every

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from jfed.algorithms.aggregators import Aggregator
@@ -98,18 +99,22 @@ class Specification:
     keep: bool = False
     local: tuple[LocalTesting, ...] = ()
 
+    @property
+    def mesh(self) -> Mesh:
+        """Of the devices."""
+        return self.trainings[0].mesh
+
 
 class Programs:
     """The jitted programs of a specification, compiled once for each shape of their arguments."""
 
     def __init__(self, spec: Specification) -> None:
-        self._mesh = spec.trainings[0].mesh
-        self._platform = platform_of(self._mesh)
+        self._mesh, self._platform = spec.mesh, platform_of(spec.mesh)
         self._jitted: dict[Program, Callable[..., Any]] = {SERVER: make_server(spec)}
         for training in spec.trainings:
             self._jitted[Program("train", training.tiers)] = make_trainer(training)
         for tiers in spec.evaluated:
-            evaluator = make_evaluator(tiers[0], self._mesh, spec.measure, keep=spec.keep)
+            evaluator = make_evaluator(tiers[0], spec.mesh, spec.measure, keep=spec.keep)
             self._jitted[Program("evaluate", tiers)] = evaluator
         for testing in spec.local:
             self._jitted[Program("local", testing.tiers)] = make_local_tester(testing)
@@ -120,7 +125,7 @@ class Programs:
         """Shapes of what a program returns, of arrays that lie on every device."""
         with made_for(self._platform):
             found = jax.eval_shape(self._jitted[program], *args)
-        there = jax.sharding.NamedSharding(self._mesh, EVERYWHERE)
+        there = NamedSharding(self._mesh, EVERYWHERE)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), found)
 
     def lower(self, arguments: Arguments) -> dict[Program, jax.stages.Lowered]:
