@@ -7,10 +7,11 @@ it costs is told by the package `dp-accounting`.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float
 from jfed.algorithms.algorithm import Algorithm, Client, Merged, Server, one_each
 from jfed.algorithms.lengths import length
 from jfed.algorithms.servers import ServerConfig
-from jfed.errors import ConfigError, check_number, check_share, one_of, optional
+from jfed.errors import ConfigError, check_integer, check_number, check_share, one_of, optional
 from jfed.models.model import Params
 
 SAMPLINGS = ("poisson", "fixed")
@@ -192,6 +193,53 @@ def private(
         is_private=True,
         name=f"{algorithm.name}, private",
     )
+
+
+class PrivateRounds(NamedTuple):
+    """What rounds are where clients are private.
+
+    Attributes:
+      algorithm: the private one.
+      cohort: how many clients take part in a round, at most.
+      sampler: `(round, rng) -> numbers of clients` that draws them; None for exactly so many.
+      spent: epsilon after so many rounds.
+    """
+
+    algorithm: Algorithm
+    cohort: int
+    sampler: Callable[[int, np.random.Generator], np.ndarray] | None
+    spent: Callable[[int], float]
+
+
+def private_rounds(
+    algorithm: Algorithm, config: PrivacyConfig, clients: int, cohort: int | None, rounds: int
+) -> PrivateRounds:
+    """Makes a federation private.
+
+    Args:
+      algorithm: see `private`.
+      config: with a clip.
+      clients: of the federation.
+      cohort: how many of them take part in a round, on average; all by default.
+      rounds: of the run.
+    """
+    assert config.clip is not None
+    cohort = check_integer("cohort", clients if cohort is None else cohort, least=1, most=clients)
+    accountant, share = Accountant(config, clients, cohort), cohort / clients
+    noise = accountant.noise(rounds)
+    algorithm = private(
+        algorithm,
+        clip=config.clip,
+        noise=noise,
+        share=share,
+        quantile=config.quantile,
+        count_noise=cohort / 20,
+    )
+    spent = functools.partial(accountant.epsilon, noise)
+    if config.sampling == "fixed":
+        return PrivateRounds(algorithm, cohort, None, spent)
+    draw, most = poisson(share), most_drawn(clients, share)
+    return PrivateRounds(algorithm, most, lambda number, rng: draw(clients, rng), spent)
 
 
 def _shorter(norm: Float[Array, ""], bound: Float[Array, ""]) -> Float[Array, ""]:

@@ -15,14 +15,7 @@ from jfed.algorithms.aggregators import make_aggregator
 from jfed.algorithms.algorithm import Algorithm, Server
 from jfed.algorithms.catalogue import AlgorithmConfig, make_algorithm
 from jfed.algorithms.clients import ClientConfig, learning_rate
-from jfed.algorithms.privacy import (
-    Accountant,
-    PrivacyConfig,
-    check_guarantee,
-    most_drawn,
-    poisson,
-    private,
-)
+from jfed.algorithms.privacy import PrivacyConfig, check_guarantee, private_rounds
 from jfed.algorithms.servers import ServerConfig, client_weights
 from jfed.data import Dataset, check_partition, class_counts
 from jfed.data.preprocessing import Augmentation, ModelInputs, channel_moments
@@ -191,7 +184,9 @@ class Federation:
                 attacks=attacks,
                 late_by_message=bool(time and time.deadline) and self.algorithm.measured,
             )
-            cohort, sampler = self._be_private(privacy, len(examples), cohort)
+            self.algorithm, cohort, sampler, self._spent = private_rounds(
+                self.algorithm, privacy, len(examples), cohort, self.rounds
+            )
         self.population = make_population(
             examples,
             tiers=len(self.tiers.members),
@@ -242,32 +237,6 @@ class Federation:
             self._spec, self._groups, self._images, self._rows, self._exchanges[0].message
         )
         self._meter = TrafficMeter(self._training, self.population)
-
-    def _be_private(
-        self,
-        config: PrivacyConfig,
-        clients: int,
-        cohort: int | None,
-    ) -> tuple[int, Sampler | None]:
-        """Makes the algorithm private; returns who is drawn: at most how many, and by what."""
-        cohort = clients if cohort is None else cohort
-        cohort = check_integer("cohort", cohort, least=1, most=clients)
-        accountant, share = Accountant(config, clients, cohort), cohort / clients
-        noise = accountant.noise(self.rounds)
-        assert config.clip is not None
-        self.algorithm = private(
-            self.algorithm,
-            clip=config.clip,
-            noise=noise,
-            share=share,
-            quantile=config.quantile,
-            count_noise=cohort / 20,
-        )
-        self._spent = functools.partial(accountant.epsilon, noise)
-        if config.sampling == "fixed":
-            return cohort, None
-        draw = poisson(share)
-        return most_drawn(clients, share), lambda number, rng: draw(clients, rng)
 
     def _check(self, data: Dataset, like: Params) -> None:
         """Checks what clients and server do, and tells what travels and what is recorded."""
