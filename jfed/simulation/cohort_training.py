@@ -1,5 +1,6 @@
 """The clients of a round trained, and what they send merged: by the programs, or in Python."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from jfed.algorithms.algorithm import Server
 from jfed.data.preprocessing import Images
 from jfed.engine import debug
 from jfed.engine.devices import put
-from jfed.engine.lanes import SCHEDULE, Inputs
+from jfed.engine.lanes import SCHEDULE
 from jfed.engine.merging import Report
 from jfed.engine.packing import Load, Schedule, Work, load, pack
 from jfed.models.model import Params
@@ -21,15 +22,17 @@ from jfed.simulation.client_rows import ClientRows, Trained
 from jfed.simulation.groups import TierGroup
 from jfed.simulation.programs import (
     SERVER,
+    Arguments,
     Compiled,
     Program,
+    RoundStart,
     Specification,
     TrainArguments,
     make_merged,
     programs,
 )
 from jfed.simulation.training_images import TrainingImages
-from jfed.tiers.parts import is_like
+from jfed.tiers.parts import map_parts
 
 
 class Outcome(NamedTuple):
@@ -50,126 +53,96 @@ class Outcome(NamedTuple):
     load: Load = Load()
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class CohortTraining:
-    """Trains the clients of rounds on what lies on the devices.
+    """Trains the clients of rounds on what lies on the devices, and merges what they send.
 
-    Args:
+    Attributes:
       spec: of the programs.
-      groups: of tiers, one for each training.
       images: that clients train on.
       rows: of what they remember.
+      groups: of tiers, one for each training.
       message: shapes of the merged message.
     """
 
-    def __init__(
-        self,
-        spec: Specification,
-        groups: Sequence[TierGroup],
-        images: TrainingImages,
-        rows: ClientRows,
-        message: Mapping[str, Any],
-    ) -> None:
-        self.spec, self.groups, self.rows = spec, groups, rows
-        self._images, self._message = images, message
-        self._mesh = spec.trainings[0].mesh
+    spec: Specification
+    images: TrainingImages
+    rows: ClientRows
+    groups: Sequence[TierGroup]
+    message: Mapping[str, Any]
 
-    def run(
-        self,
-        compiled: Compiled,
-        inputs: Inputs,
-        number: int,
-        latest: Any,
-        work: Sequence[Sequence[Work]],
-    ) -> Outcome:
-        """A round by the programs, or by the debug engine.
-
-        Args:
-          compiled: gives the programs.
-          inputs: of the round.
-          number: of the round.
-          latest: see `State`.
-          work: of each program.
-        """
+    def run(self, compiled: Compiled, start: RoundStart, work: Sequence[Sequence[Work]]) -> Outcome:
+        """A round in which each program has this work, by the programs or by the debug engine."""
         if self.spec.trainings[0].mapping == "debug":
-            return self._debug(inputs, number, latest, work)
-        delivered, tiers, loads, kept = [], [], [], []
-        for training, group, items in zip(self.spec.trainings, self.groups, work, strict=True):
+            return self._debug(start, work)
+        inputs, delivered, tiers, loads, kept = start.inputs, [], [], [], []
+        for group, items in zip(self.groups, work, strict=True):
             packed = pack(items, group.packing)
             loads.append(load(items, packed, group.packing))
-            given = self.given(group, items, packed, inputs, latest)
-            told, rows = compiled(Program("train", training.tiers))(*given)
+            given = self.given(group, items, packed, start)
+            told, rows = compiled(group.program)(*given)
             delivered.append(told)
             tiers.append(given.schedule.cohort.tier)
             kept.append(Trained(items, packed, group.packing, rows))
         reports = [told.report for told in delivered]
         server, finite = compiled(SERVER)(inputs.server, delivered, tiers, inputs.round, inputs.key)
-        latest = self.rows.keep(number, latest, kept)
+        latest = self.rows.keep(start.number, start.latest, kept)
         return Outcome(server, latest, finite, reports, functools.reduce(Load.plus, loads))
 
-    def _debug(
-        self, inputs: Inputs, number: int, latest: Any, work: Sequence[Sequence[Work]]
-    ) -> Outcome:
+    def _debug(self, start: RoundStart, work: Sequence[Sequence[Work]]) -> Outcome:
+        inputs, reports, rows = start.inputs, [], {}
         sent: list[debug.Sent] = []
-        reports, rows = [], {}
         for training, items in zip(self.spec.trainings, work, strict=True):
             told = []
             for item in items:
-                before = self.rows.row(item.client, latest)
+                before = self.rows.row(item.client, start.latest)
                 one, rows[item.client] = debug.train(training, inputs, item, before)
                 told.append(one)
             sent += told
             reports.append(debug.report(told))
-        latest = self.rows.keep_rows(number, latest, rows)
+        latest = self.rows.keep_rows(start.number, start.latest, rows)
         server, counts = inputs.server, sum(one.counts for one in sent)
-        algorithm = self.spec.trainings[0].algorithm
-        if counts or algorithm.is_private:
+        if counts or self.spec.algorithm.is_private:
             message, owners = self._silence(server.variables)
             if counts:
                 message, owners = debug.merge(sent, self.spec.aggregator, server.variables)
             merged = make_merged(
                 self.spec, server.variables, inputs.key, inputs.round, message, owners, counts
             )
-            server = algorithm.server_step(server, merged)
+            server = self.spec.algorithm.server_step(server, merged)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(server.variables)]
         return Outcome(server, latest, jnp.stack(finite).all(), reports)
 
     def _silence(self, variables: Params) -> tuple[dict[str, Any], Params]:
         """The merged message of a round in which nobody delivers, and the owners in it."""
-        zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
-        nothing, like = zeros(variables), self.spec.trainings[0].tiers[0].shapes(variables)
-        parts = self._message.items()
-        return {n: nothing if is_like(p, like) else zeros(p) for n, p in parts}, nothing
+        like = self.spec.trainings[0].tiers[0].shapes(variables)
+        message = map_parts(lambda part: variables, like, dict(self.message))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (message, variables))
 
     def send(self, group: TierGroup, packed: Schedule) -> tuple[Schedule, Images]:
         """Sends each device its lanes and images, and all of them the table of clients."""
         lanes = packed.lanes
-        needed = self._images.needed((np.asarray(lanes.examples), np.asarray(lanes.real)))
+        needed = self.images.needed((np.asarray(lanes.examples), np.asarray(lanes.real)))
         packed = packed._replace(lanes=lanes._replace(examples=needed.indices[0]))
-        parts = (put(x, self._mesh, spec) for x, spec in zip(packed, SCHEDULE, strict=True))
-        return Schedule(*parts), self._images.send(needed, group.images)
+        parts = (put(x, self.spec.mesh, how) for x, how in zip(packed, SCHEDULE, strict=True))
+        return Schedule(*parts), self.images.send(needed, group.images)
 
     def given(
-        self,
-        group: TierGroup,
-        items: Sequence[Work],
-        packed: Schedule,
-        inputs: Inputs,
-        latest: Any,
+        self, group: TierGroup, items: Sequence[Work], packed: Schedule, start: RoundStart
     ) -> TrainArguments:
         """The arguments of a group's program, for clients that are packed."""
         schedule, images = self.send(group, packed)
-        rows = self.rows.packed(items, packed, group.packing, latest)
-        return TrainArguments(inputs._replace(images=images), schedule, rows)
+        rows = self.rows.packed(items, packed, group.packing, start.latest)
+        return TrainArguments(start.inputs._replace(images=images), schedule, rows)
 
-    def arguments(self, inputs: Inputs, latest: Any) -> dict[Program, tuple[Any, ...]]:
+    def arguments(self, start: RoundStart) -> Arguments:
         """The arguments of every program that trains, and of the server's, or like them."""
         found: dict[Program, tuple[Any, ...]] = {}
-        delivered, tiers = [], []
-        for training, group in zip(self.spec.trainings, self.groups, strict=True):
-            program = Program("train", training.tiers)
-            given = self.given(group, [], pack([], group.packing), inputs, latest)
-            told, _ = programs(self.spec).shapes(program, *given)
+        inputs, delivered, tiers = start.inputs, [], []
+        for group in self.groups:
+            given = self.given(group, [], pack([], group.packing), start)
+            told, _ = programs(self.spec).shapes(group.program, *given)
             delivered.append(told)
             tiers.append(given.schedule.cohort.tier)
-            found[program] = given
+            found[group.program] = given
         return found | {SERVER: (inputs.server, delivered, tiers, inputs.round, inputs.key)}

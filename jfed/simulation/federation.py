@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,22 +19,11 @@ from jfed.algorithms.privacy import PrivacyConfig, check_guarantee, private_roun
 from jfed.algorithms.servers import ServerConfig, client_weights
 from jfed.data import Dataset, check_partition, class_counts
 from jfed.data.preprocessing import Augmentation, ModelInputs, channel_moments
-from jfed.engine.devices import (
-    EVERYWHERE,
-    EngineConfig,
-    make_mesh,
-    platform_of,
-    put,
-    to_host,
-)
+from jfed.engine.devices import EVERYWHERE, EngineConfig, make_mesh, platform_of, put, to_host
 from jfed.engine.faults import FaultConfig
 from jfed.engine.lanes import Inputs, Training
 from jfed.engine.memory import ClientMemory
-from jfed.engine.packing import (
-    Packing,
-    Schedule,
-    pack,
-)
+from jfed.engine.packing import Packing, Schedule, pack
 from jfed.errors import ConfigError, check_integer, check_type, name_of
 from jfed.models.losses import Metrics
 from jfed.models.model import Model, Params, by_name, initialise
@@ -51,21 +40,12 @@ from jfed.simulation.checks import (
 )
 from jfed.simulation.client_rows import ClientRows
 from jfed.simulation.cohort_training import CohortTraining, Outcome
-from jfed.simulation.evaluation import (
-    EvaluationConfig,
-    Tested,
-    evaluated_tiers,
-)
+from jfed.simulation.evaluation import EvaluationConfig, Tested, evaluated_tiers
 from jfed.simulation.groups import group_tiers, make_groups
 from jfed.simulation.local_tests import Chunk, LocalTesting
-from jfed.simulation.measured_traffic import Sizes, TrafficMeter, as_sizes, round_traffic
+from jfed.simulation.measured_traffic import Sizes, as_sizes, measure, round_traffic
 from jfed.simulation.population import Sampler, make_population
-from jfed.simulation.programs import (
-    Arguments,
-    Program,
-    Specification,
-    programs,
-)
+from jfed.simulation.programs import Arguments, Program, RoundStart, Specification, programs
 from jfed.simulation.records import columns
 from jfed.simulation.scores import column
 from jfed.simulation.simulated_time import Clock, TimeConfig, make_devices
@@ -224,19 +204,10 @@ class Federation:
             self._mesh,
         )
         self._groups = make_groups(
-            self.tiers.members,
-            like,
-            self.population,
-            self.engine,
-            data,
-            remember=self._rows.remember,
+            self.tiers.members, like, self.population, self.engine, data, self._rows.remember
         )
         self.norms: dict[str, Any] = {}  # statistics of each evaluated tier, as last measured
         self._place(data)
-        self._training = CohortTraining(
-            self._spec, self._groups, self._images, self._rows, self._exchanges[0].message
-        )
-        self._meter = TrafficMeter(self._training, self.population)
 
     def _check(self, data: Dataset, like: Params) -> None:
         """Checks what clients and server do, and tells what travels and what is recorded."""
@@ -257,9 +228,8 @@ class Federation:
         own = check_measure(self.evaluation.measure, data)
         tested = (*map(column, self.evaluation.metrics), *own)
         local = [tier.name for tier in self.tiers.members] if self._tested else []
-        names = [tier.name for tier in self.evaluated]
         self.columns = columns(
-            names,
+            [tier.name for tier in self.evaluated],
             tuple(trained),
             tested,
             local,
@@ -289,7 +259,7 @@ class Federation:
         aggregator = make_aggregator(self.server)
         trainings = tuple(
             Training(
-                tiers=tuple(self.tiers.members[i] for i in group.tiers),
+                tiers=group.program.tiers,
                 algorithm=self.algorithm,
                 augmentation=self.augmentation,
                 mesh=self._mesh,
@@ -297,33 +267,28 @@ class Federation:
                 slots=group.packing.slots,
                 stacked=aggregator is not None,
                 clip=self.server.clip_updates,
-                streamed=isinstance(self._images, Streamed),
+                streamed=self.engine.images == "host",
                 faults=self.population.faults,
                 metrics=jax.tree.structure(self._exchanges[group.tiers[0]].metrics),
             )
             for group in self._groups
         )
-        measure, keep = self.evaluation.measure, bool(self.evaluation.metrics)
         counts = np.bincount(self.population.tier, minlength=len(self.tiers.members)).tolist()
-        population = tuple(tuple(counts[i] for i in group.tiers) for group in self._groups)
         tuning = self.client if self.evaluation.finetune_epochs else None
-        local = tuple(
-            LocalTesting(t.tiers, self.algorithm, tuning, self.augmentation, t.mesh, t.streamed)
-            for t in trainings
-            if self._tested
-        )
-        groups = group_tiers(self.evaluated)
-        evaluated = tuple(tuple(self.evaluated[i] for i in members) for members in groups)
-        clients = len(self.population.partition)
+        tested = group_tiers(self.evaluated)
         return Specification(
-            trainings,
-            evaluated,
-            aggregator,
-            population,
-            clients,
-            measure,
-            keep,
-            local,
+            trainings=trainings,
+            evaluated=tuple(tuple(self.evaluated[i] for i in members) for members in tested),
+            aggregator=aggregator,
+            population=tuple(tuple(counts[i] for i in group.tiers) for group in self._groups),
+            clients=len(self.population.partition),
+            measure=self.evaluation.measure,
+            keep=bool(self.evaluation.metrics),
+            local=tuple(
+                LocalTesting(t.tiers, t.algorithm, tuning, t.augmentation, t.mesh, t.streamed)
+                for t in trainings
+                if self._tested
+            ),
         )
 
     def _place(self, data: Dataset) -> None:
@@ -340,29 +305,15 @@ class Federation:
             present = class_counts(data.train.labels, partition, data.num_classes) > 0
             self._present = everywhere(present)
         self._key = everywhere(jax.random.fold_in(self.key, 1))
-        calls = [
-            self._chunks(testing, group.tiers)
-            for testing, group in zip(self._spec.local, self._groups, strict=False)
-        ]
-        self._testing = Testing(
-            self._spec, self.evaluation, data, self._images, moments, calls, seed=self.seed
-        )
-
-    def _chunks(self, testing: LocalTesting, tiers: Sequence[int]) -> list[Chunk]:
-        """The clients of some tiers, to be tested on examples of their own."""
-        population = self.population
-        return local_tests.chunks(
-            np.flatnonzero(np.isin(population.tier, tiers)).tolist(),
-            lambda client: tiers.index(population.tier[client]),
-            population.partition,
-            self._tested,
-            client=self.client,
-            evaluation=self.evaluation,
-            reads_training=testing.reads_training,
-            images=self._images,
-            mesh=self._mesh,
-            seed=self.seed,
-        )
+        calls = {
+            Program("local", config.tiers): local_tests.chunks(
+                config, self.population, group.tiers, self._tested, self.evaluation, self._images
+            )
+            for config, group in zip(self._spec.local, self._groups, strict=False)
+        }
+        placed = self._spec, self._images, self._rows
+        self._testing = Testing(*placed, calls, self.evaluation, data, self.inputs, self.seed)
+        self._training = CohortTraining(*placed, self._groups, self._exchanges[0].message)
 
     @functools.cached_property
     def _variables(self) -> Params:
@@ -431,14 +382,12 @@ class Federation:
         """Of the devices: "cpu", "gpu" or "tpu"."""
         return platform_of(self._mesh)
 
-    def arguments(self) -> dict[Program, tuple[Any, ...]]:
+    def arguments(self) -> Arguments:
         """The arguments of every program, as of the first round, or like them."""
-        start = self.start
-        inputs = self._inputs(start.server, 0, learning_rate(self.client, 0, self.rounds))
-        arguments = self._testing.arguments(inputs, self._rows, start.latest)
+        start = self._begin(self.start, 0, 0.0)
         if self.engine.mapping == "debug":
-            return arguments
-        return arguments | self._training.arguments(inputs, start.latest)
+            return self._testing.arguments(start)
+        return {**self._testing.arguments(start), **self._training.arguments(start)}
 
     def compile(self) -> float:
         """Compiles every program, several at a time, once; returns the seconds that it took."""
@@ -453,22 +402,24 @@ class Federation:
         rate = learning_rate(self.client, number, self.rounds)
         cohort = self.population.sample(number)
         by_tier = self.population.work(number, cohort)
-        inputs = self._inputs(state.server, number, rate)
+        start = self._begin(state, number, rate)
         # When a run is tested, and for how long it goes on, must not decide who is late.
         is_anew = self._due(number) and self.time.deadline is None
         if self.algorithm.measured and (number == 0 or is_anew):
-            sizes = self._meter.measure(
-                self._program, inputs, number, state.latest, state.sizes, by_tier
-            )
-            state = state._replace(sizes=sizes)
+            given = self._training, self.population, self._program, start, by_tier
+            state = state._replace(sizes=measure(*given, state.sizes))
         lasts: float | None = None
         if self.clock is not None:
             by_tier, lasts = self.clock.round(cohort, by_tier, state.sizes)
         work = [group.own(by_tier) for group in self._groups]
         done = Outcome(state.server, state.latest)
         if any(work) or self.algorithm.is_private:
-            done = self._training.run(self._program, inputs, number, state.latest, work)
+            done = self._training.run(self._program, start, work)
             state = State(done.server, done.latest, state.sizes)
+        local: list[tuple[Sequence[int], Metrics]] = []
+        if self._due(number):  # fine-tuned at the first round's learning rate
+            first = learning_rate(self.client, 0, self.rounds)
+            local = self._testing.test_clients(self._program, self._begin(state, number, first))
         under_way = UnderWay(
             number=number,
             clients=sum(map(len, cohort)),
@@ -479,7 +430,7 @@ class Federation:
             reports=done.reports,
             evaluations=self.evaluate(state) if self._due(number) else {},
             finite=done.finite,
-            local=self._test_clients(state, number) if self._due(number) else [],
+            local=local,
             epsilon=self._spent(number + 1) if self._spent and self._due(number) else None,
             lasts=lasts,
             score=self._testing.score,
@@ -487,20 +438,16 @@ class Federation:
         )
         return state, under_way
 
-    def _inputs(self, server: Server, number: int, rate: float) -> Inputs:
+    def _begin(self, state: State, number: int, rate: float) -> RoundStart:
         numbers = put((np.int32(number), np.float32(rate)), self._mesh, EVERYWHERE)
-        return Inputs(server, self._images.whole, self._present, self._key, *numbers)
+        inputs = Inputs(state.server, self._images.whole, self._present, self._key, *numbers)
+        return RoundStart(number, inputs, state.latest)
 
     def evaluate(self, state: State) -> dict[str, Tested]:
         """Tests of each evaluated tier, arrays on the device, by name."""
         found = self._testing.evaluate(self._program, state.server.variables)
         self.norms = {name: tested.statistics for name, tested in found.items()}
         return {tier.name: found[tier.name] for tier in self.evaluated}
-
-    def _test_clients(self, state: State, number: int) -> list[tuple[Sequence[int], Metrics]]:
-        rate = learning_rate(self.client, 0, self.rounds)  # of fine-tuning, in every round
-        inputs = self._inputs(state.server, number, rate)
-        return self._testing.test_clients(self._program, inputs, self._rows, state.latest)
 
     def host_seconds(self, number: int) -> float:
         """Seconds of a round's work on the host: sampling, packing, sending the schedule."""
@@ -515,7 +462,7 @@ class Federation:
         return [(g.packing, pack(g.own(by_tier), g.packing)) for g in self._groups]
 
     @property
-    def local_calls(self) -> dict[Program, list[Chunk]]:
+    def local_calls(self) -> Mapping[Program, Sequence[Chunk]]:
         """The calls of each program that tests clients on examples of their own."""
         return self._testing.calls
 

@@ -9,6 +9,7 @@ from jfed.engine.packing import Packing, Work, capacity
 from jfed.models.flops import forward_flops
 from jfed.models.model import Params
 from jfed.simulation.population import Population
+from jfed.simulation.programs import Program
 from jfed.tiers.tier import Tier
 
 
@@ -16,11 +17,13 @@ class TierGroup(NamedTuple):
     """Tiers that share a program.
 
     Attributes:
+      program: that trains their clients.
       tiers: their numbers.
       packing: what their clients are packed on.
       images: the most that a device needs in a round.
     """
 
+    program: Program
     tiers: tuple[int, ...]
     packing: Packing
     images: int
@@ -45,7 +48,6 @@ def make_groups(
     population: Population,
     engine: EngineConfig,
     data: Dataset,
-    *,
     remember: bool,
 ) -> list[TierGroup]:
     """Which tiers train together, and on what.
@@ -61,7 +63,7 @@ def make_groups(
     devices, groups = engine.devices or 1, []
     lanes = (engine.lanes or 1) * devices
     for members in group_tiers(tiers):
-        own = [tiers[i] for i in members]
+        own = tuple(tiers[i] for i in members)
         costs: tuple[float, ...] = (1.0,)
         if len(own) > 1:
             flops = [forward_flops(t.bound(), t.shapes(like), data.image_shape) for t in own]
@@ -80,5 +82,6 @@ def make_groups(
         )
         sizes = sorted(map(len, population.partition))
         most = min(sum(sizes[-slots:]), lanes // devices * packing.steps * packing.batch_size)
-        groups.append(TierGroup(members, packing, min(most, len(data.train))))
+        program, images = Program("train", own), min(most, len(data.train))
+        groups.append(TierGroup(program, members, packing, images))
     return groups

@@ -30,6 +30,7 @@ from jfed.simulation.evaluation import (
     pool,
     recalibrate,
 )
+from jfed.simulation.population import Population
 from jfed.simulation.records import LocalEvaluation
 from jfed.simulation.training_images import Needed, TrainingImages
 from jfed.tiers.parts import map_parts
@@ -290,41 +291,35 @@ class Chunk(NamedTuple):
 
 
 def chunks(
-    clients: Sequence[int],
-    place: Callable[[int], int],
-    train: Parts,
+    config: LocalTesting,
+    population: Population,
+    tiers: Sequence[int],
     test: Parts,
-    *,
-    client: ClientConfig,
     evaluation: EvaluationConfig,
-    reads_training: bool,
     images: TrainingImages,
-    mesh: Mesh,
-    seed: int,
 ) -> list[Chunk]:
     """The clients of a program, cut into calls of one shape, with their examples on the devices.
 
     Args:
-      clients: their numbers.
-      place: of a client's tier among those of the program.
-      train: examples of each client of the federation.
-      test: likewise.
-      client: whose batches are trained on.
+      config: of the program.
+      population: all clients, with what they train on.
+      tiers: numbers of the program's.
+      test: examples that each client is tested on.
       evaluation: how long clients are fine-tuned, and how large batches of tests are.
-      reads_training: see `LocalTesting`.
       images: of the federation.
-      mesh: that clients are spread over.
-      seed: of the order of examples.
     """
+    clients = np.flatnonzero(np.isin(population.tier, tiers)).tolist()
     epochs = max(evaluation.finetune_epochs, 1)
-    tuning = dataclasses.replace(client, epochs=epochs, steps=None)
+    tuning = dataclasses.replace(population.client, epochs=epochs, steps=None)
     size = min(evaluation.batch_size, max(len(test[c]) for c in clients))
     rows: list[Any] = []
     for c in clients:
-        batches = client_batches(train[c], tuning, generator(seed, "fine-tuning", c))
+        rng = generator(population.seed, "fine-tuning", c)
+        batches = client_batches(population.partition[c], tuning, rng)
         tests = np.full((-(-len(test[c]) // size), size), -1)
         tests.reshape(-1)[: len(test[c])] = test[c]
-        rows.append((c, place(c), batches, len(batches) // epochs, tests))
+        rows.append((c, tiers.index(population.tier[c]), batches, len(batches) // epochs, tests))
+    mesh = config.mesh
     together = min(_AT_ONCE * mesh.size, -(-len(clients) // mesh.size) * mesh.size)
     shapes = max(len(row[2]) for row in rows), max(len(row[4]) for row in rows)
     found = []
@@ -332,7 +327,7 @@ def chunks(
         some = rows[first : first + together]
         tested = _stacked(some, together, shapes)
         unread = np.zeros_like(tested.train_real)
-        trains = tested.train, tested.train_real if reads_training else unread
+        trains = tested.train, tested.train_real if config.reads_training else unread
         needed = images.needed(trains, (tested.test, tested.test_real))
         tested = tested._replace(train=needed.indices[0], test=needed.indices[1])
         numbers = tested._replace(train=(), train_real=(), test=(), test_real=())

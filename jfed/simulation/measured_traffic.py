@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,12 +13,11 @@ from jfed.algorithms.algorithm import Algorithm, Server, one_each
 from jfed.algorithms.messages import to_bytes
 from jfed.engine import debug
 from jfed.engine.devices import to_host
-from jfed.engine.lanes import Inputs
 from jfed.engine.packing import Work, pack
 from jfed.models.model import Params, path_name
 from jfed.simulation.cohort_training import CohortTraining
 from jfed.simulation.population import Population
-from jfed.simulation.programs import Compiled, Program
+from jfed.simulation.programs import Compiled, RoundStart
 from jfed.tiers import Tier
 from jfed.tiers.communication import Traffic
 from jfed.tiers.parts import map_parts
@@ -32,92 +31,68 @@ def as_sizes(each: list[Traffic]) -> Sizes:
     return np.asarray(each, np.int64).reshape(-1, 2)
 
 
-class TrafficMeter:
-    """Measures bytes of clients, on messages of a round.
+def measure(
+    training: CohortTraining,
+    population: Population,
+    compiled: Compiled,
+    start: RoundStart,
+    by_tier: Sequence[Sequence[Work]],
+    before: Sizes,
+) -> Sizes:
+    """Bytes of a client of each tier, of messages of a round: of the first of its clients.
+
+    That one trains for it alone; nothing of it is kept.
 
     Args:
       training: of the federation.
       population: its clients.
+      compiled: gives the programs.
+      start: of the round.
+      by_tier: the work of the round.
+      before: the sizes as last known, which stay where a message would not count.
     """
+    found, inputs = before.copy(), start.inputs
+    for i, (group, own) in enumerate(zip(training.groups, training.spec.trainings, strict=True)):
+        for place, (number, tier) in enumerate(zip(group.tiers, own.tiers, strict=True)):
+            some = [item.client for item in by_tier[number]]
+            client = (some or np.flatnonzero(population.tier == number).tolist())[0]
+            item = population.alone(start.number, client, place)
+            message = _message(training, compiled, i, item, start)
+            if message is not None:
+                sent = to_host(_sent(own.algorithm, tier, inputs.server, inputs.round))
+                shapes = tier.shapes(inputs.server.variables)
+                each = [wire_bytes(tier, own.algorithm, shapes, tree) for tree in (sent, message)]
+                found[number] = each
+    return found
 
-    def __init__(self, training: CohortTraining, population: Population) -> None:
-        self._training, self._population = training, population
-        self._algorithm = training.spec.trainings[0].algorithm
 
-    def measure(
-        self,
-        compiled: Compiled,
-        inputs: Inputs,
-        number: int,
-        latest: Any,
-        sizes: Sizes,
-        by_tier: Sequence[Sequence[Work]],
-    ) -> Sizes:
-        """Bytes of a client of each tier, of messages of this round: of the first of its clients.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sent(algorithm: Algorithm, tier: Tier, server: Server, round_: Array) -> Any:
+    """What the server sends to a client of a tier, and when."""
+    return map_parts(lambda v: tier.extract(v, round_), server.variables, algorithm.send(server))
 
-        That one trains for it alone; nothing of it is kept.
 
-        Args:
-          compiled: gives the programs.
-          inputs: of the round.
-          number: of the round.
-          latest: see `State`.
-          sizes: as known before.
-          by_tier: the work of the round.
-        """
-        found = np.zeros_like(sizes)
-        for i, group in enumerate(self._training.groups):
-            for place, tier in enumerate(group.tiers):
-                if by_tier[tier]:
-                    client = by_tier[tier][0].client
-                else:
-                    client = int(np.flatnonzero(self._population.tier == tier)[0])
-                item = self._population.alone(number, client, place)
-                message = self._message(compiled, i, inputs, item, latest)
-                if message is None:  # it would not count; so nothing is known anew
-                    found[tier] = sizes[tier]
-                    continue
-                member = self._training.spec.trainings[i].tiers[place]
-                shapes = member.shapes(inputs.server.variables)
-                cut = to_host(self._send(member, inputs.server, inputs.round))
-                found[tier] = [
-                    wire_bytes(member, self._algorithm, shapes, tree) for tree in (cut, message)
-                ]
-        return found
+def _message(
+    training: CohortTraining, compiled: Compiled, i: int, item: Work, start: RoundStart
+) -> dict[str, Any] | None:
+    """What one client sends that trains alone by a program, cut to its tier, on the host.
 
-    @functools.cached_property
-    def _send(self) -> Callable[[Tier, Server, Array], Any]:
-        """What the server sends to a client of a tier, and when."""
-
-        def send(tier: Tier, server: Server, round_: Array) -> Any:
-            whole = self._algorithm.send(server)
-            return map_parts(lambda v: tier.extract(v, round_), server.variables, whole)
-
-        return jax.jit(send, static_argnums=0)
-
-    def _message(
-        self, compiled: Compiled, i: int, inputs: Inputs, item: Work, latest: Any
-    ) -> dict[str, Any] | None:
-        """What one client sends that trains alone by a program, cut to its tier, on the host.
-
-        None if it would not count. Where the program changes what arrives, by weights other than 1
-        or the server's clipping, the debug engine trains the client.
-        """
-        group, training = self._training.groups[i], self._training.spec.trainings[i]
-        weights = [self._algorithm.weights.get(n, one_each) for n in self._algorithm.parts]
-        is_changed = training.clip is not None or any(w is not one_each for w in weights)
-        if is_changed or training.mapping == "debug":
-            plain = dataclasses.replace(training, clip=None)
-            row = self._training.rows.row(item.client, latest)
-            one, _ = debug.train(plain, inputs, item, row)
-            like, tier = inputs.server.variables, training.tiers[item.tier]
-            found = map_parts(lambda v: tier.extract(v, inputs.round), like, one.parts)
-            return to_host(found) if one.counts else None
-        packed = pack([item], group.packing)
-        given = self._training.given(group, [item], packed, inputs, latest)
-        told, _ = compiled(Program("train", training.tiers))(*given)
-        found = told.of_one(training.tiers[0].shapes(inputs.server.variables))
-        return to_host(found) if np.asarray(told.report.delivered).any() else None
+    None if it would not count. Where the program changes what arrives, by weights other than 1 or
+    the server's clipping, the debug engine trains the client.
+    """
+    group, own = training.groups[i], training.spec.trainings[i]
+    inputs, weights = start.inputs, own.algorithm.weights
+    variables = inputs.server.variables
+    is_weighted = any(weights.get(part, one_each) is not one_each for part in own.algorithm.parts)
+    if is_weighted or own.clip is not None or own.mapping == "debug":
+        row, tier = training.rows.row(item.client, start.latest), own.tiers[item.tier]
+        one, _ = debug.train(dataclasses.replace(own, clip=None), inputs, item, row)
+        found = map_parts(lambda v: tier.extract(v, inputs.round), variables, one.parts)
+        return to_host(found) if one.counts else None
+    given = training.given(group, [item], pack([item], group.packing), start)
+    told, _ = compiled(group.program)(*given)
+    counts = np.asarray(told.report.delivered).any()
+    return to_host(told.of_one(own.tiers[0].shapes(variables))) if counts else None
 
 
 def round_traffic(

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from jfed.algorithms.aggregators import Aggregator
-from jfed.algorithms.algorithm import Merged, Server
+from jfed.algorithms.algorithm import Algorithm, Merged, Server
 from jfed.engine.devices import EVERYWHERE, platform_of
 from jfed.engine.lanes import Inputs, Training, make_trainer, without
 from jfed.engine.merging import Delivered, Group, merge, owned
@@ -75,6 +75,20 @@ Arguments = Mapping[Program, tuple[Any, ...]]
 Compiled = Callable[[Program], jax.stages.Compiled]
 
 
+class RoundStart(NamedTuple):
+    """What a round begins with.
+
+    Attributes:
+      number: from 0.
+      inputs: of programs, with all training images in place of those that each gets.
+      latest: which round's row of memory each client has, see `jfed.engine.memory.ClientMemory`.
+    """
+
+    number: int
+    inputs: Inputs
+    latest: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Specification:
     """What decides the programs of a federation.
@@ -98,6 +112,11 @@ class Specification:
     measure: Measure | None
     keep: bool = False
     local: tuple[LocalTesting, ...] = ()
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """Of the clients, and of the server."""
+        return self.trainings[0].algorithm
 
     @property
     def mesh(self) -> Mesh:
@@ -172,7 +191,6 @@ def make_server(spec: Specification) -> jax.stages.Wrapped:
       delivered, the tier of each slot, and the key of the run; `finite` tells whether all variables
       are. The server's state is donated; if nobody delivered it stays as it was.
     """
-    algorithm = spec.trainings[0].algorithm
 
     def step(
         server: Server,
@@ -188,8 +206,8 @@ def make_server(spec: Specification) -> jax.stages.Wrapped:
         message, owners = merge(server.variables, groups, spec.aggregator, round_)
         clients = jnp.concatenate([d.report.delivered for d in delivered]).sum()
         merged = make_merged(spec, server.variables, key, round_, message, owners, clients)
-        after = algorithm.server_step(server, merged)
-        if not algorithm.is_private:
+        after = spec.algorithm.server_step(server, merged)
+        if not spec.algorithm.is_private:
             after = jax.tree.map(lambda new, old: jnp.where(clients > 0, new, old), after, server)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after.variables)]
         return after, jnp.stack(finite).all()
@@ -207,10 +225,7 @@ def make_merged(
     clients: Any,
 ) -> Merged:
     """What an algorithm's server gets; `key` belongs to the run."""
-    tiers, personal = (
-        [training.tiers for training in spec.trainings],
-        spec.trainings[0].algorithm.personal,
-    )
+    tiers, personal = [training.tiers for training in spec.trainings], spec.algorithm.personal
     population = owned(variables, tiers, [jnp.float32(n) for n in spec.population], round_)
     if personal is not None:  # the server has none of these
         owners, population = (without(personal, tree) for tree in (owners, population))

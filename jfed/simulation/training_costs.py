@@ -1,5 +1,6 @@
 """What training costs a client of each tier: operations and memory, counted without compiling."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -31,10 +32,11 @@ class TrainingCost(NamedTuple):
     peak_bytes: int
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class TrainingCosts:
     """Of the clients of all tiers, which are told by their numbers.
 
-    Args:
+    Attributes:
       tiers: that clients train.
       like: global variables; only shapes and dtypes matter.
       exchanges: of the algorithm, by tier.
@@ -42,24 +44,19 @@ class TrainingCosts:
       batch_size: of a full batch.
     """
 
-    def __init__(
-        self,
-        tiers: Sequence[Tier],
-        like: Params,
-        exchanges: Mapping[int, Exchange],
-        image_shape: tuple[int, ...],
-        batch_size: int,
-    ) -> None:
-        self._tiers, self._like, self._exchanges = tiers, like, exchanges
-        self._image_shape, self._batch_size = image_shape, batch_size
+    tiers: Sequence[Tier]
+    like: Params
+    exchanges: Mapping[int, Exchange]
+    image_shape: tuple[int, ...]
+    batch_size: int
 
     @functools.cached_property
     def flops(self) -> list[int]:
         """Of training on one example, by tier."""
         return [
-            self._exchanges[i].gradients
-            * training_flops(tier.bound(), tier.shapes(self._like), self._image_shape)
-            for i, tier in enumerate(self._tiers)
+            self.exchanges[i].gradients
+            * training_flops(tier.bound(), tier.shapes(self.like), self.image_shape)
+            for i, tier in enumerate(self.tiers)
         ]
 
     def peak_bytes(self, tier: int) -> int:
@@ -72,22 +69,22 @@ class TrainingCosts:
         and the tier's numbers, which on a client's device need not be data. XLA's programs for CPUs
         take 0.7 to 2 times as much: they keep less, and their convolutions need room.
         """
-        own, exchange = self._tiers[tier], self._exchanges[tier]
-        shapes, size = own.shapes(self._like), self._batch_size
-        batch = batch_shapes(size, self._image_shape)
+        own, exchange = self.tiers[tier], self.exchanges[tier]
+        shapes, size = own.shapes(self.like), self.batch_size
+        batch = batch_shapes(size, self.image_shape)
         held = tree_bytes((exchange.sent, exchange.local, shapes, batch))
-        return held + residual_bytes(own.bound(), shapes, self._image_shape, size)
+        return held + residual_bytes(own.bound(), shapes, self.image_shape, size)
 
     def useful_lanes(self, device: jax.Device) -> int:
         """How many lanes of the most expensive tier keep an accelerator busy."""
         most = int(np.argmax(self.flops))
-        step = self.flops[most] * self._batch_size
+        step = self.flops[most] * self.batch_size
         return useful_lanes(device, step, lambda: self.peak_bytes(most))
 
     def of_clients(self, population: Population) -> dict[str, TrainingCost]:
         """What training costs a client, by the name of its tier; takes a moment for each."""
         found = {}
-        for i, tier in enumerate(self._tiers):
+        for i, tier in enumerate(self.tiers):
             own = np.flatnonzero(population.tier == i).tolist()
             sizes = [len(population.partition[client]) for client in own]
             examples = float(np.mean([client_examples(n, population.client) for n in sizes]))
