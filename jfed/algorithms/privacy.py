@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ SAMPLINGS = ("poisson", "fixed")
 ACCOUNTANTS = ("rdp", "pld")
 # Folded into the server's key, which the algorithm has too.
 _NOISE, _COUNT = (np.uint32(2**32 - i) for i in (8, 9))
+# From the round and a generator of its own to the numbers of the clients that train.
+Sampler = Callable[[int, np.random.Generator], np.ndarray]
 _BELOW = "below"  # the part of a message that tells whether it was short enough
 
 
@@ -195,26 +197,10 @@ def private(
     )
 
 
-class PrivateRounds(NamedTuple):
-    """What rounds are where clients are private.
-
-    Attributes:
-      algorithm: the private one.
-      cohort: how many clients take part in a round, at most.
-      sampler: `(round, rng) -> numbers of clients` that draws them; None for exactly so many.
-      spent: epsilon after so many rounds.
-    """
-
-    algorithm: Algorithm
-    cohort: int
-    sampler: Callable[[int, np.random.Generator], np.ndarray] | None
-    spent: Callable[[int], float]
-
-
 def private_rounds(
     algorithm: Algorithm, config: PrivacyConfig, clients: int, cohort: int | None, rounds: int
-) -> PrivateRounds:
-    """Makes a federation private.
+) -> tuple[Algorithm, int, Sampler | None, Callable[[int], float]]:
+    """Makes the rounds of a federation private.
 
     Args:
       algorithm: see `private`.
@@ -222,6 +208,10 @@ def private_rounds(
       clients: of the federation.
       cohort: how many of them take part in a round, on average; all by default.
       rounds: of the run.
+
+    Returns:
+      The private algorithm; how many clients a round has at most; what draws them, None for a draw
+      of exactly so many; and epsilon after so many rounds.
     """
     assert config.clip is not None
     cohort = check_integer("cohort", clients if cohort is None else cohort, least=1, most=clients)
@@ -237,9 +227,9 @@ def private_rounds(
     )
     spent = functools.partial(accountant.epsilon, noise)
     if config.sampling == "fixed":
-        return PrivateRounds(algorithm, cohort, None, spent)
+        return algorithm, cohort, None, spent
     draw, most = poisson(share), most_drawn(clients, share)
-    return PrivateRounds(algorithm, most, lambda number, rng: draw(clients, rng), spent)
+    return algorithm, most, lambda number, rng: draw(clients, rng), spent
 
 
 def _shorter(norm: Float[Array, ""], bound: Float[Array, ""]) -> Float[Array, ""]:

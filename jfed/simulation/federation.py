@@ -1,4 +1,4 @@
-"""A federation set up on its devices, and one round of it."""
+"""A federation set up on its devices, its state, and one round of it."""
 
 import dataclasses
 import functools
