@@ -403,9 +403,9 @@ class Federation:
         cohort = self.population.sample(number)
         by_tier = self.population.work(number, cohort)
         start = self._begin(state, number, rate)
+        due = self._due(number)
         # When a run is tested, and for how long it goes on, must not decide who is late.
-        is_anew = self._due(number) and self.time.deadline is None
-        if self.algorithm.measured and (number == 0 or is_anew):
+        if self.algorithm.measured and (number == 0 or (due and self.time.deadline is None)):
             given = self._training, self.population, self._program, start, by_tier
             state = state._replace(sizes=measure(*given, state.sizes))
         lasts: float | None = None
@@ -416,8 +416,9 @@ class Federation:
         if any(work) or self.algorithm.is_private:
             done = self._training.run(self._program, start, work)
             state = State(done.server, done.latest, state.sizes)
+        evaluations = self.evaluate(state) if due else {}
         local: list[tuple[Sequence[int], Metrics]] = []
-        if self._due(number):  # fine-tuned at the first round's learning rate
+        if due:  # fine-tuned at the first round's learning rate
             first = learning_rate(self.client, 0, self.rounds)
             local = self._testing.test_clients(self._program, self._begin(state, number, first))
         under_way = UnderWay(
@@ -428,10 +429,10 @@ class Federation:
             traffic=round_traffic(state.sizes, cohort, by_tier),
             load=done.load,
             reports=done.reports,
-            evaluations=self.evaluate(state) if self._due(number) else {},
+            evaluations=evaluations,
             finite=done.finite,
             local=local,
-            epsilon=self._spent(number + 1) if self._spent and self._due(number) else None,
+            epsilon=self._spent(number + 1) if self._spent and due else None,
             lasts=lasts,
             score=self._testing.score,
             tier_of=lambda client: self.tiers.members[self.population.tier[client]].name,
