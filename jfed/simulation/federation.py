@@ -73,6 +73,20 @@ class State(NamedTuple):
     sizes: Any
 
 
+# What `Federation` takes, if it is given.
+_KINDS = {
+    "algorithm": Algorithm,
+    "client": ClientConfig,
+    "server": ServerConfig,
+    "evaluation": EvaluationConfig,
+    "augmentation": Augmentation,
+    "engine": EngineConfig,
+    "faults": FaultConfig,
+    "privacy": PrivacyConfig,
+    "time": TimeConfig,
+}
+
+
 class Federation:
     """A federation: settings checked, data on the devices, programs ready to be compiled.
 
@@ -113,17 +127,8 @@ class Federation:
                 "algorithm must be an Algorithm, such as jfed.algorithms.scaffold(client, server), "
                 f"got {algorithm!r}."
             )
-        for name, value, kind in (
-            ("algorithm", algorithm, Algorithm),
-            ("client", client, ClientConfig),
-            ("server", server, ServerConfig),
-            ("evaluation", evaluation, EvaluationConfig),
-            ("augmentation", augmentation, Augmentation),
-            ("engine", engine, EngineConfig),
-            ("faults", faults, FaultConfig),
-            ("privacy", privacy, PrivacyConfig),
-            ("time", time, TimeConfig),
-        ):
+        given = algorithm, client, server, evaluation, augmentation, engine, faults, privacy, time
+        for (name, kind), value in zip(_KINDS.items(), given, strict=True):
             check_type(name, value, kind, type(None))
         self.rounds = check_integer("rounds", rounds, least=1)
         self.compile_seconds = 0.0
@@ -152,21 +157,10 @@ class Federation:
         self._tested: Any = None  # what each client is tested on, if anything
         if share := self.evaluation.local_test:
             examples, self._tested = local_tests.split(examples, share, seed=seed)
+        self.time = time or TimeConfig()
         self._spent: Callable[[int], float] | None = None
         if privacy is not None and privacy.clip is not None:
-            if sampler is not None:
-                raise ConfigError(f"dp_clip draws clients itself, got sampler {name_of(sampler)}.")
-            attacks = faults is not None and max(faults.exploding, faults.hostile) > 0
-            check_guarantee(
-                privacy,
-                self.server,
-                len(examples),
-                attacks=attacks,
-                late_by_message=bool(time and time.deadline) and self.algorithm.measured,
-            )
-            self.algorithm, cohort, sampler, self._spent = private_rounds(
-                self.algorithm, privacy, len(examples), cohort, self.rounds
-            )
+            cohort, sampler = self._be_private(privacy, len(examples), cohort, sampler, faults)
         self.population = make_population(
             examples,
             tiers=len(self.tiers.members),
@@ -182,7 +176,6 @@ class Federation:
         )
         self.client_names = data.names_of(examples)
         self.server.check_cohort(self.population.cohort)
-        self.time = time or TimeConfig()
         self.evaluated = evaluated_tiers(self.tiers, self.evaluation)
         like = jax.eval_shape(self.tiers.init, self.key)
         for tier in self.evaluated:
@@ -208,6 +201,28 @@ class Federation:
         )
         self.norms: dict[str, Any] = {}  # statistics of each evaluated tier, as last measured
         self._place(data)
+
+    def _be_private(
+        self,
+        privacy: PrivacyConfig,
+        clients: int,
+        cohort: int | None,
+        sampler: Sampler | None,
+        faults: FaultConfig | None,
+    ) -> tuple[int, Sampler | None]:
+        """Makes the algorithm private; returns who is drawn: at most how many, and by what."""
+        if sampler is not None:
+            raise ConfigError(f"dp_clip draws clients itself, got sampler {name_of(sampler)}.")
+        check_guarantee(
+            privacy,
+            self.server,
+            clients,
+            attacks=faults is not None and max(faults.exploding, faults.hostile) > 0,
+            late_by_message=self.time.deadline is not None and self.algorithm.measured,
+        )
+        found = private_rounds(self.algorithm, privacy, clients, cohort, self.rounds)
+        self.algorithm, most, sampler, self._spent = found
+        return most, sampler
 
     def _check(self, data: Dataset, like: Params) -> None:
         """Checks what clients and server do, and tells what travels and what is recorded."""
