@@ -17,8 +17,8 @@ from jfed.reports.finished import FinishedRun, Point
 from jfed.simulation.scores import METRICS, column
 
 LOCAL = ("mean", "weighted", "worst", "p10", "std")
-_INTEGERS = ("parameters", "flops", "bytes_down", "bytes_up")
-_COSTS = ("training_flops", "peak_bytes")
+_INTEGERS = ("parameters", "flops", "bytes_up")
+_COSTS = ("bytes_down", "training_flops", "peak_bytes")
 _HARDWARE = {"machine": "hardware", "jax": "jax", "commit": "commit"}  # and what columns call it
 
 
