@@ -12,8 +12,10 @@ much as a rival's. "ode, fewer FLOPs" computes no more than a rival's client in 
 thirds of the parameters (a fifth at `--scale full`). The rivals' clients send about 1/3, 2/3 and
 all of the parameters (DepthFL, whose tiers are stages with an exit each, others). The upper bounds
 train the full model on every client, the lower one on the third that can afford it. Bytes and FLOPs
-by tier stand beside the accuracies. It writes `experiments/results/rivals_cpu.csv`. `--scale full`
-is ResNet-56 on the preset `cifar10-resnet`, but IID, for an accelerator; not run yet.
+by tier stand beside the accuracies. It writes `experiments/results/rivals_cpu.csv`. `--scale
+medium` has the same networks on the preset `cifar10-medium`, rates tried in a twentieth of its
+rounds; `--scale full` is ResNet-56 on `cifar10-resnet`, but IID, for an accelerator. Neither has
+been run yet.
 """
 
 from typing import Any
@@ -26,10 +28,13 @@ from jfed.runs.study import Arms
 _NO_TIERS: dict[str, Any] = {"iterations": None}
 _BASE: dict[str, RunConfig] = {
     "cpu": run_preset("cifar10-small").replace(**_NO_TIERS),
+    "medium": run_preset("cifar10-medium").replace(**_NO_TIERS),
     "full": run_preset("cifar10-resnet").replace(partition="iid"),
     "smoke": run_preset("smoke").replace(**_NO_TIERS),
 }
 _RATES = (0.02, 0.05, 0.15)
+_SEARCH = {"medium": {"rounds": 20}}
+_NETWORKS = {"medium": "cpu"}  # whose networks are those of which other scale
 _RESNET = {"cpu": "resnet-20", "full": "resnet-56", "smoke": "resnet-digits"}
 # An ODENet of no more parameters.
 _ODENET: dict[str, dict[str, Any]] = {
@@ -49,7 +54,7 @@ _THIRDS = (1 / 3, 2 / 3, 1.0)
 
 def arms(scale: str) -> Arms:
     """Every method, the bounds last; at the smoke scale two of them."""
-    base = _BASE[scale]
+    base, scale = _BASE[scale], _NETWORKS.get(scale, scale)
     small = {"widths": (4, 4)} if scale == "smoke" else {}
 
     def resnet(method: str, **settings: Any) -> RunConfig:
@@ -80,4 +85,4 @@ def arms(scale: str) -> Arms:
 
 
 if __name__ == "__main__":
-    main(__file__, arms, baseline="ode", rates=_RATES)
+    main(__file__, arms, baseline="ode", rates=_RATES, search=_SEARCH, scales=tuple(_BASE))

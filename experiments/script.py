@@ -4,11 +4,11 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from jfed import files
 from jfed.cli import flags
-from jfed.errors import ConfigError, JfedError, RunFolderError
+from jfed.errors import ConfigError, JfedError, RunFolderError, one_of
 from jfed.reports import tables as report
 from jfed.reports.finished import FinishedRun
 from jfed.reports.run_lines import to_lines
@@ -34,8 +34,9 @@ class Command:
     """All that can be given to a script.
 
     Attributes:
-      scale: cpu (two cores, at most half an hour), full (the published protocol, for an
-        accelerator) or smoke (seconds, which only show that everything works).
+      scale: cpu (two cores, at most half an hour), medium (two cores, hours; of some scripts), full
+        (the published protocol, for an accelerator) or smoke (seconds, which only show that
+        everything works).
       workdir: where the run folders go, the table so far, and the figures.
       seeds: how many.
       workers: processes at a time; on a CPU one for each core where not given.
@@ -46,7 +47,7 @@ class Command:
       jobs: what these ask for.
     """
 
-    scale: Literal["cpu", "full", "smoke"] = "cpu"
+    scale: Literal["cpu", "medium", "full", "smoke"] = "cpu"
     workdir: pathlib.Path = pathlib.Path("runs")
     seeds: int = 3
     workers: int | None = None
@@ -90,12 +91,13 @@ _SEARCH_SEED = 1000
 def best_rates(
     arms: study.Arms,
     rates: Sequence[float],
+    search: Mapping[str, Any],
     folder: pathlib.Path,
     given: Command,
 ) -> tuple[study.Arms, dict[str, dict[str, float | None]]]:
     """The arms, each with the best of the learning rates, and what to tell of that in the table."""
     tried = {
-        f"{arm}, rate {rate:g}": config.replace(learning_rate=rate)
+        f"{arm}, rate {rate:g}": config.replace(learning_rate=rate, **search)
         for arm, config in arms.items()
         for rate in rates
     }
@@ -122,22 +124,26 @@ def main(
     baseline: str | None = None,
     target: Mapping[str, float] | Callable[[FinishedRun], float] | None = None,
     rates: Sequence[float] = (),
+    search: Mapping[str, Mapping[str, Any]] | None = None,
+    scales: Sequence[str] = ("cpu", "full", "smoke"),
 ) -> None:
     """Runs an experiment.
 
     Args:
       script: its `__file__`.
-      arms: by scale, "cpu", "full" or "smoke".
+      arms: by scale.
       baseline: see `jfed.reports.tables.arm_table`.
       target: likewise; or by scale.
       rates: learning rates that every arm is tried with first, each once, with a seed of their own;
         the table is of the best one, by the mean test accuracy of the trained tiers, which is told
         in the table. None are tried at the smoke scale.
+      search: by scale, settings that are others while rates are tried, such as fewer rounds.
+      scales: that the experiment has.
     """
     name = pathlib.Path(script).stem
 
     def command(given: Command) -> None:
-        scale, seeds = given.scale, given.seeds
+        scale, seeds = one_of("scale", given.scale, scales), given.seeds
         folder = given.workdir / scale
         goal = target[scale] if isinstance(target, Mapping) else target
         end = table_of(script, scale, given.output)
@@ -149,7 +155,7 @@ def main(
 
         every, chosen = arms(scale), dict[str, dict[str, float | None]]()
         if rates and scale != "smoke":
-            every, chosen = best_rates(every, rates, folder, given)
+            every, chosen = best_rates(every, rates, (search or {}).get(scale, {}), folder, given)
         found, diverged = run_arms(every, folder, seeds, given, write)
         if found:
             print(report.text(found, baseline=baseline, target=goal))

@@ -25,7 +25,7 @@ SCRIPTS = pathlib.Path(__file__).parents[1] / "experiments"
 
 # Each script, and the arms of its table at the smoke scale.
 ARMS = {
-    "flexible": ["IID/mixed", "IID/only 1", "IID/ResNet"],
+    "flexible": ["IID/mixed", "IID/only 1", "IID/ResNet-digits"],
     "ablation": ["default", "proportional horizon"],
     "rivals": ["ode", "full ResNet"],
     "communication": [
@@ -76,8 +76,14 @@ def test_a_study_runs_at_its_smoke_scale(name, tmp_path, compiled):
         assert {"0", "3", "1 Midpoint", "3 Midpoint"} <= {line["tier"] for line in lines}
 
 
-@pytest.mark.parametrize("scale", ["cpu", pytest.param("full", marks=pytest.mark.slow), "smoke"])
-@pytest.mark.parametrize("name", ARMS)
+SCALES = [(name, scale) for name in ARMS for scale in ("cpu", "full", "smoke")]
+SCALES += [(name, "medium") for name in ("flexible", "rivals", "communication")]
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [pytest.param(*x, marks=[pytest.mark.slow] * (x[1] in ("medium", "full"))) for x in SCALES],
+)
 def test_arms_differ_and_have_tiers(name, scale, monkeypatch):
     """No two arms train the same thing."""
     made = []
@@ -144,9 +150,10 @@ def test_convolution_forms(tmp_path, compiled):
         ("--minutes 5", "minutes is of jobs; it goes with --submit slurm"),
         ("--submit slurm --workers 2", "workers 2 is of runs on this machine, not of jobs"),
         ("--submit slurm --gpus -1", "gpus must be 0 or more, got -1"),
+        ("--scale medium", "unknown scale 'medium'"),
     ],
 )
-def test_settings_of_jobs_go_with_jobs(given, message, monkeypatch, tmp_path):
+def test_settings_that_cannot_work_are_refused(given, message, monkeypatch, tmp_path):
     script = load("script", monkeypatch)
     monkeypatch.setattr(sys, "argv", ["study.py", "--workdir", str(tmp_path), *given.split()])
     with pytest.raises(SystemExit, match=f"study: error: {message}"):
@@ -160,7 +167,7 @@ def test_the_best_learning_rate_is_taken(tmp_path, monkeypatch, compiled):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
     script = load("script", monkeypatch)
     arms = {"one": run_preset("smoke")}
-    best, told = script.best_rates(arms, (1e30, 0.1), tmp_path, script.Command(workers=1))
+    best, told = script.best_rates(arms, (1e30, 0.1), {}, tmp_path, script.Command(workers=1))
     assert best["one"].client.learning_rate == told["one"]["learning_rate"] == 0.1
     assert told["one"]["at_rate_1e+30"] is None  # it diverged
     assert 0 < told["one"]["at_rate_0.1"] < 1

@@ -33,8 +33,9 @@ class LaunchConfig:
     """Where and how a run is done; what comes out does not depend on it.
 
     Attributes:
-      preset: where settings start from: digits, cifar10-flexible,
-        cifar10-resnet, cifar10-small (minutes on two cores) or smoke (seconds).
+      preset: where settings start from: digits, cifar10-flexible, cifar10-resnet, cifar10-small
+        (minutes on two cores), cifar10-medium (half an hour), cifar10-32 (hours) or smoke
+        (seconds).
       workdir: the run folder, local or gs://; runs/PRESET-DATE-TIME where not given. A run that is
         there already goes on, if its settings are the same.
       checkpoints: when the run saves.
