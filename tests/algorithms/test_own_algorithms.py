@@ -276,7 +276,7 @@ def test_traffic_is_what_the_algorithm_sends(algorithm):
     assert result.history[0].bytes_up == COHORT * trees * 4 * 51
 
 
-@pytest.mark.parametrize("mapping", ["map", "debug"])
+@pytest.mark.parametrize("mapping", ["map", pytest.param("debug", marks=pytest.mark.slow)])
 def test_numbers_of_python_and_numpy_are_state_and_memory_too(mapping, tmp_path):
     """Counters: of a client's batches in the round, and of its rounds."""
     shared = fedavg(CONFIG)

@@ -46,9 +46,8 @@ def _rivals(task):
     return rivals
 
 
-@pytest.mark.parametrize(
-    "task", [CNN, pytest.param(ODENET, marks=pytest.mark.slow)], ids=["cnn", "odenet"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [CNN, ODENET], ids=["cnn", "odenet"])
 def test_one_round_gives_the_same_global_model(task):
     start = flat(task.start())
     ours = JfedRunner(task, jfed.EngineConfig(devices=2))

@@ -221,6 +221,7 @@ def test_of_a_preset_that_is_given_twice_the_last_counts():
     assert run_command.parse(["--preset", "digits", "--preset=smoke"]) == smoke
 
 
+@pytest.mark.slow
 def test_models_lists_every_preset():
     table = model_table(32, (1,))
     lines = {line.split()[0]: line.split() for line in table.splitlines()[2:]}

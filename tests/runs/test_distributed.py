@@ -73,6 +73,7 @@ def _metrics(folder):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_as_many_devices(tmp_path):
     same = ["--rounds", 2, "--metrics", "f1", "auc", "ece", "--workdir"]
     both = [*same, tmp_path / "two", "--checkpoint-every", 1]

@@ -52,7 +52,10 @@ def _sizes(tiers):
     ]
 
 
-@pytest.mark.parametrize("name", ["resnet-18", "resnet-34", "resnet-56", RESNET_110])
+FAMILIES = ["resnet-18", "resnet-34", pytest.param("resnet-56", marks=pytest.mark.slow), RESNET_110]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_submodels_hold_the_published_shares_of_the_parameters(name):
     tiers = tiers_lib.nefl_d(_authors(name))
     assert [tier.name for tier in tiers.members] == ["0.2", "0.4", "0.6", "0.8", "1"]
@@ -99,7 +102,7 @@ def test_nefl_w_keeps_the_root_of_the_ratio_of_each_width(name):
     assert stem == math.ceil(math.sqrt(0.2) * config.widths[0])
 
 
-@pytest.mark.parametrize("name", ["resnet-18", "resnet-34", "resnet-56", RESNET_110])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_nefl_wd_holds_about_the_ratio_of_the_parameters(name):
     sizes = _sizes(tiers_lib.nefl_wd(_authors(name)))
     shares = [size / sizes[-1] for size in sizes]
@@ -254,6 +257,7 @@ def test_the_lists_are_those_of_the_authors(name, lists, submodels):
         assert dataclasses.replace(preset(name), kept=one if submodels is DEPTHS else one[1]).kept
 
 
+@pytest.mark.slow
 def test_the_projection_of_a_block_left_out_is_not_averaged():
     """As the authors' NeFedAvg gave: two clients of 0.2 whose weights are 1, a full one of 4."""
     config = dataclasses.replace(
