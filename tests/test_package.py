@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
+import subprocess
 import sys
 
 import jfed
@@ -55,3 +56,17 @@ def test_each_room_knows_only_those_below_it():
             names = [n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module]
             known = {name.split(".")[1] for name in names if name.startswith("jfed.")}
             assert not known & set(ROOMS[:i]), path
+
+
+def test_every_public_name_is_there_when_it_is_the_first_that_is_asked_for():
+    code = """if True:
+        import sys, jfed
+        names = jfed.__all__
+        for name in names:
+            for module in [m for m in sys.modules if m.partition(".")[0] == "jfed"]:
+                del sys.modules[module]
+            import jfed
+            assert not [m for m in sys.modules if m.startswith("jfed.")]
+            getattr(jfed, name)
+        assert {"simulate", "plots", "data", "ConfigError"} <= set(names)"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
