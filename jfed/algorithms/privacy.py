@@ -28,8 +28,8 @@ SAMPLINGS = ("poisson", "fixed")
 ACCOUNTANTS = ("rdp", "pld")
 # Folded into the server's key, which the algorithm has too.
 _NOISE, _COUNT = (np.uint32(2**32 - i) for i in (8, 9))
-# From the round and a generator of its own to the numbers of the clients that train.
-Sampler = Callable[[int, np.random.Generator], np.ndarray]
+# From how many clients there are and a generator to the numbers of those that train.
+Draw = Callable[[int, np.random.Generator], np.ndarray]
 _BELOW = "below"  # the part of a message that tells whether it was short enough
 
 
@@ -199,7 +199,7 @@ def private(
 
 def private_rounds(
     algorithm: Algorithm, config: PrivacyConfig, clients: int, cohort: int | None, rounds: int
-) -> tuple[Algorithm, int, Sampler | None, Callable[[int], float]]:
+) -> tuple[Algorithm, int, Draw | None, Callable[[int], float]]:
     """Makes the rounds of a federation private.
 
     Args:
@@ -210,8 +210,8 @@ def private_rounds(
       rounds: of the run.
 
     Returns:
-      The private algorithm; how many clients a round has at most; what draws them, None for a draw
-      of exactly so many; and epsilon after so many rounds.
+      The private algorithm; how many clients a round has at most; what draws them, see `poisson`,
+      None for a draw of exactly so many; and epsilon after so many rounds.
     """
     assert config.clip is not None
     cohort = check_integer("cohort", clients if cohort is None else cohort, least=1, most=clients)
@@ -228,8 +228,7 @@ def private_rounds(
     spent = functools.partial(accountant.epsilon, noise)
     if config.sampling == "fixed":
         return algorithm, cohort, None, spent
-    draw, most = poisson(share), most_drawn(clients, share)
-    return algorithm, most, lambda number, rng: draw(clients, rng), spent
+    return algorithm, most_drawn(clients, share), poisson(share), spent
 
 
 def _shorter(norm: Float[Array, ""], bound: Float[Array, ""]) -> Float[Array, ""]:
@@ -379,8 +378,8 @@ def _check_server(config: ServerConfig) -> None:
         )
 
 
-def poisson(share: float) -> Callable[[int, np.random.Generator], np.ndarray]:
-    """A sampler's draw `(clients, rng) -> numbers`, each with the same probability."""
+def poisson(share: float) -> Draw:
+    """A draw of each client with the same probability."""
 
     def draw(clients: int, rng: np.random.Generator) -> np.ndarray:
         return np.flatnonzero(rng.random(clients) < share)

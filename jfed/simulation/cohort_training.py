@@ -28,6 +28,7 @@ from jfed.simulation.programs import (
     RoundStart,
     Specification,
     TrainArguments,
+    all_finite,
     make_merged,
     programs,
 )
@@ -110,8 +111,7 @@ class CohortTraining:
                 self.spec, server.variables, inputs.key, inputs.round, message, owners, counts
             )
             server = self.spec.algorithm.server_step(server, merged)
-        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(server.variables)]
-        return Outcome(server, latest, jnp.stack(finite).all(), reports)
+        return Outcome(server, latest, all_finite(server.variables), reports)
 
     def _silence(self, variables: Params) -> tuple[dict[str, Any], Params]:
         """The merged message of a round in which nobody delivers, and the owners in it."""

@@ -221,8 +221,8 @@ class Federation:
             late_by_message=self.time.deadline is not None and self.algorithm.measured,
         )
         found = private_rounds(self.algorithm, privacy, clients, cohort, self.rounds)
-        self.algorithm, most, sampler, self._spent = found
-        return most, sampler
+        self.algorithm, most, draw, self._spent = found
+        return most, None if draw is None else lambda number, rng: draw(clients, rng)
 
     def _check(self, data: Dataset, like: Params) -> None:
         """Checks what clients and server do, and tells what travels and what is recorded."""

@@ -209,10 +209,14 @@ def make_server(spec: Specification) -> jax.stages.Wrapped:
         after = spec.algorithm.server_step(server, merged)
         if not spec.algorithm.is_private:
             after = jax.tree.map(lambda new, old: jnp.where(clients > 0, new, old), after, server)
-        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after.variables)]
-        return after, jnp.stack(finite).all()
+        return after, all_finite(after.variables)
 
     return jax.jit(step, donate_argnums=0)
+
+
+def all_finite(variables: Params) -> Array:
+    """Whether all variables are finite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)]).all()
 
 
 def make_merged(
