@@ -15,10 +15,9 @@ from jfed.runs.config import settings
 
 def _read(paths: Sequence[str]) -> list[FinishedRun]:
     """The runs of tables and of folders, whose arms are called by the settings that differ."""
-    files_of_runs = [path for path in paths if path.endswith(".csv")]
-    found = [run for path in files_of_runs for run in run_lines.read_lines(path)]
-    folders = [path for path in paths if path not in files_of_runs]
-    if folders or not found:
+    found = [run for p in paths if p.endswith(".csv") for run in run_lines.read_lines(p)]
+    folders = [path for path in paths if not path.endswith(".csv")]
+    if folders or not paths:
         names = {path: name for name, path in settings().items()}
         others, left_out = finished.read_all(folders, names)
         for why in left_out:

@@ -47,7 +47,7 @@ def _last(run: FinishedRun) -> list[dict[str, Any]]:
     if run.local is not None:
         about |= {f"local_{name}": round(run.local[name], 6) for name in LOCAL}
     for tier in run.tiers:
-        own = _about(run, run.history[-1], tier) | {"accuracy": round(tier["accuracy"], 6)}
+        own = _about(run, run.history[-1], tier)
         own |= {name: tier[name] for name in ("kind", "solver", "trained")}
         own |= {"iterations": " ".join(map(str, tier["iterations"] or ()))}
         own |= {"loss": round(tier["loss"], 6)}

@@ -62,7 +62,8 @@ def test_what_only_some_runs_have(runs, tmp_path):
     """Metrics, of which one has no value, tests of clients, privacy, simulated time, a nan."""
     own = dict.fromkeys(LOCAL, 0.25)
     history = tuple(
-        dataclasses.replace(p, local=p.round / 80, seconds=1.5 * p.round) for p in runs[0].history
+        Point(p.round, p.bytes_total, {"1": float("nan")}, p.round / 80, 1.5 * p.round)
+        for p in runs[0].history
     )
     tiers = [_tier("1", float("nan"), metrics={"f1": 0.5, "auc": None}, peak_bytes=None)]
     summary = runs[0].summary | {"local": own, "epsilon": 3.5, "tiers": tiers}
