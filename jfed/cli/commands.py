@@ -70,5 +70,10 @@ def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int
 
 
 def _without_huge_pages(args: Sequence[str]) -> bool:
-    """Whether the flag is given; reading flags properly takes the imports that this is to save."""
-    return any(arg.replace("_", "-") == "--no-huge-pages" for arg in args)
+    """What `LaunchConfig.huge_pages` says, the last of its flags counting.
+
+    Reading flags properly takes the imports that this is to save.
+    """
+    flags = [arg.replace("_", "-") for arg in args]
+    given = [flag for flag in flags if flag in ("--huge-pages", "--no-huge-pages")]
+    return given[-1:] == ["--no-huge-pages"]

@@ -55,7 +55,7 @@ class LaunchConfig:
     wandb: str | None = None
     cache: bool = True
     cache_dir: pathlib.Path | None = None
-    huge_pages: bool = True
+    huge_pages: bool = True  # read by `jfed.cli.commands`, before anything is imported
     hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig)
 
 

@@ -216,13 +216,20 @@ def test_nobody_watches_by_default(restarted, monkeypatch, tmp_path):
     assert not huge_pages.watched()
 
 
-@pytest.mark.parametrize("flag", [None, "--no-huge-pages", "--no_huge_pages"])
-def test_a_switch_turns_them_off(restarted, monkeypatch, tmp_path, flag):
+@pytest.mark.parametrize(
+    ("flags", "on"),
+    [
+        ([], True),
+        (["--no-huge-pages"], False),
+        (["--no_huge_pages"], False),
+        (["--no-huge-pages", "--huge-pages"], True),  # the last counts
+    ],
+)
+def test_a_switch_turns_them_off(restarted, monkeypatch, tmp_path, flags, on):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").touch()
-    arguments = ["run", "--workdir", "taken", "--no-cache", *[flag] * (flag is not None)]
-    assert main(arguments, own_process=True) == 2
-    assert bool(restarted) == (flag is None)
+    assert main(["run", "--workdir", "taken", "--no-cache", *flags], own_process=True) == 2
+    assert bool(restarted) == on
 
 
 def test_a_process_that_cannot_start_again_goes_on(on_request, monkeypatch):
