@@ -169,6 +169,8 @@ def make_population(
     if cohort > clients:
         raise ConfigError(f"cohort must be at most the {clients} clients, got {cohort}.")
     draw_tiers = check_integer("draw_tiers", draw_tiers, least=0)
+    if draw_tiers and tiers == 1 and not idle:
+        raise ConfigError(f"draw_tiers {draw_tiers} needs another tier to draw, there is one.")
     faults = faults or FaultConfig()
     return Population(
         partition=partition,

@@ -15,7 +15,7 @@ from jfed.tiers.distillation import batch_mean, divergence, mask_absent
 from jfed.tiers.entries import Path, check_resnet, init_of, select
 from jfed.tiers.tier import Tiers
 
-_ALPHA = 0.1  # of FedDyn, in the authors' code
+_ALPHA, _RAMP = 0.1, 300  # of FedDyn, and of distillation, in the authors' code
 
 
 def depthfl(
@@ -24,7 +24,7 @@ def depthfl(
     *,
     exits: str = "bottleneck",
     distillation: float = 1.0,
-    ramp: int = 300,
+    ramp: int | None = None,
     temperature: float = 1.0,
 ) -> Tiers:
     """DepthFL: clients train the first stages, with an exit after each that learn from each other.
@@ -53,17 +53,23 @@ def depthfl(
       exits: "bottleneck", the authors', or "linear", see `exit_resnet`.
       distillation: the weight of self-distillation, see `exits_loss`; 0 for none.
       ramp: the rounds over which this weight rises to its full value, as exp(-5 (1 - r / ramp)^2)
-        in round r from 0; the authors' 300 are of 1,000 rounds. 0: it is full from the beginning.
+        in round r from 0; 0: it is full from the beginning. By default the authors' 300, which are
+        of 1,000 rounds.
       temperature: that softens the exits' probabilities for it.
 
     Raises:
-      ConfigError: no or repeated depths, or ones that the network does not have.
+      ConfigError: no or repeated depths, or ones that the network does not have; a ramp without
+        distillation.
     """
     config = check_resnet("depthfl", config)
     if config.preactivation:
         raise ConfigError("depthfl needs a network without preactivation, got preactivation=True.")
     one_of("exits", exits, EXITS)
     check_number("distillation", distillation, least=0.0)
+    if ramp is None:
+        ramp = _RAMP
+    elif not distillation:
+        raise ConfigError(f"ramp {ramp} is of distillation, which is {distillation:g}.")
     check_integer("ramp", ramp, least=0)
     if config.kept is not None:
         raise ConfigError(f"depthfl needs a network with all its blocks, got kept {config.kept!r}.")

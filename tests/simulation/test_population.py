@@ -17,11 +17,11 @@ WITHIN = {
 }
 
 
-def _population(draw_tiers, *, clients=20, cohort=None, idle=0.0, seed=0):
+def _population(draw_tiers, *, shares=SHARES, clients=20, cohort=None, idle=0.0, seed=0):
     return make_population(
         tuple(np.arange(clients)[:, None]),
-        tiers=3,
-        shares=SHARES,
+        tiers=len(shares),
+        shares=shares,
         cohort=cohort,
         draw_tiers=draw_tiers,
         client=ClientConfig(),
@@ -88,3 +88,9 @@ def test_the_most_clients_of_a_program_are_those_within_reach():
 def test_a_reach_that_cannot_be_is_refused(draw_tiers):
     with pytest.raises(ConfigError, match=f"draw_tiers must be .*0 or more, got {draw_tiers}"):
         _population(draw_tiers)
+
+
+def test_a_reach_needs_another_tier():
+    with pytest.raises(ConfigError, match="draw_tiers 2 needs another tier to draw, there is one"):
+        _population(2, shares=(1.0,))
+    assert _population(2, shares=(1.0,), idle=0.5).draw_tiers == 2  # none at all is drawn too

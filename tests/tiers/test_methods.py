@@ -249,6 +249,11 @@ def test_one_full_tier_is_fedavg(config):
         (RESNET, {"method": "fjord", "ratios": (0.5,), "distillation": -1.0}, "got -1.0"),
         (RESNET, {"method": "depthfl", "exits": "lines"}, "unknown exits 'lines'"),
         (RESNET, {"method": "depthfl", "ramp": -1}, "ramp .* got -1"),
+        (
+            RESNET,
+            {"method": "depthfl", "ramp": 9, "distillation": 0.0},
+            "ramp 9 is of distillation",
+        ),
         (PREACTIVATED, {"method": "depthfl"}, "got preactivation=True"),
         (PREACTIVATED, {"method": "nefl-d", "ratios": (1.0,)}, "no learn_steps, got True"),
         (RESNET, {"method": "depthfl", "depths": (1, 3)}, "from 1 to 2, got 3"),
