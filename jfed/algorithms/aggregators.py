@@ -5,6 +5,7 @@ a fixed norm need the update of every client at once.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -93,14 +94,18 @@ class Aggregation:
                 )
             if name in own and name in _NEEDED and value is None:
                 raise ConfigError(f"aggregator {self.aggregator!r} needs {name}, got none.")
-        if self.trim is not None and check_number("trim", self.trim, least=0.0) >= 0.5:
-            raise ConfigError(f"trim must be below 0.5, to leave somebody, got {self.trim!r}.")
-        if self.krum_byzantine is not None:
-            check_integer("krum_byzantine", self.krum_byzantine, least=0)
-        if self.krum_selected is not None:
-            check_integer("krum_selected", self.krum_selected, least=1)
+        numbers: dict[str, float] = {}
+        if self.trim is not None:
+            numbers["trim"] = check_number("trim", self.trim, least=0.0)
+            if numbers["trim"] >= 0.5:
+                raise ConfigError(f"trim must be below 0.5, to leave somebody, got {self.trim!r}.")
+        for name, least in (("krum_byzantine", 0), ("krum_selected", 1)):
+            if (value := getattr(self, name)) is not None:
+                numbers[name] = check_integer(name, value, least=least)
         if self.clip_updates is not None:
-            check_number("clip_updates", self.clip_updates, above=0.0)
+            numbers["clip_updates"] = check_number("clip_updates", self.clip_updates, above=0.0)
+        for name, number in numbers.items():  # which may be given as arrays
+            object.__setattr__(self, name, number)
 
     @property
     def stacked(self) -> bool:
@@ -127,11 +132,20 @@ class Aggregation:
 
 
 def make_aggregator(config: Aggregation) -> Aggregator | None:
-    """The aggregator; None where the weighted mean, which needs no stack, does."""
+    """The aggregator; None where the weighted mean, which needs no stack, does.
+
+    Equal settings give the same object, whose programs are compiled once in a process.
+    """
     if callable(config.aggregator):
         return config.aggregator
     if not config.stacked:
         return None
+    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(Aggregation)}
+    return _named(Aggregation(**own))
+
+
+@functools.lru_cache(maxsize=64)
+def _named(config: Aggregation) -> Aggregator:
     if config.aggregator in ("median", "trimmed-mean"):
         return lambda stack: _middle(config, stack)
     if config.aggregator == "norm-clipping":

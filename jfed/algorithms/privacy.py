@@ -120,6 +120,9 @@ def private(
         `below` the noisy share of messages that were short enough.
       count_noise: the standard deviation of the noise on the count of these.
 
+    Returns:
+      Another algorithm; equal arguments give the same object.
+
     Raises:
       ConfigError: the algorithm is private already, or the count needs more noise than there is.
     """
@@ -138,6 +141,19 @@ def private(
                 "dp_noise, or raise the cohort."
             )
         scale = rest**-0.5
+    return _private(algorithm, float(clip), scale, float(share), quantile, count_noise)
+
+
+@functools.lru_cache(maxsize=64)
+def _private(
+    algorithm: Algorithm,
+    clip: float,
+    scale: float,
+    share: float,
+    quantile: float | None,
+    count_noise: float,
+) -> Algorithm:
+    """As `private`, with the noise of the messages in place of that of the whole."""
 
     def own(client: Client) -> Client:
         return client._replace(sent=client.sent["sent"])

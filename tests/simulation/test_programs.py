@@ -72,6 +72,29 @@ def test_another_seed_or_data_set_compiles_nothing(compiled):
     assert first.history[0].train_loss != other.history[0].train_loss
 
 
+_KINDS = {
+    "aggregator": lambda: {"server": jfed.ServerConfig(aggregator="median")},
+    "private": lambda: {
+        "server": jfed.ServerConfig(weights="count"),
+        "privacy": jfed.algorithms.PrivacyConfig(clip=1.0, noise=1.0, delta=1e-3),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_another_seed_compiles_nothing_whatever_clients_and_server_do(kind, compiled):
+    model = jfed.models.Model(
+        lambda key: 0.1 * jax.random.normal(key, (16, 3)),
+        lambda params, images: images.reshape(len(images), -1) @ params,
+    )
+    common = {"evaluation": jfed.EvaluationConfig(every=0)}
+    first = _simulate(model, **common, **_KINDS[kind]())
+    compiled.clear()
+    other = _simulate(model, **common, seed=1, **_KINDS[kind]())
+    assert not compiled
+    assert first.history[0].train_loss != other.history[0].train_loss
+
+
 @pytest.mark.slow
 def test_traced_steps_compile_once_for_each_count(compiled):
     tiers = jfed.tiers.ode(dataclasses.replace(NETWORK, unroll=True), (0, 1))
