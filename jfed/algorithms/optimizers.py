@@ -13,7 +13,6 @@ from jaxtyping import Array
 from jfed.errors import ConfigError, check_number, check_sequence, one_of
 from jfed.models.model import Params
 from jfed.seeds import is_key
-from jfed.tiers.parts import map_parts
 
 # From the learning rate, which may be a traced scalar.
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
@@ -94,7 +93,7 @@ def try_optimizer(make: MakeOptimizer, given: Any, arguments: Sequence[Argument]
     try:
         with jax.numpy_dtype_promotion("standard"):
             jax.eval_shape(step, params)
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+    except Exception as error:
         told = f" with {dict(arguments)}" if arguments else ""
         raise ConfigError(f"optimizer {given!r}{told} cannot be used: {error}") from error
 
@@ -128,8 +127,10 @@ def step_owned(
 ) -> tuple[Params, Any]:
     """A server's step on the negative update (Reddi et al. 2021, arXiv 2003.00295, algorithm 2).
 
-    An entry that nobody owned in the round keeps its value, and the optimizer's memory of it (of
-    which Optax's states hold trees like the variables) stays too.
+    An entry that nobody owned in the round keeps its value, and the optimizer's memory of it stays
+    too: that is what lies in the optimizer's state at the same path and has the same shape, of
+    whatever precision, and for some of the variables only (`optax.masked`). Memory of other shapes
+    (`optax.adafactor`), and how many steps were taken, go on.
 
     Args:
       optimizer: of the server.
@@ -144,9 +145,17 @@ def step_owned(
     gradient = jax.tree.map(jnp.negative, update)
     changes, after = optimizer.update(gradient, state, variables)
 
-    def keep(new: Params, old: Params) -> Params:
-        return jax.tree.map(lambda n, o, w: jnp.where(w > 0, n, o), new, old, owners)
+    changes = jax.tree.map(lambda change, w: jnp.where(w > 0, change, 0), changes, owners)
+    by_path = dict(jax.tree_util.tree_leaves_with_path(owners))
 
-    nothing = jax.tree.map(jnp.zeros_like, changes)
-    variables = optax.apply_updates(variables, keep(changes, nothing))
-    return variables, map_parts(keep, variables, after, state)
+    def remember(path: Any, new: Any, old: Any) -> Any:
+        """Of the leaf of the variables that its path in the state ends with."""
+        new, old = jnp.asarray(new), jnp.asarray(old)
+        found = [by_path[path[i:]] for i in range(len(path) + 1) if path[i:] in by_path]
+        is_like = found and found[0].shape == new.shape
+        if not (is_like and jnp.issubdtype(new.dtype, jnp.floating)):
+            return new
+        return jnp.where(found[0] > 0, new, old)
+
+    after = jax.tree_util.tree_map_with_path(remember, after, state)
+    return optax.apply_updates(variables, changes), after

@@ -139,6 +139,36 @@ def test_an_optimizer_remembers_what_nobody_owned(settings, rule, memories):
             np.testing.assert_allclose(found[k], expected[k], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("make", "memory"),
+    [
+        (lambda: optax.adam(0.1, mu_dtype="bfloat16"), lambda state: state[0].mu),
+        (
+            lambda: optax.masked(optax.trace(0.5), {"a": True, "b": False}),
+            lambda state: state.inner_state.trace,
+        ),
+    ],
+    ids=["half precision", "some leaves"],
+)
+def test_memory_that_is_unlike_the_variables_stays_too(make, memory):
+    variables, optimizer = {"a": jnp.zeros(3), "b": jnp.zeros(3)}, make()
+    ones, some = jnp.ones(3), jnp.asarray([1.0, 0.0, 2.0])
+    with jax.numpy_dtype_promotion("standard"):
+        first = step_owned(
+            optimizer,
+            {"a": ones, "b": ones},
+            {"a": ones, "b": ones},
+            optimizer.init(variables),
+            variables,
+        )
+        _, after = step_owned(
+            optimizer, {"a": some, "b": ones}, {"a": some, "b": ones}, first[1], first[0]
+        )
+    old, new = (np.asarray(memory(state)["a"], np.float32) for state in (first[1], after))
+    assert old.all()
+    assert (old == new).tolist() == [False, True, False]
+
+
 def test_weights_of_clients():
     assert client_weights(ServerConfig(), [3, 5]) == [3.0, 5.0]
     assert client_weights(ServerConfig(weights="count"), [3, 5]) == [1.0, 1.0]
