@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from jfed.errors import ConfigError, check_integer, check_number, check_sequence, one_of
 from jfed.models.model import Model, Params
@@ -218,36 +218,64 @@ def check_extract(tier: Tier, like: Params) -> None:
     """Raises ConfigError unless `extract` is a selection: entries as they are, none taken twice.
 
     Args:
-      tier: whose `extract` is tried on numbered entries.
+      tier: whose `extract` is tried on numbered entries, and on random ones, in two rounds.
       like: global variables; only shapes and dtypes matter.
     """
+    if tier.extract is everything:
+        return
+    for round_ in (0, 1):
+        _check_entries(tier, like, round_)
+        taken = jax.tree.leaves(_times_taken(tier, like, round_))
+        most = max(float(np.max(leaf, initial=0)) for leaf in taken)
+        if most > 1:
+            raise ConfigError(
+                f"extract of tier {tier.name!r} takes an entry {most:g} times; once at most."
+            )
+
+
+def _check_entries(tier: Tier, like: Params, round_: int) -> None:
+    """Raises ConfigError unless each extracted entry is one of the global entries."""
     leaves, structure = jax.tree.flatten(like)
-    # Numbers that float32 keeps apart: which leaf, and where in it (up to 2^24 entries).
-    for what in ("leaf", "place"):
-        numbered = [
-            np.full(leaf.shape, 1.0 + i, leaf.dtype)
-            if what == "leaf"
-            else (np.arange(leaf.size) % 2**23 + 1.0).reshape(leaf.shape).astype(leaf.dtype)
+    drawn = np.random.default_rng(0).standard_normal(
+        min(_PLACES, max(leaf.size for leaf in leaves)), np.float32
+    )
+
+    def extracted(entries: Callable[[int, Int[np.ndarray, " N"]], np.ndarray]) -> np.ndarray:
+        """What is made of entries that are given by the leaf and the place in it, each from 0."""
+        given = [
+            entries(i, np.arange(leaf.size) % _PLACES).reshape(leaf.shape).astype(leaf.dtype)
             for i, leaf in enumerate(leaves)
         ]
-        variables = jax.tree.unflatten(structure, list(map(jnp.asarray, numbered)))
-        found = jax.tree.leaves(tier.extract(variables, 0))
-        values = np.concatenate([np.ravel(x) for x in found]) if found else np.zeros(0)
-        most = len(leaves) if what == "leaf" else 2**23
-        if (values != np.round(values)).any() or (values < 1).any() or (values > most).any():
-            wrong = values[(values != np.round(values)) | (values < 1) | (values > most)][0]
+        variables = jax.tree.unflatten(structure, list(map(jnp.asarray, given)))
+        found = jax.tree.leaves(tier.extract(variables, round_))
+        return np.concatenate([np.ravel(x) for x in found]) if found else np.zeros(0)
+
+    def random(leaf: Any, place: Any) -> Any:
+        return drawn[(place + 7919 * leaf) % len(drawn)]
+
+    # Numbers that float32 keeps apart: which leaf, and where in it.
+    leaf = extracted(lambda leaf, place: np.full(len(place), 1.0 + leaf))
+    place = extracted(lambda leaf, place: place + 1.0)
+    for values, most in ((leaf, len(leaves)), (place, _PLACES)):
+        wrong = (values != np.round(values)) | (values < 1) | (values > most)
+        if wrong.any():
             raise ConfigError(
                 f"extract of tier {tier.name!r} must select entries as they are; from entries "
-                f"numbered 1, 2, ... it makes {wrong:g}."
+                f"numbered 1, 2, ... it makes {values[wrong][0]:g}."
             )
-    owned = [float(np.max(leaf, initial=0)) for leaf in jax.tree.leaves(_times_taken(tier, like))]
-    if max(owned) > 1:
+    named, found = random(leaf.astype(int) - 1, place.astype(int) - 1), extracted(random)
+    if (found != named).any():
+        first = int(np.argmax(found != named))
         raise ConfigError(
-            f"extract of tier {tier.name!r} takes an entry {max(owned):g} times; once at most."
+            f"extract of tier {tier.name!r} must select entries as they are; it makes "
+            f"{found[first]:g} where an entry is {named[first]:g}."
         )
 
 
-def _times_taken(tier: Tier, like: Params) -> Params:
+_PLACES = 2**23  # in a leaf that are told apart; float32 has numbers for twice as many
+
+
+def _times_taken(tier: Tier, like: Params, round_: int) -> Params:
     """How often each global entry is in the tier's variables."""
     ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), tier.shapes(like))
-    return tier.embed(ones, like)
+    return tier.embed(ones, like, round_)

@@ -257,10 +257,22 @@ def test_traffic_is_counted_exactly_above_what_float32_holds():
         (lambda v, r: jax.tree.map(lambda x: 0.5 * x, v), "'odd' must select entries as they are"),
         (lambda v, r: {"b": v["b"] + 1}, "must select entries as they are"),
         (lambda v, r: {"b": jnp.zeros(3)}, "must select entries as they are"),
+        (lambda v, r: {"b": v["a"][0] + v["a"][1]}, "makes .* where an entry is"),
+        (lambda v, r: {"b": v["b"].astype("bfloat16").astype("float32")}, "where an entry is"),
+        (lambda v, r: {"b": v["b"] / 2 if r == 1 else v["b"]}, "must select entries as they are"),
         (lambda v, r: {"b": v["b"][:2], "c": v["b"][1:]}, "takes an entry 2 times; once at most"),
         (lambda v, r: {"b": v["b"][jnp.asarray([3, 3, 3])]}, "takes an entry 3 times"),
     ],
-    ids=["halves", "adds", "invents", "twice in two leaves", "three times in one"],
+    ids=[
+        "halves",
+        "adds",
+        "invents",
+        "sums",
+        "rounds",
+        "halves later",
+        "twice in two leaves",
+        "three times in one",
+    ],
 )
 def test_what_is_no_selection_is_refused(extract, message):
     with pytest.raises(ConfigError, match=message):
