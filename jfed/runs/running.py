@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from jfed import data as data_lib, files
 from jfed.engine import hosts
-from jfed.errors import CallbackError, PreemptedError, RunFolderError
+from jfed.errors import CallbackError, ConfigError, PreemptedError, RunFolderError
 from jfed.provenance import hardware, made_with
 from jfed.reports import plots
 from jfed.reports.summary import TierSummary, save_figures, summarise, to_json
@@ -218,7 +218,7 @@ def _rounds(
     history = list(saved.history) if saved else []
     last: State | None = saved.state if saved else federation.start
     reached, superseded = len(history), collections.deque[Any]()
-    failure: CallbackError | None = None
+    failure: CallbackError | ConfigError | None = None
     preempted = False
 
     def stopped() -> bool:
@@ -230,22 +230,25 @@ def _rounds(
         rounds = simulation.iterate(
             federation, tuple(history), last, stopped, keep=lambda n: n % every == 0
         )
-        for state, record in rounds:
-            history.append(record)
-            last, reached = state, record.round
-            for writer in writers:
-                writer.write(record)
-            if failure is None:
-                failure = _failure(callbacks, record)
-            if record.round % every == 0:
-                assert state is not None  # `keep` asked for it
-                _save(checkpoints, state, history)
-                kept = record.round
-                _forget(federation, state, superseded, checkpoints)
+        try:
+            for state, record in rounds:
+                history.append(record)
+                last, reached = state, record.round
                 for writer in writers:
-                    if isinstance(writer, CsvWriter):
-                        writer.flush()
-            preempted = preempted or multihost_utils.reached_preemption_sync_point(record.round)
+                    writer.write(record)
+                if failure is None:
+                    failure = _failure(callbacks, record)
+                if record.round % every == 0:
+                    assert state is not None  # `keep` asked for it
+                    _save(checkpoints, state, history)
+                    kept = record.round
+                    _forget(federation, state, superseded, checkpoints)
+                    for writer in writers:
+                        if isinstance(writer, CsvWriter):
+                            writer.flush()
+                preempted = preempted or multihost_utils.reached_preemption_sync_point(record.round)
+        except ConfigError as error:  # of a sampler or a schedule of the user's own
+            failure = error
         assert last is not None  # the last one always is
 
         def save() -> None:
@@ -259,7 +262,7 @@ def _rounds(
             save()
     saved_now = f"round {len(history)} of {federation.rounds}, which is saved in {str(path)!r}"
     if failure is not None:
-        raise CallbackError(
+        raise type(failure)(
             f"{failure} Stopped after {saved_now}; the same call goes on from there."
         ) from failure.__cause__
     if len(history) < federation.rounds:

@@ -251,6 +251,8 @@ def iterate(
         is given in any case.
 
     Raises:
+      ConfigError: a sampler or a schedule of the user's own gives what cannot be; the rounds before
+        are given first, and the state after them.
       DivergedError, DeviceMemoryError: see `simulate`.
     """
     if len(history) == federation.rounds:
@@ -277,16 +279,24 @@ def _in_flight(
 ) -> Iterator[tuple[State | None, UnderWay]]:
     """Starts round after round; yields each once `_IN_FLIGHT` later ones are under way."""
     under_way = collections.deque[tuple[State | None, UnderWay]]()
+    failure: ConfigError | None = None
     for number in range(first, federation.rounds):
         if stop() and under_way:
             break
-        state, started = federation.round(state, number)
+        try:
+            state, started = federation.round(state, number)
+        except ConfigError as error:
+            failure = error
+            break
         under_way.append((federation.copy(state) if keep(number + 1) else None, started))
         if len(under_way) > _IN_FLIGHT:
             yield under_way.popleft()
     while len(under_way) > 1:
         yield under_way.popleft()
-    yield state, under_way.popleft()[1]
+    if under_way:
+        yield state, under_way.popleft()[1]
+    if failure is not None:
+        raise failure
 
 
 def _wait(started: UnderWay, stop: Callable[[], bool]) -> None:

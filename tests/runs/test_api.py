@@ -260,7 +260,7 @@ def test_a_tier_that_is_only_tested_may_have_a_loss_that_is_not_finite(tmp_path)
     ("measure", "message"),
     [
         (lambda logits, batch: {"top": logits @ logits}, r"measure .*lambda.* cannot be used on"),
-        (lambda logits, batch: {"top": logits[:, 0]}, r"must give float32 scalars.*got .*\(2,\)"),
+        (lambda logits, batch: {"top": logits[:, 0]}, r"must give float32 scalars.*got .*\(250,\)"),
         (lambda logits, batch: {"n": batch.labels.sum()}, r"must give float32 scalars.*int32"),
         (lambda logits, batch: logits.sum(), r"must give a dict, got .*float32"),
     ],
@@ -316,6 +316,25 @@ def test_a_callback_that_raises_loses_nothing(tmp_path, in_memory):
     told = len(kept.history)
     _check_same(_simulate(folder, callbacks=[heard.append]), in_memory)
     assert [record.round for record in heard] == [1, 2, 3, *range(told + 1, ROUNDS + 1)]
+
+
+@pytest.mark.parametrize("kind", ["sampler", "schedule"])
+def test_a_function_that_fails_in_a_later_round_loses_nothing(kind, tmp_path, in_memory):
+    def sampler(number, rng):
+        return [1, 1] if number == 3 else rng.choice(6, 3, replace=False)
+
+    def schedule(number):
+        return -1.0 if number == 3 else 0.1
+
+    given = {
+        "sampler": {"sampler": sampler},
+        "schedule": {"client": jfed.ClientConfig(schedule=schedule)},
+    }[kind]
+    message = {"sampler": "returned client 1 twice", "schedule": "of round 3 must be"}[kind]
+    with pytest.raises(jfed.ConfigError, match=rf"{kind} .*{message}.* Stopped after round 3 of 6"):
+        _simulate(tmp_path / "run", **given)
+    kept = jfed.load(tmp_path / "run", MODEL).history
+    assert _without_seconds(kept) == _without_seconds(in_memory.history[:3])
 
 
 def test_callbacks_without_a_folder_hear_every_round_in_order():
