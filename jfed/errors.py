@@ -160,7 +160,8 @@ def calling(what: str, **given: Any) -> Iterator[None]:
     except Exception as error:
         told = ", ".join(f"{name} {_told(value)}" for name, value in given.items())
         reason = str(error).strip() or type(error).__name__
-        raise ConfigError(f"{what} cannot be used on {told}: {reason}") from error
+        on = f" on {told}" if told else ""
+        raise ConfigError(f"{what} cannot be used{on}: {reason}") from error
 
 
 def _told(value: Any) -> str:

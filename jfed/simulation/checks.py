@@ -1,10 +1,13 @@
 """What models, optimizers and algorithms must be: checked on shapes, before anything compiles."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 
 from jfed.algorithms.aggregators import Aggregator, Stack
 from jfed.algorithms.algorithm import Algorithm, Client, Merged, Server
@@ -16,21 +19,29 @@ from jfed.errors import ConfigError, calling, name_of
 from jfed.models.losses import Metrics, batch_shapes, training_loss
 from jfed.models.model import Params, by_name
 from jfed.seeds import is_key
-from jfed.simulation.evaluation import Measure
+from jfed.simulation.evaluation import EvaluationConfig
 from jfed.simulation.scores import METRICS, column
 from jfed.tiers.parts import is_like, map_parts
-from jfed.tiers.tier import Tier, check_extract
+from jfed.tiers.tier import Tier, Tiers, check_extract
 
 
-def check_model(tier: Tier, like: Params, data: Dataset) -> None:
+def check_init(tiers: Tiers, key: Array) -> Params:
+    """Shapes and dtypes of the global variables; ConfigError if `init` cannot make them."""
+    with calling(f"init of the model ({name_of(tiers.init)})", key=key):
+        return jax.eval_shape(tiers.init, key)
+
+
+def check_model(tier: Tier, like: Params, data: Dataset, batch_size: int) -> None:
     """Raises ConfigError unless the tier's model maps the data's images to logits.
 
     Args:
       tier: with the model.
       like: global variables; only shapes and dtypes matter.
       data: whose images are given to the model.
+      batch_size: of tests.
     """
-    params = tier.shapes(like)
+    with calling(f"extract of tier {tier.name!r}", round=0):
+        params = tier.shapes(like)
     if not sum(leaf.size for leaf in jax.tree.leaves(params)):
         raise ConfigError(f"tier {tier.name!r} owns nothing of the global variables: {params!r}.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -41,12 +52,26 @@ def check_model(tier: Tier, like: Params, data: Dataset) -> None:
             )
     with calling(f"extract of tier {tier.name!r}", round=0):
         check_extract(tier, like)
-    batch, model = _batch(data), tier.bound()
-    given = (batch.images,) if model.measure is None else (batch.images, batch.mask)
+    if tier.mask is not None:
+        with calling(f"mask of tier {tier.name!r}", setting=tier.setting):
+            mask = jax.eval_shape(lambda v: tier.mask(v, tier.setting), params)  # type: ignore[misc]
+        if not is_like(mask, params):
+            raise ConfigError(
+                f"mask of tier {tier.name!r} must be like the tier's variables, {_shapes(params)}, "
+                f"got {_shapes(mask)}."
+            )
     title = f"the model of tier {tier.name!r}"
+    with calling(title, setting=tier.setting):
+        model = tier.bound()
+    batch = _batch(data, batch_size)
+    given: tuple[Any, ...] = ()
+    if model.measure is not None:
+        with calling(f"measure of {title}", images=batch.images):
+            statistics = jax.eval_shape(model.measure, params, batch.images, batch.mask)
+        given = (None, statistics)
     with calling(title, images=batch.images):
-        logits = jax.eval_shape(model.apply, params, *given)
-    expected = (2, data.num_classes)
+        logits = jax.eval_shape(model.apply, params, batch.images, *given)
+    expected = (batch_size, data.num_classes)
     if getattr(logits, "shape", None) != expected or logits.dtype != jnp.float32:
         raise ConfigError(
             f"{title} maps images {batch.images.shape} to {_shapes(logits)}; expected logits "
@@ -64,7 +89,7 @@ def check_training(tier: Tier, like: Params, config: ClientConfig, data: Dataset
       config: of local training.
       data: that is trained on.
     """
-    params, batch = tier.shapes(like), _training_batch(data)
+    params, batch = tier.shapes(like), _training_batch(data, config.batch_size)
     title = f"the loss of tier {tier.name!r}"
     loss = training_loss(tier.bound())
     with calling(title, images=batch.images):
@@ -78,13 +103,14 @@ def check_training(tier: Tier, like: Params, config: ClientConfig, data: Dataset
     _check_tree("a step of training", trained, params, tier)
 
 
-def check_measure(measure: Measure | None, data: Dataset) -> tuple[str, ...]:
+def check_measure(evaluation: EvaluationConfig, data: Dataset) -> tuple[str, ...]:
     """The names of what an evaluation measures; ConfigError unless they are float32 scalars."""
+    measure, size = evaluation.measure, evaluation.batch_size
     if measure is None:
         return ()
-    logits, title = jax.ShapeDtypeStruct((2, data.num_classes), jnp.float32), name_of(measure)
+    logits, title = jax.ShapeDtypeStruct((size, data.num_classes), jnp.float32), name_of(measure)
     with calling(f"evaluation measure {title}", logits=logits):
-        found = jax.eval_shape(measure, logits, _batch(data))
+        found = jax.eval_shape(measure, logits, _batch(data, size))
     if not isinstance(found, dict):
         raise ConfigError(f"evaluation measure {title} must give a dict, got {_shapes(found)}.")
     _check_scalars(f"evaluation measure {title}", found)
@@ -168,7 +194,8 @@ def check_algorithm(
     number, real = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.float32))
     sent = cut(call("send", server))
     known = (sent, number, number, number, real, number, real)
-    own, batch, key = training_loss(tier.bound()), _training_batch(data), _key()
+    own, key = training_loss(tier.bound()), _key()
+    batch = _training_batch(data, config.batch_size)
     calls = 0  # of the loss
 
     def loss(*args: Any) -> Any:
@@ -183,6 +210,14 @@ def check_algorithm(
         with calling(_title(algorithm, name), tier=tier.name):
             return jax.eval_shape(run, known, *args)
 
+    params = tier.shapes(like)
+    if algorithm.personal is not None:
+        for path in by_name(params):
+            with calling(_title(algorithm, "personal"), path=path):
+                bool(algorithm.personal(path))
+    if algorithm.personalise is not None:
+        own_model = call("personalise", sent, memory)
+        _check_same(_title(algorithm, "personalise"), "model", own_model, params)
     local = of_client("client_init", memory, key)
     calls = 0
     after, metrics = _pair(
@@ -210,6 +245,39 @@ def check_algorithm(
         stepped = jax.eval_shape(step, server, merged, like, real, like, number, key, real)
     _check_same(_title(algorithm, "server_step"), "server", stepped, server)
     return Exchange(sent, message, metrics, local, gradients)
+
+
+def check_weights(algorithm: Algorithm, tier: Tier, sent: Any, told: Sequence[Any]) -> None:
+    """Raises ConfigError if an algorithm weighs a client below 0, or all of them as 0.
+
+    A weight that depends on what the server sends is not known before.
+
+    Args:
+      algorithm: with weights of parts.
+      tier: of clients, any.
+      sent: shapes of what they get.
+      told: `[clients]` numbers, examples, steps and weights of all who have a tier.
+    """
+    loss, rest = training_loss(tier.bound()), (jnp.int32(0), jnp.float32(1))  # round and rate
+
+    def weigh(f: Any, of: tuple[Any, ...]) -> Array:
+        known = (*of, *rest)
+        return jnp.asarray(f(Client(sent, loss, *known)), jnp.float32)
+
+    for name, f in algorithm.weights.items():
+        title = f"weights[{name!r}] ({name_of(f)})"
+        try:
+            found = jax.vmap(functools.partial(weigh, f))(tuple(told))
+        except Exception:  # shapes cannot be computed with
+            continue
+        wrong = ~(np.asarray(found) >= 0)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise ConfigError(
+                f"{title} of client {int(told[0][at])} must be 0 or more, got {found[at]:g}."
+            )
+        if not np.asarray(found).any():
+            raise ConfigError(f"{title} are 0 for all {len(found)} clients.")
 
 
 def check_parts(message: Mapping[str, Any], server: ServerConfig) -> None:
@@ -299,13 +367,13 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
 
 
-def _batch(data: Dataset) -> Any:
+def _batch(data: Dataset, size: int) -> Any:
     """Shapes of a batch in a test."""
-    return _training_batch(data)._replace(round=None)
+    return _training_batch(data, size)._replace(round=None)
 
 
-def _training_batch(data: Dataset) -> Any:
-    return batch_shapes(2, data.image_shape)
+def _training_batch(data: Dataset, size: int) -> Any:
+    return batch_shapes(size, data.image_shape)
 
 
 def _key() -> Any:

@@ -33,10 +33,12 @@ from jfed.simulation.checks import (
     Exchange,
     check_aggregator,
     check_algorithm,
+    check_init,
     check_measure,
     check_model,
     check_parts,
     check_training,
+    check_weights,
 )
 from jfed.simulation.client_rows import ClientRows
 from jfed.simulation.cohort_training import CohortTraining, Outcome
@@ -177,9 +179,9 @@ class Federation:
         self.client_names = data.names_of(examples)
         self.server.check_cohort(self.population.cohort)
         self.evaluated = evaluated_tiers(self.tiers, self.evaluation)
-        like = jax.eval_shape(self.tiers.init, self.key)
+        like = check_init(self.tiers, self.key)
         for tier in self.evaluated:
-            check_model(tier, like, data)
+            check_model(tier, like, data, self.evaluation.batch_size)
         self._check(data, like)
         self._costs = TrainingCosts(
             self.tiers.members, like, self._exchanges, data.image_shape, self.client.batch_size
@@ -240,7 +242,9 @@ class Federation:
                 self.traffic[tier.name] = traffic(
                     tier, like, (found.sent, found.message), self.algorithm.personal
                 )
-        own = check_measure(self.evaluation.measure, data)
+        told = self.population.able()
+        check_weights(self.algorithm, self.tiers.members[0], self._exchanges[0].sent, told)
+        own = check_measure(self.evaluation, data)
         tested = (*map(column, self.evaluation.metrics), *own)
         local = [tier.name for tier in self.tiers.members] if self._tested else []
         self.columns = columns(

@@ -122,6 +122,13 @@ class Population:
         near = np.abs(self.tier[:, None] - np.asarray(tiers)).min(1) <= self.draw_tiers
         return min(self.cohort, int((able & near).sum()))
 
+    def able(self) -> tuple[np.ndarray, ...]:
+        """Numbers, examples, steps and weights of all clients that have a tier."""
+        own = np.flatnonzero(self.tier < len(self.shares) - 1)
+        examples = np.asarray([len(self.partition[client]) for client in own.tolist()], np.int32)
+        steps = np.asarray(self.steps(), np.int32)[own]
+        return own.astype(np.int32), examples, steps, np.asarray(self.weights, np.float32)[own]
+
     def steps(self) -> list[int]:
         """How many batches each client trains on in a round."""
         return [client_steps(len(examples), self.client) for examples in self.partition]
@@ -132,7 +139,10 @@ def check_sample(
 ) -> Int[np.ndarray, " cohort"]:
     """A sampler's clients as an array; ConfigError if one is not there, or drawn twice."""
     title = f"sampler {name_of(sampler)}"
-    found = np.asarray(drawn)
+    try:
+        found = np.asarray(drawn)
+    except ValueError as error:  # lists of different lengths
+        raise ConfigError(f"{title} must return numbers of clients, got {drawn!r}.") from error
     if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
         raise ConfigError(f"{title} must return numbers of clients, got {drawn!r}.")
     for client in found.tolist():

@@ -5,6 +5,7 @@ partitions are arguments, so another seed compiles nothing anew.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import os
@@ -23,6 +24,7 @@ from jfed.engine.devices import EVERYWHERE, platform_of
 from jfed.engine.lanes import Inputs, Training, make_trainer, without
 from jfed.engine.merging import Delivered, Group, merge, owned
 from jfed.engine.packing import Schedule
+from jfed.errors import calling
 from jfed.models.model import Params
 from jfed.platforms import made_for
 from jfed.simulation.evaluation import Examples, Measure, make_evaluator
@@ -124,6 +126,11 @@ class Specification:
         return self.trainings[0].mesh
 
 
+def _tracing(program: Program) -> contextlib.AbstractContextManager[None]:
+    """What a user's function cannot do under `vmap` or in a loop, the checks before do not see."""
+    return calling(f"a function that the program {program.title!r} calls")
+
+
 class Programs:
     """The jitted programs of a specification, compiled once for each shape of their arguments."""
 
@@ -142,7 +149,7 @@ class Programs:
 
     def shapes(self, program: Program, *args: Any) -> Any:
         """Shapes of what a program returns, of arrays that lie on every device."""
-        with made_for(self._platform):
+        with made_for(self._platform), _tracing(program):
             found = jax.eval_shape(self._jitted[program], *args)
         there = NamedSharding(self._mesh, EVERYWHERE)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), found)
@@ -150,7 +157,11 @@ class Programs:
     def lower(self, arguments: Arguments) -> dict[Program, jax.stages.Lowered]:
         """The programs for such arguments, traced but not compiled."""
         with made_for(self._platform):
-            return {p: self._jitted[p].lower(*args) for p, args in arguments.items()}  # type: ignore[attr-defined]
+            return {p: self._lowered(p, args) for p, args in arguments.items()}
+
+    def _lowered(self, program: Program, args: tuple[Any, ...]) -> jax.stages.Lowered:
+        with _tracing(program):
+            return self._jitted[program].lower(*args)  # type: ignore[attr-defined]
 
     def compile(self, arguments: Arguments) -> dict[Program, jax.stages.Compiled]:
         """The programs for such arguments; those that are new are compiled side by side."""
