@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,10 +31,12 @@ class Checkpoint(NamedTuple):
         Keys of rounds and the order of examples follow from the seed and the round's number; what
         clients remember are files, of which the state names the latest.
       history: the records of all rounds so far.
+      made_with: what saved it, see `jfed.provenance.made_with`.
     """
 
     state: Any
     history: tuple[Record, ...]
+    made_with: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +65,17 @@ class Checkpoints:
     Args:
       folder: local, or of any kind that etils knows (`gs://` too).
       config: when to save.
+      made_with: what saves, kept with each checkpoint.
     """
 
-    def __init__(self, folder: epath.PathLike, config: CheckpointConfig) -> None:
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        config: CheckpointConfig,
+        made_with: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self._folder, self._config = absolute(folder), config
+        self._made_with = dict(made_with)
         host = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
             primary_host=host, active_processes={host} if jax.process_count() > 1 else None
@@ -98,6 +108,7 @@ class Checkpoints:
         # The records are an array too, which may be longer than Orbax expects of metadata.
         content = {"state": jax.tree.map(_as_numpy, state), "history": np.frombuffer(text, "u1")}
         about = {"digest": _digest(_named(content)), "keys": _keys(state)}
+        about["made_with"] = self._made_with
         self.wait()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +184,8 @@ class Checkpoints:
             raise ValueError("its contents are not those that were saved (SHA-256 differs)")
         history = tuple(map(Record.from_dict, json.loads(content["history"].tobytes())))
         state = _with_keys(content["state"], about["keys"])
-        return Checkpoint(state if like is None else in_tree_of(like, state), history)
+        state = state if like is None else in_tree_of(like, state)
+        return Checkpoint(state, history, about.get("made_with", {}))
 
     def _rounds(self) -> list[int]:
         """Those that have a checkpoint, in order."""

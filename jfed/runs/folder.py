@@ -57,13 +57,17 @@ def inspect(folder: epath.Path, settings: Mapping[str, Any]) -> str:
     return "finished" if growth.rounds_done(folder) == settings["rounds"] else "begun"
 
 
-def warn_of_others(folder: epath.Path, made_with: Mapping[str, Any]) -> None:
-    """Warns if a run was begun with another jfed, JAX or other devices than it goes on with."""
+def warn_of_others(
+    folder: epath.Path, made_with: Mapping[str, Any], saved_with: Mapping[str, Any] | None = None
+) -> None:
+    """Warns if a run was begun, or last saved, with another jfed, JAX or other devices than now."""
     found = differences(read_settings(folder)[1], made_with)
+    if saved_with:
+        found = found or differences(saved_with, made_with)
     if found:
         warnings.warn(
-            f"the run in {str(folder)!r} goes on with what it was not begun with, so it may end "
-            f"otherwise than if it had not been stopped: {'; '.join(found)}",
+            f"the run in {str(folder)!r} goes on with what it was not begun with, or not saved by, "
+            f"so it may end otherwise than if it had not been stopped: {'; '.join(found)}",
             stacklevel=2,
         )
 

@@ -89,7 +89,8 @@ def run(
 
         return begun.run(explained)
 
-    saves = Checkpoints(path / "checkpoints", checkpoints or CheckpointConfig())
+    config, made = checkpoints or CheckpointConfig(), made_with(where)
+    saves = Checkpoints(path / "checkpoints", config, made)
     with contextlib.closing(saves), contextlib.ExitStack() as stack:
         phase("claiming the run folder", lambda _: stack.enter_context(_alone(path)))
         found, has_saved = _inspect(path, settings)
@@ -103,11 +104,11 @@ def run(
             # What a model cannot do shows while it is traced.
             phase("compiling", lambda _: federation.compile())
         if found == "begun" and hosts.is_first():
-            folder.warn_of_others(path, made_with(where))
+            folder.warn_of_others(path, made, saved.made_with if saved else None)
             growth.grow(path, settings)
         if found == "nothing":
             begin = functools.partial(_begin, path, settings, federation, data)
-            phase("beginning", lambda _: begin(made_with(where)))
+            phase("beginning", lambda _: begin(made))
         start = functools.partial(_rounds, federation, path, saved, saves, callbacks, writers, stop)
         result = phase("the rounds", lambda check: start(check))
         if found == "finished":
