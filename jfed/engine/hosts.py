@@ -7,6 +7,7 @@ by itself when a whole process is gone.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -59,9 +60,6 @@ def is_first() -> bool:
 def join(config: HostsConfig) -> None:
     """Joins the other processes, if there are any, before JAX starts its devices.
 
-    This one must be jfed's own: it is ended if another one has failed and it is stuck in a barrier
-    or a collective.
-
     Raises:
       ConfigError: they cannot be joined.
     """
@@ -74,7 +72,7 @@ def join(config: HostsConfig) -> None:
             jax.distributed.initialize(**process, heartbeat_timeout_seconds=_HEARTBEAT)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"cannot join the other processes: {error}") from error
-        threading.Thread(target=_end_if_stuck, daemon=True).start()
+        _watch()
 
 
 def agree(what: str, function: Callable[[], _T]) -> _T:
@@ -142,6 +140,7 @@ class Phase:
             result = function()
             self.returned = [result]
             return result
+        _watch()
         _OPEN.append(self._key)
         try:
             result = self._call(client, function)
@@ -231,6 +230,12 @@ def _json_or_none(value: Any) -> Any:
     except (TypeError, ValueError):
         return None
     return value
+
+
+@functools.cache
+def _watch() -> None:
+    """Sees to it that this process does not outlive a failure of another in a collective."""
+    threading.Thread(target=_end_if_stuck, daemon=True).start()
 
 
 def _end_if_stuck() -> None:

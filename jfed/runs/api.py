@@ -138,13 +138,14 @@ def simulate(
         "allow_overlap": allow_overlap,
         "seed": seed,
     }
-    if workdir is None:
-        return loop.run(Federation(data, partition, tiers, **options), callbacks)
-    memory, settings = files.absolute(workdir) / "memory", _MADE_BY | as_json(options)
+    memory = None if workdir is None else files.absolute(workdir) / "memory"
 
     def prepare() -> Prepared:
         return Prepared(Federation(data, partition, tiers, **options, memory_folder=memory), data)
 
+    if workdir is None:
+        return running.run_in_memory(lambda: as_json(options), prepare, callbacks)
+    settings = _MADE_BY | as_json(options)
     result, _ = running.run(
         workdir, settings, prepare, callbacks=callbacks, checkpoints=checkpoints
     )

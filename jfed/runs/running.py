@@ -120,6 +120,24 @@ def run(
     return result, table
 
 
+def run_in_memory(
+    settings: Callable[[], Mapping[str, Any]],
+    prepare: Callable[[], Prepared],
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """As `run`, without a folder; the settings are compared among hosts, and else not needed."""
+    hosts.same("versions and settings", lambda: {**_versions(), **settings()})
+    federation, data, _ = hosts.agree("setting up", prepare)
+    hosts.same("what they train on", lambda: fingerprints.inputs(data, federation))
+    phase = hosts.Phase("the rounds")
+
+    def stopped() -> bool:
+        phase.check()
+        return False
+
+    return phase.run(lambda: simulation.run(federation, callbacks, stopped))
+
+
 def _versions() -> dict[str, str]:
     return {"jfed": importlib.metadata.version("jfed"), "jax": jax.__version__}
 

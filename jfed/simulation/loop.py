@@ -182,11 +182,15 @@ class Result:
         return plots.accuracy(self.history, self.tiers.kind if self.tiers else "tier")
 
 
-def run(federation: Federation, callbacks: Sequence[Callback] = ()) -> Result:
-    """Runs every round of a federation; see `jfed.simulate`."""
+def run(
+    federation: Federation,
+    callbacks: Sequence[Callback] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Runs every round of a federation; see `jfed.simulate`, and `iterate` for `stop`."""
     history: list[Record] = []
     last: State | None = None
-    for state, record in iterate(federation):
+    for state, record in iterate(federation, stop=stop):
         last = state
         history.append(record)
         tell(callbacks, record)

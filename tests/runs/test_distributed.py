@@ -1,5 +1,6 @@
 """Several processes, as on several hosts: what they compute, and how they end together."""
 
+import concurrent.futures
 import csv
 import os
 import shutil
@@ -61,8 +62,14 @@ def _finish(processes):
 
 
 def _end_alike(processes, message, status=2):
-    """All end with the same line of an error, and soon."""
-    for process, output in zip(processes, _outputs(processes, 300), strict=True):
+    """All end with the same line of an error, within a minute of each other."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # both are read, lest a pipe is full
+        found = [pool.submit(process.communicate, timeout=300) for process in processes]
+        concurrent.futures.wait(found, return_when="FIRST_COMPLETED")
+        began = time.monotonic()
+        outputs = [future.result()[0] for future in found]
+        assert time.monotonic() - began < 60, outputs
+    for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == status, output
         lines = [line for line in output.splitlines() if line.startswith("jfed: error: ")]
         assert any(message in line for line in lines), output
@@ -236,6 +243,57 @@ def test_an_error_in_mid_run_ends_both(tmp_path, before, message):
 
 STUCK = FAILS.replace('raise ValueError("a cosmic ray")', "import time; time.sleep(1000)")
 SLOW_TO_LEAVE = "from jfed.engine import hosts; hosts._POLL = 5.0"
+
+
+IN_MEMORY = """
+import sys
+import jax
+address, host, seed, fails = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(host))
+import jfed
+
+def callback(record):
+    if record.round == 3 and fails == host:
+        raise ValueError("a cosmic ray")
+
+try:
+    data = jfed.data.load("digits", train_examples=160, test_examples=50)
+    clients = jfed.data.iid(data.train.labels, 6, seed=0)
+    network = jfed.models.ODENetConfig(widths=(4,), iterations=1, channels=1, conv="transposed")
+    tiers = jfed.tiers.ode(network, (1,))
+    engine = jfed.EngineConfig(devices=2)
+    found = jfed.simulate(
+        data, clients, tiers, rounds=2000, callbacks=[callback], engine=engine, seed=int(seed)
+    )
+except jfed.errors.JfedError as error:
+    print(f"jfed: error: {error}", flush=True)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("seeds", "fails", "message"),
+    [
+        ((0, 1), "none", "seed is 0 on host 0, 1 on host 1"),
+        ((0, 0), "1", "host 1: the callback __main__.callback raised ValueError('a cosmic ray')"),
+    ],
+    ids=["settings", "program"],
+)
+def test_runs_in_memory_end_alike_too(seeds, fails, message):
+    address = _join()[0][2]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", IN_MEMORY, address, str(host), str(seed), fails],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for host, seed in enumerate(seeds)
+    ]
+    _end_alike(processes, message)
 
 
 @pytest.mark.slow
