@@ -282,13 +282,23 @@ class Accountant:
         self._library = optional("dp_accounting", "privacy")
 
     def epsilon(self, noise: float, rounds: int) -> float:
-        """After so many rounds, at the configured delta; infinite without noise."""
+        """After so many rounds, at the configured delta; infinite without noise.
+
+        Raises:
+          ConfigError: so little noise that the tables of "pld" do not fit into memory.
+        """
         if rounds == 0 or noise == 0:
             return math.inf if rounds else 0.0
-        with _quiet():
-            accountant = self._fresh()
-            accountant.compose(self._event(noise, rounds))
-            return float(accountant.get_epsilon(self._config.delta))
+        try:
+            with _quiet():
+                accountant = self._fresh()
+                accountant.compose(self._event(noise, rounds))
+                return float(accountant.get_epsilon(self._config.delta))
+        except MemoryError as error:
+            raise ConfigError(
+                f"dp_accountant {self._config.accountant!r} runs out of memory at noise {noise:g}; "
+                f"use 'rdp', or more noise: {error}."
+            ) from error
 
     def noise(self, rounds: int) -> float:
         """The configured noise, or the least that keeps to the configured epsilon.
@@ -296,23 +306,30 @@ class Accountant:
         Raises:
           ConfigError: no noise does.
         """
-        if self._config.noise is not None:
-            return float(self._config.noise)
         library, target = self._library, self._config.epsilon
-        try:
-            with _quiet():
-                found = library.calibrate_dp_mechanism(
-                    self._fresh,
-                    lambda noise: self._event(noise, rounds),
-                    target,
-                    self._config.delta,
-                    library.LowerEndpointAndGuess(1e-3, 1.0),
+        if target is None:
+            assert self._config.noise is not None
+            self.epsilon(self._config.noise, rounds)  # which may be impossible to tell
+            return self._config.noise
+        enough = 1.0  # from below it would take "pld" tens of gigabytes
+        while self.epsilon(enough, rounds) > target:
+            enough *= 2
+            if enough > 2**30:
+                raise ConfigError(
+                    f"dp_epsilon {target!r} cannot be reached in {rounds} rounds with dp_delta "
+                    f"{self._config.delta!r}: noise {enough:g} is too little."
                 )
-        except (ValueError, library.mechanism_calibration.NoBracketIntervalFoundError) as error:
-            raise ConfigError(
-                f"dp_epsilon {target!r} cannot be reached in {rounds} rounds with dp_delta "
-                f"{self._config.delta!r}: {error}."
-            ) from error
+        while self.epsilon(enough / 2, rounds) <= target:
+            enough /= 2
+        with _quiet():
+            found = library.calibrate_dp_mechanism(
+                self._fresh,
+                lambda noise: self._event(noise, rounds),
+                target,
+                self._config.delta,
+                library.ExplicitBracketInterval(enough / 2, enough),
+                tol=1e-4 * enough,
+            )
         return float(found)
 
     def _fresh(self) -> Any:

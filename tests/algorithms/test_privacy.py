@@ -232,12 +232,19 @@ def test_a_fixed_cohort_is_accounted_for_by_replacement():
     assert found == pytest.approx(20.987, rel=1e-3)  # dp-accounting 0.6
 
 
-def test_the_noise_of_an_epsilon_keeps_to_it():
-    config = PrivacyConfig(clip=1.0, epsilon=3.0, delta=1e-5)
+@pytest.mark.parametrize("accountant", ["rdp", pytest.param("pld", marks=pytest.mark.slow)])
+def test_the_noise_of_an_epsilon_keeps_to_it(accountant):
+    config = PrivacyConfig(clip=1.0, epsilon=3.0, delta=1e-5, accountant=accountant)
     accountant = Accountant(config, 1000, 50)
     noise = accountant.noise(200)
     assert 2.98 < accountant.epsilon(noise, 200) <= 3.0
     assert accountant.epsilon(0.98 * noise, 200) > 3.0
+
+
+def test_noise_that_an_accountant_has_no_memory_for_is_told_at_once():
+    config = PrivacyConfig(clip=1.0, noise=1e-6, delta=1e-5, accountant="pld")
+    with pytest.raises(jfed.ConfigError, match=r"'pld' runs out of memory at noise 1e-06; use"):
+        Accountant(config, 1000, 50).noise(10)
 
 
 def test_poisson_draws_each_client_alike_and_its_bound_holds():
