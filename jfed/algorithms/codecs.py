@@ -119,12 +119,16 @@ def random_k(share: float) -> Codec:
 
 
 def sign() -> Codec:
-    """Signs times the mean magnitude of a tensor, with error feedback (arXiv 1901.09847)."""
+    """Signs times the mean magnitude of a tensor, with error feedback (arXiv 1901.09847).
+
+    The mean is over what is not zero, and zero stays zero: what a tier does not own, or a codec
+    before it leaves out.
+    """
 
     def one(x: Array, key: Array) -> Array:
         del key
-        size = jnp.abs(x).mean()
-        return jnp.where(x < 0, -size, size)
+        size = jnp.abs(x).sum() / jnp.maximum(jnp.count_nonzero(x), 1).astype(x.dtype)
+        return jnp.where(x == 0, 0, jnp.where(x < 0, -size, size))
 
     return Codec(_by_leaf(one), feedback=True)
 

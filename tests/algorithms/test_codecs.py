@@ -37,6 +37,7 @@ NAMES = [
     ("topk:0.3", "int1"),
     ("randk:0.2", "float16"),
     ("sign",),
+    ("topk:0.1", "sign"),
 ]
 SHAPES = st.lists(st.integers(1, 9), min_size=0, max_size=3).map(tuple)
 
@@ -124,6 +125,9 @@ def test_sparse_codecs_keep_what_they_should():
     assert abs((sent != 0).mean() - 0.3) < 0.05
     sent = np.asarray(named(("sign",)).apply([array], jax.random.key(0))[0])
     np.testing.assert_allclose(sent, np.sign(array) * np.abs(array).mean(), rtol=1e-6)
+    left = np.where(kept, array, 0)  # as by a codec before, or by a tier that owns no more
+    sent = np.asarray(named(("topk:0.1", "sign")).apply([array], jax.random.key(0))[0])
+    np.testing.assert_allclose(sent, np.sign(left) * np.abs(array[kept]).mean(), rtol=1e-6)
 
 
 def test_float16_saturates():
