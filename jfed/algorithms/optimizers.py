@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ def check_arguments(name: str, value: Any) -> tuple[Argument, ...]:
         is_pair = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
         if not (is_pair and isinstance(pair[1], bool | int | float | str)):
             raise ConfigError(f"{name} must be names with numbers, as eps=0.001, got {pair!r}.")
+        if isinstance(pair[1], float) and not math.isfinite(pair[1]):
+            raise ConfigError(f"{name} must be finite, got {pair!r}.")
     if len({pair[0] for pair in pairs}) < len(pairs):
         raise ConfigError(f"{name} must name each argument once, got {pairs!r}.")
     return tuple(sorted(pairs))
@@ -60,15 +63,17 @@ def optimizer_from(
     given: dict[str, Any] = {}
     for name, value in arguments:
         given[one_of(f"argument of optimizer {optimizer!r}", name, own)] = value
-    if momentum is None:
-        return functools.partial(maker, **given)
-    if check_number("momentum", momentum, least=0.0) >= 1:
-        raise ConfigError(f"momentum must be from 0 to below 1, got {momentum!r}.")
-    if "momentum" not in own:
-        raise ConfigError(f"optimizer {optimizer!r} has no momentum, got momentum={momentum!r}.")
+    if momentum is not None:
+        if "momentum" not in own:
+            raise ConfigError(f"optimizer {optimizer!r} has no momentum, got {momentum!r}.")
+        if "momentum" in given:
+            raise ConfigError(f"momentum is given twice: {momentum!r} and {given['momentum']!r}.")
+        given["momentum"] = momentum
     if "momentum" in given:
-        raise ConfigError(f"momentum is given twice: {momentum!r} and {given['momentum']!r}.")
-    return functools.partial(maker, **given, momentum=float(momentum))
+        given["momentum"] = check_number("momentum", given["momentum"], least=0.0)
+        if given["momentum"] >= 1:
+            raise ConfigError(f"momentum must be from 0 to below 1, got {given['momentum']!r}.")
+    return functools.partial(maker, **given)
 
 
 def _named_optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:

@@ -314,7 +314,19 @@ NEEDED = {name: {} for name in ALGORITHMS} | {
         ),
         (
             lambda: ServerConfig(optimizer_args={"momentum": "x"}),
-            "'sgd' with {'momentum': 'x'} cannot be used",
+            "momentum must be a number, 0 or more, got 'x'",
+        ),
+        (
+            lambda: make("fednova", jfed.ClientConfig(optimizer_args={"momentum": 1.0})),
+            "momentum must be from 0 to below 1, got 1.0",
+        ),
+        (
+            lambda: ServerConfig(optimizer="adam", optimizer_args={"eps": float("nan")}),
+            r"optimizer_args must be finite, got \('eps', nan\)",
+        ),
+        (
+            lambda: ServerConfig(optimizer="adam", optimizer_args={"b1": "x"}),
+            "'adam' with {'b1': 'x'} cannot be used",
         ),
     ],
 )
