@@ -23,9 +23,11 @@ def fedavg(
 
     Server SGD at rate 1 is the paper's average of weights. With momentum it is FedAvgM (Hsu et al.
     2019, arXiv 1909.06335); with Adagrad, Adam and Yogi it is FedAdagrad, FedAdam and FedYogi
-    (Reddi et al. 2021, arXiv 2003.00295, algorithm 2, where tau is `eps` and v_{-1} = tau^2;
-    Optax's second moments begin with 0, Yogi's with 1e-6, and Adam's and Yogi's are corrected for
-    it). Each entry is averaged over the clients that own it.
+    (Reddi et al. 2021, arXiv 2003.00295, algorithm 2, as Optax has it. Of Adam and Yogi the paper's
+    tau is `eps`, and both moments are corrected for what they begin with: 0, Yogi's 1e-6, instead
+    of v_{-1} = tau^2. Adagrad divides by sqrt(v + `eps`) instead of sqrt(v) + tau, and v_{-1} is
+    `initial_accumulator_value`, 0.1 by default). Each entry is averaged over the clients that own
+    it.
 
     Equal optimizers (and the same `correct`) give the same object, whose programs are compiled once
     in a process.
