@@ -61,11 +61,10 @@ class PrivacyConfig:
     def __post_init__(self) -> None:
         one_of("dp_sampling", self.sampling, SAMPLINGS)
         one_of("dp_accountant", self.accountant, ACCOUNTANTS)
-        given = {name: getattr(self, name) for name in ("noise", "epsilon", "delta", "quantile")}
         if self.clip is None:
-            for name, value in given.items():
-                if value is not None:
-                    raise ConfigError(f"dp_{name} {value!r} needs dp_clip, got none.")
+            for field in dataclasses.fields(self):
+                if (value := getattr(self, field.name)) != field.default:
+                    raise ConfigError(f"dp_{field.name} {value!r} needs dp_clip, got none.")
             return
         numbers: dict[str, float] = {"clip": check_number("dp_clip", self.clip, above=0.0)}
         if self.noise is not None:

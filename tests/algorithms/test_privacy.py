@@ -297,6 +297,14 @@ OK = {"clip": 1.0, "noise": 1.0, "delta": 1e-5}
     ("changes", "message"),
     [
         ({"clip": None}, "dp_noise 1.0 needs dp_clip, got none"),
+        (
+            {"clip": None, "noise": None, "delta": None, "sampling": "fixed"},
+            "dp_sampling 'fixed' needs dp_clip, got none",
+        ),
+        (
+            {"clip": None, "noise": None, "delta": None, "accountant": "pld"},
+            "dp_accountant 'pld' needs dp_clip, got none",
+        ),
         ({"clip": 0.0}, "dp_clip must be a number, above 0, got 0"),
         ({"noise": None}, "needs one of dp_noise and dp_epsilon, got None and None"),
         ({"epsilon": 2.0}, "needs one of dp_noise and dp_epsilon, got 1.0 and 2.0"),
