@@ -386,27 +386,33 @@ def check_guarantee(
             f"dp_delta must be below one over the {clients} clients, or it may tell all of one of "
             f"them; got {config.delta!r}."
         )
-    if attacks:
-        raise ConfigError(
-            "dp_clip cannot be with exploding or hostile clients, which send what they do not clip."
-        )
     if late_by_message:
         raise ConfigError(
             "dp_clip cannot be with a deadline and codecs: bytes that are measured on one client's "
             "message would decide whether others are late."
         )
-    _check_server(server)
+    check_sum(server, attacks=attacks)
 
 
-def _check_server(config: ServerConfig) -> None:
-    if config.weights != "count":
+def check_sum(server: ServerConfig, *, attacks: bool) -> None:
+    """Raises ConfigError unless a private algorithm gets a sum of clipped messages.
+
+    Args:
+      server: how it weighs and merges.
+      attacks: whether some clients send other messages than clipped ones.
+    """
+    if attacks:
         raise ConfigError(
-            f"dp_clip needs weights 'count', got {config.weights!r}: a client's number of examples "
+            "dp_clip cannot be with exploding or hostile clients, which send what they do not clip."
+        )
+    if server.weights != "count":
+        raise ConfigError(
+            f"dp_clip needs weights 'count', got {server.weights!r}: a client's number of examples "
             "is its secret."
         )
-    if config.aggregator != "mean":
+    if server.aggregator != "mean":
         raise ConfigError(
-            f"dp_clip needs the aggregator 'mean', got {config.aggregator!r}: noise is for sums."
+            f"dp_clip needs the aggregator 'mean', got {server.aggregator!r}: noise is for sums."
         )
 
 

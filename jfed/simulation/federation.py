@@ -15,7 +15,7 @@ from jfed.algorithms.aggregators import make_aggregator
 from jfed.algorithms.algorithm import Algorithm, Server
 from jfed.algorithms.catalogue import AlgorithmConfig, make_algorithm
 from jfed.algorithms.clients import ClientConfig, learning_rate
-from jfed.algorithms.privacy import PrivacyConfig, check_guarantee, private_rounds
+from jfed.algorithms.privacy import PrivacyConfig, check_guarantee, check_sum, private_rounds
 from jfed.algorithms.servers import ServerConfig, client_weights
 from jfed.data import Dataset, check_partition, class_counts
 from jfed.data.preprocessing import Augmentation, ModelInputs, channel_moments
@@ -161,8 +161,11 @@ class Federation:
             examples, self._tested = local_tests.split(examples, share, seed=seed)
         self.time = time or TimeConfig()
         self._spent: Callable[[int], float] | None = None
+        attacks = faults is not None and max(faults.exploding, faults.hostile) > 0
         if privacy is not None and privacy.clip is not None:
-            cohort, sampler = self._be_private(privacy, len(examples), cohort, sampler, faults)
+            cohort, sampler = self._be_private(privacy, len(examples), cohort, sampler, attacks)
+        elif self.algorithm.is_private:
+            check_sum(self.server, attacks=attacks)
         self.population = make_population(
             examples,
             tiers=len(self.tiers.members),
@@ -210,7 +213,7 @@ class Federation:
         clients: int,
         cohort: int | None,
         sampler: Sampler | None,
-        faults: FaultConfig | None,
+        attacks: bool,
     ) -> tuple[int, Sampler | None]:
         """Makes the algorithm private; returns who is drawn: at most how many, and by what."""
         if sampler is not None:
@@ -219,7 +222,7 @@ class Federation:
             privacy,
             self.server,
             clients,
-            attacks=faults is not None and max(faults.exploding, faults.hostile) > 0,
+            attacks=attacks,
             late_by_message=self.time.deadline is not None and self.algorithm.measured,
         )
         found = private_rounds(self.algorithm, privacy, clients, cohort, self.rounds)

@@ -365,6 +365,20 @@ def test_what_breaks_the_guarantee_is_refused_before_anything_compiles(
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"server": ServerConfig(weights="count", aggregator="median")}, "aggregator 'mean'"),
+        ({"server": ServerConfig()}, "needs weights 'count', got 'examples'"),
+        ({"faults": jfed.FaultConfig(exploding=0.5)}, "exploding or hostile"),
+    ],
+)
+def test_an_algorithm_that_is_made_private_by_hand_needs_a_sum_too(options, message):
+    algorithm = private(jfed.algorithms.fedavg(CONFIG), clip=1.0, noise=1.0, share=1.0)
+    with pytest.raises(jfed.ConfigError, match=message):
+        _federation(algorithm, **options)
+
+
+@pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda a: private(a, clip=-1.0, noise=1.0, share=0.5), "clip must be .* got -1"),
