@@ -26,10 +26,11 @@ def scaffold(client: ClientConfig, server: ServerConfig) -> Algorithm:
     and c <- c + (1/N) sum over S of (c_i+ - c_i) (line 17). All begin with zeros.
 
     Where clients own parts of the entries, N is for each entry the number of clients that own it,
-    so that c stays the mean of its owners' c_i. The paper averages y_i with equal weights:
-    `ServerConfig(weights="count")`. With momentum or Adam at the clients option II is no longer
-    the mean of their gradients; the paper has plain SGD. Twice FedAvg's bytes travel. After three
-    rounds equal to PFLlib's (d832e76) to 3e-7 of the weights' change, control variates included.
+    so that c stays the mean of its owners' c_i, if they keep their tier. The paper averages y_i
+    with equal weights: `ServerConfig(weights="count")`. With momentum or Adam at the clients option
+    II is no longer the mean of their gradients; the paper has plain SGD. Twice FedAvg's bytes
+    travel. After three rounds equal to PFLlib's (d832e76) to 3e-7 of the weights' change, control
+    variates included.
     """
     optimizer = make_server_optimizer(server)
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
