@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +136,8 @@ def private(
         rest = noise**-2 - (2 * count_noise) ** -2 if count_noise else -1.0
         if rest <= 0:
             raise ConfigError(
-                f"dp_quantile needs a count noise above {noise / 2:g}, got {count_noise:g}; lower "
+                f"dp_quantile {quantile:g} counts the short messages with noise {count_noise:g}, a "
+                f"twentieth of the cohort, which must be above half of the noise, {noise:g}; lower "
                 "dp_noise, or raise the cohort."
             )
         scale = rest**-0.5
@@ -160,7 +161,10 @@ def _private(
     def client_final(client: Client, local: Any, key: Array) -> tuple[dict[str, Any], Any]:
         message, memory = algorithm.client_final(own(client), local, key)
         if unlike := sorted(set(message) - set(algorithm.parts)):
-            raise ConfigError(f"parts {unlike} of the message are not like the variables: no clip.")
+            raise ConfigError(
+                f"algorithm {algorithm.name!r} cannot be private: parts {unlike} of its message "
+                "are not like the variables, so dp_clip has no norm of theirs."
+            )
         message, bound = client.own(message), client.sent["clip"]
         norm = length(message)
         message = jax.tree.map(lambda u: u * _shorter(norm, bound), message)
@@ -212,9 +216,27 @@ def _private(
     )
 
 
+class PrivateRounds(NamedTuple):
+    """Of a federation.
+
+    Attributes:
+      algorithm: made private.
+      cohort: how many clients a round has at most.
+      draw: what draws them, see `poisson`; None for a draw of exactly so many.
+      noise: as given, or found for the epsilon that was.
+      epsilon: after so many rounds.
+    """
+
+    algorithm: Algorithm
+    cohort: int
+    draw: Draw | None
+    noise: float
+    epsilon: Callable[[int], float]
+
+
 def private_rounds(
     algorithm: Algorithm, config: PrivacyConfig, clients: int, cohort: int | None, rounds: int
-) -> tuple[Algorithm, int, Draw | None, Callable[[int], float]]:
+) -> PrivateRounds:
     """Makes the rounds of a federation private.
 
     Args:
@@ -223,10 +245,6 @@ def private_rounds(
       clients: of the federation.
       cohort: how many of them take part in a round, on average; all by default.
       rounds: of the run.
-
-    Returns:
-      The private algorithm; how many clients a round has at most; what draws them, see `poisson`,
-      None for a draw of exactly so many; and epsilon after so many rounds.
     """
     assert config.clip is not None
     cohort = check_integer("cohort", clients if cohort is None else cohort, least=1, most=clients)
@@ -242,8 +260,8 @@ def private_rounds(
     )
     spent = functools.partial(accountant.epsilon, noise)
     if config.sampling == "fixed":
-        return algorithm, cohort, None, spent
-    return algorithm, most_drawn(clients, share), poisson(share), spent
+        return PrivateRounds(algorithm, cohort, None, noise, spent)
+    return PrivateRounds(algorithm, most_drawn(clients, share), poisson(share), noise, spent)
 
 
 def _shorter(norm: Float[Array, ""], bound: Float[Array, ""]) -> Float[Array, ""]:

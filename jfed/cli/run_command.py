@@ -137,7 +137,11 @@ def execute(args: list[str]) -> None:
     if (simulated := result.history[-1].simulated_seconds) is not None:
         print(f"{simulated:,.4g} simulated seconds on the devices of the clients.\n")
     if (epsilon := result.history[-1].epsilon) is not None:
-        print(f"Clients are ({epsilon:.3g}, {config.privacy.delta:g})-differentially private.\n")
+        noise = (
+            "" if result.noise is None else f", by noise of {result.noise:.4g} clips on their sum"
+        )
+        private = f"({epsilon:.3g}, {config.privacy.delta:g})-differentially private"
+        print(f"Clients are {private}{noise}.\n")
     if (local := result.history[-1].local) is not None:
         print(f"{format_local(local, result.client_names)}\n")
     if finished:

@@ -100,7 +100,8 @@ class FinishedRun:
     @property
     def epsilon(self) -> float | None:
         """That its clients spent, where they are private."""
-        return self.summary.get("epsilon")
+        found = self.summary.get("epsilon")
+        return None if found is None else float(found)
 
     def reaching(self, target: float, *, local: bool = False) -> Point | None:
         """The first evaluation at which `average` was at least `target`; None if it never was.

@@ -175,7 +175,8 @@ def to_json(
         "test_examples": len(data.test),
         "tiers": [_line(line) for line in table],
         "local": _local(last.local, result.client_names),
-        "epsilon": last.epsilon if last.epsilon != math.inf else None,
+        "epsilon": "inf" if last.epsilon == math.inf else last.epsilon,  # JSON has no such number
+        "noise": result.noise,
         "bytes_down_total": last.bytes_down_total,
         "bytes_up_total": last.bytes_up_total,
         "simulated_seconds": last.simulated_seconds,

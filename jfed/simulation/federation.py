@@ -160,6 +160,7 @@ class Federation:
         if share := self.evaluation.local_test:
             examples, self._tested = local_tests.split(examples, share, seed=seed)
         self.time = time or TimeConfig()
+        self.noise: float | None = None
         self._spent: Callable[[int], float] | None = None
         attacks = faults is not None and max(faults.exploding, faults.hostile) > 0
         if privacy is not None and privacy.clip is not None:
@@ -226,8 +227,10 @@ class Federation:
             late_by_message=self.time.deadline is not None and self.algorithm.measured,
         )
         found = private_rounds(self.algorithm, privacy, clients, cohort, self.rounds)
-        self.algorithm, most, draw, self._spent = found
-        return most, None if draw is None else lambda number, rng: draw(clients, rng)
+        self.algorithm, self.noise, self._spent = found.algorithm, found.noise, found.epsilon
+        if (draw := found.draw) is None:
+            return found.cohort, None
+        return found.cohort, lambda number, rng: draw(clients, rng)
 
     def _check(self, data: Dataset, like: Params) -> None:
         """Checks what clients and server do, and tells what travels and what is recorded."""

@@ -58,6 +58,8 @@ class Result:
         None for models without.
       inputs: what its models take; None where `jfed.load` cannot know it.
       client_names: by number; () in a result that was loaded.
+      noise: on the sum of clipped messages, in units of the clip, where clients are private; None
+        in a result that was loaded.
     """
 
     history: tuple[Record, ...]
@@ -71,6 +73,7 @@ class Result:
     norms: Mapping[str, Statistics | None] = dataclasses.field(default_factory=dict)
     inputs: ModelInputs | None = None
     client_names: tuple[str, ...] = ()
+    noise: float | None = None
 
     def __repr__(self) -> str:
         """Rounds and accuracies, not the weights."""
@@ -231,6 +234,7 @@ def make_result(federation: Federation, state: State, history: Sequence[Record])
         norms=to_host(federation.norms),
         inputs=federation.inputs,
         client_names=federation.client_names,
+        noise=federation.noise,
     )
 
 

@@ -15,6 +15,7 @@ from jfed.engine import debug
 from jfed.engine.devices import to_host
 from jfed.engine.packing import Work, pack
 from jfed.models.model import Params, path_name
+from jfed.seeds import generator
 from jfed.simulation.cohort_training import CohortTraining
 from jfed.simulation.population import Population
 from jfed.simulation.programs import Compiled, RoundStart
@@ -39,7 +40,7 @@ def measure(
     by_tier: Sequence[Sequence[Work]],
     before: Sizes,
 ) -> Sizes:
-    """Bytes of a client of each tier, of messages of a round: of the first of its clients.
+    """Bytes of a client of each tier, of messages of a round: of one of its clients, at random.
 
     That one trains for it alone; nothing of it is kept.
 
@@ -55,7 +56,9 @@ def measure(
     for i, (group, own) in enumerate(zip(training.groups, training.spec.trainings, strict=True)):
         for place, (number, tier) in enumerate(zip(group.tiers, own.tiers, strict=True)):
             some = [item.client for item in by_tier[number]]
-            client = (some or np.flatnonzero(population.tier == number).tolist())[0]
+            some = some or np.flatnonzero(population.tier == number).tolist()
+            rng = generator(population.seed, "measured traffic", start.number, number)
+            client = some[rng.integers(len(some))]
             item = population.alone(start.number, client, place)
             message = _message(training, compiled, i, item, start)
             if message is not None:

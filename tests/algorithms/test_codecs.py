@@ -24,6 +24,7 @@ from jfed.algorithms.codecs import named
 from jfed.algorithms.messages import from_bytes, to_bytes
 from jfed.errors import DataError
 from jfed.simulation.federation import Federation
+from jfed.simulation.population import Population
 
 DEBUG = pytest.param("debug", marks=pytest.mark.slow)
 NAMES = [
@@ -206,19 +207,36 @@ def _coded(name, up=(), down=(), **options):
 def test_traffic_is_measured_in_the_first_round_and_at_evaluations(mapping):
     """By what a client of the round sends, which NumPy can know of a codec without chance."""
     params = numpy_rounds.start()
-    first = min(numpy_rounds.cohort(0))
 
     def size(tree):
         return len(to_bytes([np.float32(tree[k]) for k in sorted(tree)]))
 
-    update = each(np.subtract, numpy_rounds.sgd(params, first, 0), params)
-    update = each(lambda u: u.astype(np.float16), update)
+    def sent(client):
+        update = each(np.subtract, numpy_rounds.sgd(params, client, 0), params)
+        return size(each(lambda u: u.astype(np.float16), update))
+
     result = run(_coded("fedavg", ("float16",)), mapping)
     records = result.history
     assert records[0].bytes_down == 3 * size(params)
-    assert abs(records[0].bytes_up - 3 * size(update)) <= 3 * 2  # the last bits may differ
+    each_sent = [sent(client) for client in numpy_rounds.cohort(0)]
+    # The last bits may differ.
+    assert min(abs(records[0].bytes_up - 3 * found) for found in each_sent) <= 3 * 2
     assert [r.bytes_up for r in records[:3]] == [records[0].bytes_up] * 3
     assert records[3].bytes_up == 3 * result.traffic["full"].up
+
+
+def test_any_client_of_the_round_may_be_measured(monkeypatch):
+    alone, measured = Population.alone, {}
+
+    def seen(self, number, client, tier):
+        measured[number] = client
+        return alone(self, number, client, tier)
+
+    monkeypatch.setattr(Population, "alone", seen)
+    run(_coded("fedavg", ("float16",)), evaluation=jfed.EvaluationConfig(every=1))
+    places = [sorted(numpy_rounds.cohort(n)).index(client) for n, client in measured.items()]
+    assert len(places) >= 4
+    assert len(set(places)) > 1
 
 
 @pytest.mark.slow

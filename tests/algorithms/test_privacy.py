@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import dp_accounting
 import jax
@@ -272,6 +273,8 @@ def test_a_run_tells_epsilon_in_its_columns_summary_and_records(sampling, tmp_pa
     column = lines[0].split(",").index("epsilon")
     assert [line.split(",")[column] for line in lines[1:]] == ["", *map(str, told[1:])]
     assert jfed.load(tmp_path / "run", MODEL).history == result.history
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["epsilon"], summary["noise"], result.noise) == (told[-1], 1.0, 1.0)
     sizes = [record.clients for record in result.history]
     assert (sizes == [2, 2, 2]) == (sampling == "fixed")
 
@@ -340,14 +343,14 @@ def test_bad_settings_are_quoted(changes, message):
             "dp_clip cannot be with exploding or hostile clients",
         ),
         ({"sampler": lambda number, rng: [0]}, "dp_clip draws clients itself, got sampler"),
-        ({"algorithm": "fednova"}, r"parts \['trained'\] of the message are not like the var"),
+        ({"algorithm": "fednova"}, r"'fednova' cannot be private: parts \['trained'\]"),
         (
             {"privacy": PrivacyConfig(clip=1.0, epsilon=1e-9, delta=1e-12)},
             "dp_epsilon 1e-09 cannot be reached in 30 rounds",
         ),
         (
             {"privacy": PrivacyConfig(**OK, quantile=0.5)},
-            "dp_quantile needs a count noise above 0.5, got 0.2",
+            r"dp_quantile 0\.5 counts the short messages with noise 0\.2, .* half of the noise, 1;",
         ),
     ],
 )
