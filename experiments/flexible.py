@@ -42,6 +42,11 @@ _PARTITIONS: dict[str, dict[str, Any]] = {
     "Dirichlet 0.1": {"partition": "dirichlet", "alpha": 0.1},
 }
 _FIRST = {"medium": 2, "smoke": 1}  # so many of them; all at the other scales
+# At the medium scale, those that matter most first; under Dirichlet 0.5 the first six alone.
+_ORDER = (
+    *("mixed", "mixed 1+4+8", "only 1", "only 8", "ResNet-20", "no iterations"),
+    *("only 4", "exclusive", "only 2", "ResNet-56"),
+)
 _MORE_CLIENTS = {"clients": 40, "cohort": 10, "steps": 6, "learning_rate": 0.1}
 
 
@@ -52,7 +57,10 @@ def arms(scale: str) -> Arms:
         if (scale, title) == ("cpu", "Dirichlet 0.1"):
             partition = partition | _MORE_CLIENTS
         base = _BASE[scale].replace(weights="count", **partition)  # in the ResNet's mean too
-        found |= {f"{title}/{arm}": config for arm, config in _federations(base, scale).items()}
+        own = _federations(base, scale)
+        if scale == "medium":
+            own = {arm: own[arm] for arm in _ORDER[: None if title == "IID" else 6]}
+        found |= {f"{title}/{arm}": config for arm, config in own.items()}
     return found
 
 

@@ -34,7 +34,7 @@ class LaunchConfig:
 
     Attributes:
       preset: where settings start from: digits, cifar10-flexible, cifar10-resnet, cifar10-small
-        (minutes on two cores), cifar10-medium (half an hour), cifar10-32 (hours) or smoke
+        (minutes on two cores), cifar10-medium (ten minutes), cifar10-32 (hours) or smoke
         (seconds).
       workdir: the run folder, local or gs://; runs/PRESET-DATE-TIME where not given. A run that is
         there already goes on, if its settings are the same.
@@ -137,9 +137,7 @@ def execute(args: list[str]) -> None:
     if (simulated := result.history[-1].simulated_seconds) is not None:
         print(f"{simulated:,.4g} simulated seconds on the devices of the clients.\n")
     if (epsilon := result.history[-1].epsilon) is not None:
-        noise = (
-            "" if result.noise is None else f", by noise of {result.noise:.4g} clips on their sum"
-        )
+        noise = "" if result.noise is None else f", with noise {result.noise:.4g}"
         private = f"({epsilon:.3g}, {config.privacy.delta:g})-differentially private"
         print(f"Clients are {private}{noise}.\n")
     if (local := result.history[-1].local) is not None:

@@ -224,13 +224,20 @@ def _cifar10_small() -> RunConfig:
 
 
 def _cifar10_medium() -> RunConfig:
-    """All of CIFAR-10 at a quarter of its pixels: half an hour on two CPU cores."""
+    """All of CIFAR-10 at a quarter of its pixels: ten minutes on two CPU cores.
+
+    Few clients a round, for an image teaches the more the fewer clients' models are averaged: of
+    300,000 images ResNet-20 learned as much by 2 clients a round in a quarter as by 10 in half.
+    """
     return _cifar10_small().replace(
         train_examples=None,
         eval_examples=None,
         clients=100,
-        rounds=400,
+        cohort=3,
+        rounds=250,
         epochs=2,
+        batch_size=50,
+        learning_rate=0.1,
         pad=2,
         calibration_examples=2000,
     )
