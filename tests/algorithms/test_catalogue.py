@@ -135,17 +135,33 @@ def test_fedopt_takes_arguments_of_the_servers_optimizer(optimizer, rule, settin
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
-    [("fedprox", {"mu": 0.0}), ("feddyn", {"alpha": 0.0}), ("fedrep", {"personal": HEAD})],
+    ("name", "settings"), [("fedprox", {"mu": 0.0}), ("feddyn", {"alpha": 0.0})]
 )
 def test_limits_that_are_fedavg(name, settings):
     """To the bit, or nearly: XLA fuses other sums where a term is 0."""
-    if name == "fedrep":  # of which the head is all that trains, in no batch
-        settings = settings | {"head_share": 0.0}
-        expected = numpy_rounds.fedrep(0.0)[0]
-    else:
-        expected = run(make("fedavg")).variables
-    check(run(make(name, **settings)).variables, expected)
+    check(run(make(name, **settings)).variables, run(make("fedavg")).variables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [
+        ("adagrad", {"initial_accumulator_value": 1e8}),
+        ("adam", {"b1": 0.0, "eps": 1e4}),
+        ("yogi", {"b1": 0.0, "eps": 1e4}),
+    ],
+)
+def test_fedopt_that_hardly_adapts_is_fedavg(optimizer, settings):
+    """Where tau, or what the second moment begins with, is far above all gradients."""
+    server = ServerConfig(optimizer=optimizer, learning_rate=1e4, optimizer_args=settings)
+    with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to an integer power
+        found = run(make("fedavg", server=server), server=server).variables
+    check(found, run(make("fedavg")).variables)
+
+
+def test_fedrep_without_batches_for_the_head_trains_the_body_alone():
+    found = run(make("fedrep", personal=HEAD, head_share=0.0))
+    check(found.variables, numpy_rounds.fedrep(0.0)[0])
 
 
 @pytest.mark.slow
