@@ -1,6 +1,7 @@
 """Figures of a run, as matplotlib figures that the caller shows or saves."""
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from jfed.simulation.records import LocalEvaluation, Record
 
 TIME = "simulated time [s]"
-_NAMED = 40  # clients whose names have room below their bars
+_NAMED = 40  # clients whose names have room below the axes
+_LINE = 60  # characters of small text within the width of a figure
 
 
 class ShownFigure(Figure):
@@ -34,6 +36,36 @@ def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _legend(figure: Figure, title: str | None = None) -> None:
+    """The labels below the axes, which keep their size: the figure grows by what these take."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if not labels:
+        return
+    texts = [textwrap.fill(label, _LINE) for label in labels]
+    columns = max(1, _LINE // (max(map(len, texts)) + 6))  # a line before each text, and space
+    legend = figure.legend(
+        handles, texts, title=title, ncols=columns, fontsize="small", loc="outside lower center"
+    )
+    figure.set_figheight(
+        figure.get_figheight() + legend.get_window_extent().height / figure.get_dpi()
+    )
+
+
+def _of_accuracies(figure: Figure, title: str | None = None) -> Figure:
+    """The figure with a legend, accuracies in %, and no ticks between whole numbers."""
+    (axes,) = figure.axes
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if all(float(x).is_integer() for line in axes.lines for x in line.get_xdata()):
+        axes.xaxis.set_major_locator(_whole())
+    _legend(figure, title)
+    return figure
+
+
+def _whole() -> MaxNLocator:
+    """Ticks at whole numbers, also where only one of them is on the axis."""
+    return MaxNLocator(integer=True, min_n_ticks=1)
+
+
 def _curves(history: Sequence[Record]) -> dict[str, list[tuple[Record, float]]]:
     curves: dict[str, list[tuple[Record, float]]] = {}
     for record in history:
@@ -44,13 +76,7 @@ def _curves(history: Sequence[Record]) -> dict[str, list[tuple[Record, float]]]:
 
 def accuracy(history: Sequence[Record], kind: str = "tier") -> Figure:
     """Test accuracy over rounds, one line a tier; `kind` tells what the tiers' names are."""
-    figure, axes = _axes("round", "test accuracy")
-    for name, points in _curves(history).items():
-        axes.plot([r.round for r, _ in points], [a for _, a in points], marker=".", label=name)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(title=kind)
-    return figure
+    return _accuracy_by("round", history, lambda record: record.round, kind)
 
 
 def accuracy_by_bytes(history: Sequence[Record], kind: str = "tier") -> Figure:
@@ -74,9 +100,7 @@ def _accuracy_by(
     for name, points in _curves(history).items():
         x, y = [place(record) for record, _ in points], [value for _, value in points]
         axes.plot(x, y, marker=".", label=name)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(title=kind)
-    return figure
+    return _of_accuracies(figure, kind)
 
 
 class Reached(NamedTuple):
@@ -87,10 +111,13 @@ class Reached(NamedTuple):
     trained: bool
 
 
-def accuracy_curves(xlabel: str, curves: Mapping[str, Sequence[Reached]]) -> Figure:
+def accuracy_curves(
+    xlabel: str, curves: Mapping[str, Sequence[Reached]], kind: str | None = None
+) -> Figure:
     """Test accuracy of tiers, a line for each label: mean, and standard deviation over seeds.
 
-    Full markers are tiers that clients trained, hollow ones were only evaluated.
+    Full markers are tiers that clients trained, hollow ones were only evaluated. `kind` tells
+    what the labels are; a line without one is not in the legend.
     """
     figure, axes = _axes(xlabel, "test accuracy")
     for number, (label, points) in enumerate(curves.items()):
@@ -101,14 +128,11 @@ def accuracy_curves(xlabel: str, curves: Mapping[str, Sequence[Reached]]) -> Fig
             float(np.std(p.accuracies, ddof=1)) if many else 0.0
             for p, many in zip(found, several, strict=True)
         ]
-        axes.errorbar(x, mean, deviation, color=colour, capsize=2, label=label)
+        spread = deviation if any(several) else None
+        axes.errorbar(x, mean, spread, color=colour, capsize=2, label=label)
         for p, y in zip(found, mean, strict=True):
             axes.plot(p.x, y, "o", color=colour, markerfacecolor=colour if p.trained else "white")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    if all(p.x.is_integer() for points in curves.values() for p in points):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(fontsize="small")
-    return figure
+    return _of_accuracies(figure, kind)
 
 
 def accuracy_over(
@@ -118,9 +142,7 @@ def accuracy_over(
     figure, axes = _axes(xlabel, "test accuracy")
     for label, (x, y) in curves.items():
         axes.plot(x, y, marker=".", label=label)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(fontsize="small")
-    return figure
+    return _of_accuracies(figure)
 
 
 def classes_by_client(
@@ -133,24 +155,24 @@ def classes_by_client(
         colour = f"C{label}" if len(class_names) <= 10 else None
         below = tops[:, label] - counts[:, label]
         _bars(axes, tops[:, label], below, color=colour, label=name)
-    _name_clients(axes, client_names)
+    if len(client_names) <= _NAMED and not all(name.isdigit() for name in client_names):
+        _name_clients(axes, client_names)
+    else:
+        axes.xaxis.set_major_locator(_whole())
     if len(class_names) <= 20:
-        figure.legend(loc="outside right upper", fontsize="small")
+        _legend(figure)
     return figure
 
 
-def _bars(axes: Axes, tops: np.ndarray, below: Any = 0, **options: Any) -> None:
+def _bars(axes: Axes, tops: np.ndarray, below: Any, **options: Any) -> None:
     """A bar at each of 0, 1, ..., drawn as one shape, however many they are."""
     edges = np.arange(len(tops) + 1) - 0.5
-    low, high = (np.append(x, x[-1]) for x in np.broadcast_arrays(below, tops))
+    low, high = (np.append(x, x[-1]) for x in (below, tops))
     axes.fill_between(edges, low, high, step="post", linewidth=0, **options)
 
 
 def _name_clients(axes: Axes, names: Sequence[str]) -> None:
-    """Names below the bars of clients, if they have some and there is room for them."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(names) <= _NAMED and not all(name.isdigit() for name in names):
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
 
 
 def local_accuracy(
@@ -161,18 +183,18 @@ def local_accuracy(
     Args:
       local: of some clients or all.
       kind: what the tiers' names are.
-      client_names: of all, by number, if they are to be told.
+      client_names: of all, by number; by default their numbers. Many clients are not told apart.
     """
     figure, axes = _axes("clients, by accuracy", "local accuracy")
     order = np.argsort(local.accuracies, kind="stable")
     values, tiers = np.asarray(local.accuracies)[order], np.asarray(local.tiers)[order]
-    for number, name in enumerate(sorted(set(local.tiers))):
-        own = np.where(tiers == name, values, 0)
-        _bars(axes, own, color=f"C{number % 10}", label=name)
-    _name_clients(axes, [client_names[local.clients[i]] for i in order] if client_names else [])
+    clients = [local.clients[i] for i in order] if len(order) <= _NAMED else []
+    for name in local.by_tier:
+        places = np.flatnonzero(tiers == name)
+        axes.plot(places, values[places], "o", markersize=4 if clients else 2, label=name)
     axes.axhline(values.mean(), color="black", linewidth=1, linestyle="--", label="mean")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(title=kind, fontsize="small")
+    _of_accuracies(figure, kind)
+    _name_clients(axes, [client_names[c] if client_names else str(c) for c in clients])
     return figure
 
 

@@ -238,11 +238,12 @@ def save_figures(path: epath.Path, result: Result, table: Sequence[TierSummary])
     by_iterations: dict[str, list[plots.Reached]] = {}
     for line in table:
         flops = plots.Reached(line.flops / 1e6, [line.accuracy], line.trained)
-        by_flops.setdefault(line.solver or kind, []).append(flops)
+        by_flops.setdefault(line.solver or "", []).append(flops)
         if line.iterations is not None:
             count = plots.Reached(float(np.mean(line.iterations)), *flops[1:])
             by_iterations.setdefault(line.solver or "", []).append(count)
-    plots.save(plots.accuracy_curves("MFLOPs an image", by_flops), path / "accuracy_by_flops.png")
+    figure = plots.accuracy_curves("MFLOPs an image", by_flops, "solver")
+    plots.save(figure, path / "accuracy_by_flops.png")
     if by_iterations:
-        figure = plots.accuracy_curves("iterations of an ODE block", by_iterations)
+        figure = plots.accuracy_curves("iterations of an ODE block", by_iterations, "solver")
         plots.save(figure, path / "accuracy_by_iterations.png")
