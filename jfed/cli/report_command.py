@@ -10,7 +10,8 @@ from jfed import files
 from jfed.errors import RunFolderError
 from jfed.reports import finished, run_lines, tables
 from jfed.reports.finished import FinishedRun
-from jfed.runs.config import settings
+from jfed.runs.config import RunConfig, settings
+from jfed.settings import as_json, flat
 
 
 def _read(paths: Sequence[str]) -> list[FinishedRun]:
@@ -19,7 +20,8 @@ def _read(paths: Sequence[str]) -> list[FinishedRun]:
     folders = [path for path in paths if not path.endswith(".csv")]
     if folders or not paths:
         names = {path: name for name, path in settings().items()}
-        others, left_out = finished.read_all(folders, names)
+        defaults = {names[path]: value for path, value in flat(as_json(RunConfig())).items()}
+        others, left_out = finished.read_all(folders, names, defaults)
         for why in left_out:
             print(f"jfed: left out: {why}", file=sys.stderr)
         found += others

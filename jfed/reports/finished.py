@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +11,8 @@ from etils import epath
 
 from jfed import files
 from jfed.errors import RunFolderError
+from jfed.reports.labels import arm_labels
 from jfed.settings import flat, read_settings
-
-# Settings that do not tell one arm of an experiment from another.
-_SAME_ARM = ("seed", "data_dir", "devices", "lanes", "mapping")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,13 +153,16 @@ def _points(metrics: str) -> tuple[Point, ...]:
 
 
 def read_all(
-    paths: Sequence[epath.PathLike], names: Mapping[str, str]
+    paths: Sequence[epath.PathLike],
+    names: Mapping[str, str],
+    defaults: Mapping[str, Any] | None = None,
 ) -> tuple[list[FinishedRun], list[str]]:
     """Reads run folders, and names arms by the settings in which they differ.
 
     Args:
       paths: of the folders.
       names: of settings, by their path, such as `client.learning_rate`; others go by their path.
+      defaults: of settings, by name, which need not be told; see `arm_labels`.
 
     Returns:
       The runs, and why folders were left out, one text for each of those.
@@ -183,18 +183,6 @@ def read_all(
     settings = [
         {names.get(path, path): value for path, value in flat(run.config).items()} for run in found
     ]
-    asked = sorted({name for run in settings for name in run if not name.endswith("digest")})
-    texts = [{n: json.dumps(run.get(n)) for n in asked} for run in settings]
-    differing = [n for n in asked if n not in _SAME_ARM and len({text[n] for text in texts}) > 1]
-    # What a run is made of follows from its settings, except for tiers of the user's own; and what
-    # an algorithm of `simulate` does, from its name.
-    for part, but in (("inputs.", ""), ("algorithm.", "algorithm.name")):
-        differing = [n for n in differing if not n.startswith(part) or n == but] or differing
-    shown = [{n: text[n] for n in differing if text[n] not in ("null", "[]")} for text in texts]
-    titles = [", ".join(f"{n} {v}" for n, v in own.items()).replace('"', "") for own in shown]
-    titles = [title or ("default" if differing else "") for title in titles]
-    runs = [
-        dataclasses.replace(run, arm=title or "all")
-        for run, title in zip(found, titles, strict=True)
-    ]
+    arms = arm_labels(settings, defaults or {})
+    runs = [dataclasses.replace(run, arm=arm) for run, arm in zip(found, arms, strict=True)]
     return runs, left_out

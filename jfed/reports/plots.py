@@ -55,7 +55,7 @@ def _of_accuracies(figure: Figure, title: str | None = None) -> Figure:
     """The figure with a legend, accuracies in %, and no ticks between whole numbers."""
     (axes,) = figure.axes
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    if all(float(x).is_integer() for line in axes.lines for x in line.get_xdata()):
+    if all(np.all(np.asarray(line.get_xdata(), float) % 1 == 0) for line in axes.lines):
         axes.xaxis.set_major_locator(_whole())
     _legend(figure, title)
     return figure

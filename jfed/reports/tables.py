@@ -1,6 +1,7 @@
 """Finished runs as tables and figures: mean and standard deviation over seeds."""
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from jfed.reports.finished import FinishedRun, Point
 from jfed.reports.summary import in_units
 from jfed.simulation.scores import METRICS, column
 
+_ARM, _COLUMN = 36, 12  # characters of a line of an arm's name, and of a column's
 STYLES = ("simple", "github", "latex_booktabs")  # Tabulate's names
 NOTE = (
     "Accuracies: mean ± standard deviation over seeds; means of tiers are of the trained ones, "
@@ -180,8 +182,20 @@ def _metric(group: Sequence[FinishedRun], key: tuple[str, str], name: str) -> st
 
 
 def _format(rows: Sequence[Mapping[str, str]], style: str) -> str:
+    """A table; as text for people, with long names of arms and columns on several lines."""
     one_of("style", style, STYLES)
-    return tabulate(rows, headers="keys", tablefmt=style, disable_numparse=True, stralign="right")
+    names = list(rows[0])
+    if style == "simple":
+        titles = {n: textwrap.fill(n, _COLUMN, break_long_words=False) for n in names}
+        rows = [{titles[n]: cell for n, cell in row.items()} for row in rows]
+        rows = [{**row, "arm": textwrap.fill(row["arm"], _ARM)} for row in rows]
+    return tabulate(
+        rows,
+        headers="keys",
+        tablefmt=style,
+        disable_numparse=True,
+        colalign=("left", *["right"] * (len(names) - 1)),
+    )
 
 
 def _to_target(group: Sequence[FinishedRun], target: float, timed: bool) -> dict[str, str]:

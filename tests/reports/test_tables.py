@@ -76,9 +76,14 @@ def runs(folders):
     return [finished.read(path, path.parent.name) for path in folders]
 
 
+def _rows(table):
+    lines = table.splitlines()
+    return lines[next(i for i, line in enumerate(lines) if line.startswith("---")) + 1 :]
+
+
 def cells(table):
     """Rows of a table by their first two columns."""
-    rows = [line.split("  ") for line in table.splitlines()[2:]]
+    rows = [line.split("  ") for line in _rows(table)]
     rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     return {row[0]: row[1:] for row in rows}
 
@@ -152,11 +157,12 @@ def _timed(run):
 def test_simulated_seconds_of_arms_that_have_some(runs):
     some = [_timed(run) if run.arm == "mixed" else run for run in runs]
     # The mixed arm reaches 55 % after two rounds, which last 20, 22 and 24 s.
-    found = report.arm_table(some, target=0.55).splitlines()
-    assert found[0].split("  ")[-1].strip() == "s to 55 %"
-    assert "22 " in found[2]
-    assert found[2].endswith("22.00 ± 2.00")
-    assert "nan" not in found[3]
+    table = report.arm_table(some, target=0.55)
+    assert table.splitlines()[0].split("  ")[-1].strip() == "s to 55 %"
+    mixed, deep = _rows(table)
+    assert "22 " in mixed
+    assert mixed.endswith("22.00 ± 2.00")
+    assert "nan" not in deep
     (curve,) = report.figures(some)["accuracy_by_time"].axes[0].lines
     assert curve.get_xdata().tolist() == [11, 22]
     assert curve.get_ydata().tolist() == pytest.approx([0.28, 0.56])
@@ -199,6 +205,17 @@ def test_a_seed_that_is_there_twice_is_refused(runs):
         report.text([*runs, runs[0]])
 
 
+def test_tables_are_of_limited_width_whatever_the_arms(runs):
+    """Words of long names are all there, in the column of arms and in those of differences."""
+    words = [f"a_long_setting_{i} {i}," for i in range(10)]
+    long = {"mixed": " ".join(words), "deep": " ".join(reversed(words))}
+    named = [dataclasses.replace(run, arm=long[run.arm]) for run in runs]
+    found = report.tier_table(named, baseline=long["mixed"])
+    assert max(map(len, found.splitlines())) <= 160
+    assert all(found.count(word.split()[0]) == 2 * 2 + 1 for word in words)
+    assert long["deep"] in report.tier_table(named, style="github")
+
+
 def test_sections_are_reported_apart(folders):
     runs = [finished.read(path, f"{path.name}/{path.parent.name}") for path in folders]
     assert list(report.sections(runs)) == ["0", "1", "2"]
@@ -214,9 +231,9 @@ def test_the_command_names_arms_by_their_settings(folders, tmp_path, capsys):
     (unfinished / "config.json").write_text("{}")
     output = tmp_path / "out"
     args = ["report", *map(str, folders), str(unfinished), "--output", str(output)]
-    assert main([*args, "--baseline", "iterations [2]"]) == 0
+    assert main([*args, "--baseline", "iterations 2"]) == 0
     told = capsys.readouterr()
-    assert "iterations [1, 2]" in told.out
+    assert "iterations 1 2 " in told.out
     assert "unfinished' holds no finished run" in told.err
     assert len((output / "runs.csv").read_text().splitlines()) == 1 + 24
     figures = {path.name for path in output.glob("*.png")}
