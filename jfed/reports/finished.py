@@ -43,12 +43,14 @@ class FinishedRun:
       config: the settings in its `config.json`, nested as in `jfed.runs.config.RunConfig`.
       summary: its `summary.json`.
       history: its evaluations, from `metrics.csv`.
+      source: the folder or table that it was read from; "" where not told.
     """
 
     arm: str
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     history: tuple[Point, ...]
+    source: str = ""
 
     @property
     def seed(self) -> int:
@@ -123,7 +125,8 @@ def read(folder: epath.PathLike, arm: str = "") -> FinishedRun:
             raise RunFolderError(f"{str(path)!r} holds {what}: it has no {name}.")
     config, summary = read_settings(path)[0], files.read_json(path / "summary.json")
     try:
-        run = FinishedRun(arm, config, summary, _points((path / "metrics.csv").read_text()))
+        history = _points((path / "metrics.csv").read_text())
+        run = FinishedRun(arm, config, summary, history, str(folder))
         # What tables need, which a damaged file or another version of jfed may lack.
         _ = run.seed, run.bytes_total, summary["rounds"], summary["hardware"]["commit"]
         _ = [(t["kind"], t["flops"], t["iterations"], t["solver"]) for t in run.tiers]

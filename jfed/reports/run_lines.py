@@ -67,7 +67,7 @@ def read_lines(path: epath.PathLike) -> list[FinishedRun]:
     try:
         for line in csv.DictReader(io.StringIO(where.read_text())):
             groups.setdefault((line["arm"], line["seed"]), []).append(line)
-        runs = [_run(lines) for lines in groups.values()]
+        runs = [_run(lines, str(path)) for lines in groups.values()]
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise RunFolderError(
             f"{str(path)!r} is no table of runs, damaged, or of another version of jfed: {error!r}."
@@ -77,7 +77,7 @@ def read_lines(path: epath.PathLike) -> list[FinishedRun]:
     return runs
 
 
-def _run(lines: Sequence[Mapping[str, str]]) -> FinishedRun:
+def _run(lines: Sequence[Mapping[str, str]], source: str) -> FinishedRun:
     """The run of such lines."""
     evaluations: dict[int, list[Mapping[str, str]]] = {}
     for line in lines:
@@ -94,7 +94,7 @@ def _run(lines: Sequence[Mapping[str, str]]) -> FinishedRun:
         if about.get("local_worst")
         else None,
     }
-    return FinishedRun(about["arm"], {"seed": int(about["seed"])}, summary, history)
+    return FinishedRun(about["arm"], {"seed": int(about["seed"])}, summary, history, source)
 
 
 def _point(lines: Sequence[Mapping[str, str]]) -> Point:

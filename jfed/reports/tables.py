@@ -48,8 +48,12 @@ def by_arm(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
         group = groups.setdefault(run.arm, [])
-        if run.seed in (other.seed for other in group):
-            raise ConfigError(f"seed {run.seed} is there twice of the runs {run.arm!r}.")
+        for other in group:
+            if run.seed == other.seed:
+                raise ConfigError(
+                    f"seed {run.seed} is there twice of the runs {run.arm!r}: in {other.source!r} "
+                    f"and in {run.source!r}; leave one of them out."
+                )
         group.append(run)
     return groups
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
 from jfed.cli import main
 from jfed.errors import ConfigError, RunFolderError
-from jfed.reports import finished, tables as report
+from jfed.reports import finished, run_lines, tables as report
 
 # Accuracies at 1 and 2 iterations by arm and seed.
 ACCURACIES = {
@@ -200,9 +201,16 @@ def test_tiers_of_another_kind_are_not_compared(runs):
     assert all(not row.endswith("*") for row in rows if "widths" in row)
 
 
-def test_a_seed_that_is_there_twice_is_refused(runs):
-    with pytest.raises(ConfigError, match="seed 0 is there twice of the runs 'mixed'"):
-        report.text([*runs, runs[0]])
+def test_a_seed_that_is_there_twice_is_refused_with_both_folders(folders, tmp_path, capsys):
+    other = tmp_path / "again"
+    shutil.copytree(folders[0], other)
+    assert main(["report", str(folders[0]), str(folders[1]), str(other)]) == 2
+    told = f"seed 0 is there twice of the runs 'all': in {str(folders[0])!r} and in {str(other)!r}"
+    assert told in capsys.readouterr().err
+    table = tmp_path / "out" / "runs.csv"
+    assert main(["report", str(folders[0]), "--output", str(table.parent)]) == 0
+    with pytest.raises(ConfigError, match=rf"in '{table}' and in '{other}'"):
+        report.text([*run_lines.read_lines(table), finished.read(other, "all")])
 
 
 def test_tables_are_of_limited_width_whatever_the_arms(runs):
