@@ -62,9 +62,14 @@ def one_of(kind: str, value: str, allowed: Sequence[str]) -> str:
     """Returns `value` if it is allowed; else raises ConfigError naming the close matches."""
     if isinstance(value, str) and value in allowed:
         return value
+    told = ", ".join(map(repr, allowed))
+    raise ConfigError(f"unknown {kind} {value!r}.{did_you_mean(value, allowed)} Allowed: {told}.")
+
+
+def did_you_mean(value: Any, allowed: Sequence[str]) -> str:
+    """A question that names the close matches, with a space before it; "" if there are none."""
     close = difflib.get_close_matches(str(value), allowed, n=3, cutoff=0.4)
-    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    raise ConfigError(f"unknown {kind} {value!r}.{hint} Allowed: {', '.join(map(repr, allowed))}.")
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def check_integer(name: str, value: Any, *, least: int, most: int | None = None) -> int:
@@ -110,13 +115,17 @@ def check_share(name: str, value: Any) -> float:
 def check_number(
     name: str, value: Any, *, above: float = -math.inf, least: float = -math.inf
 ) -> float:
-    """Returns `value` as a float; ConfigError unless it is finite and within its bounds."""
+    """Returns `value` as a float; ConfigError unless it is finite and within its bounds.
+
+    True and False are no numbers.
+    """
     bound = f"above {above:g}" if above > -math.inf else f"{least:g} or more"
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    wrong_type = isinstance(value, str | bytes) or getattr(value, "ndim", 0) > 0
+    wrong_type = isinstance(value, str | bytes | bool) or getattr(value, "ndim", 0) > 0
+    wrong_type |= getattr(value, "dtype", None) == "bool"
     if wrong_type or not math.isfinite(number) or number <= above or number < least:
         raise ConfigError(f"{name} must be a number, {bound}, got {value!r}.")
     return number

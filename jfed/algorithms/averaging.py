@@ -33,8 +33,8 @@ def fedavg(
     in a process.
 
     Args:
-      client: the clients' optimizer.
-      server: the server's optimizer.
+      client: the clients' optimizer; `ClientConfig()`, plain SGD, if left out.
+      server: the server's optimizer; `ServerConfig()`, the mean itself, if left out.
       correct: of the clients' gradients, see `local_training`.
     """
     training = local_training(make_optimizer(client), correct=correct)

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jfed.errors import ConfigError, check_number, check_sequence, one_of
+from jfed.errors import (
+    ConfigError,
+    JfedError,
+    check_number,
+    check_sequence,
+    check_type,
+    one_of,
+)
 from jfed.models.model import Params
 from jfed.seeds import is_key
 
@@ -36,17 +42,26 @@ def check_arguments(name: str, value: Any) -> tuple[Argument, ...]:
         is_pair = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
         if not (is_pair and isinstance(pair[1], bool | int | float | str)):
             raise ConfigError(f"{name} must be names with numbers, as eps=0.001, got {pair!r}.")
-        if isinstance(pair[1], float) and not math.isfinite(pair[1]):
-            raise ConfigError(f"{name} must be finite, got {pair!r}.")
     if len({pair[0] for pair in pairs}) < len(pairs):
         raise ConfigError(f"{name} must name each argument once, got {pairs!r}.")
     return tuple(sorted(pairs))
 
 
 def optimizer_from(
-    optimizer: str | MakeOptimizer, momentum: float | None, arguments: Sequence[Argument] = ()
+    optimizer: str | MakeOptimizer,
+    momentum: float | None,
+    arguments: Sequence[Argument] = (),
+    *,
+    title: str = "optimizer",
 ) -> MakeOptimizer:
-    """An optimizer, given by Optax's name or as a function, as a function of the learning rate."""
+    """An optimizer, given by Optax's name or as a function, as a function of the learning rate.
+
+    Args:
+      optimizer: by name or a function.
+      momentum: None for Optax's default.
+      arguments: further ones, of an optimizer by name.
+      title: how errors call the optimizer.
+    """
     if callable(optimizer):
         if momentum is not None or arguments:
             told = f"momentum {momentum!r}" if momentum is not None else f"{dict(arguments)!r}"
@@ -54,29 +69,45 @@ def optimizer_from(
         return optimizer
     if not isinstance(optimizer, str):
         raise ConfigError(
-            "optimizer must be an Optax name such as 'sgd', or a function from the learning rate "
+            f"{title} must be an Optax name such as 'sgd', or a function from the learning rate "
             f"to a transformation such as optax.sgd itself, got {optimizer!r}."
         )
-    makers = _named_optimizers()
-    maker = makers[one_of("optimizer", optimizer, tuple(makers))]
-    own = tuple(inspect.signature(maker).parameters)[1:]  # the learning rate is the first
-    given: dict[str, Any] = {}
-    for name, value in arguments:
-        given[one_of(f"argument of optimizer {optimizer!r}", name, own)] = value
+    makers = named_optimizers()
+    maker = makers[one_of(title, optimizer, tuple(makers))]
+    _, *own = inspect.signature(maker).parameters.values()  # the first is the learning rate
+    defaults = {parameter.name: parameter.default for parameter in own}
+    title, given = f"{title} {optimizer!r}", dict(arguments)
     if momentum is not None:
-        if "momentum" not in own:
-            raise ConfigError(f"optimizer {optimizer!r} has no momentum, got {momentum!r}.")
+        if "momentum" not in defaults:
+            raise ConfigError(f"{title} has no momentum, got momentum={momentum!r}.")
         if "momentum" in given:
-            raise ConfigError(f"momentum is given twice: {momentum!r} and {given['momentum']!r}.")
+            told = f"{momentum!r} and {given['momentum']!r}"
+            raise ConfigError(f"momentum of {title} is given twice: {told}.")
         given["momentum"] = momentum
-    if "momentum" in given:
-        given["momentum"] = check_number("momentum", given["momentum"], least=0.0)
-        if given["momentum"] >= 1:
-            raise ConfigError(f"momentum must be from 0 to below 1, got {given['momentum']!r}.")
+    for name, value in given.items():
+        one_of(f"argument of {title}", name, tuple(defaults))
+        _check_argument(f"{name} of {title}", name, value, defaults[name])
     return functools.partial(maker, **given)
 
 
-def _named_optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
+# What Optax calls the decays of its moving averages, momentum among them.
+_DECAYS = ("b1", "b2", "b3", "beta", "decay", "momentum", "rho")
+
+
+def _check_argument(title: str, name: str, value: Any, default: Any) -> None:
+    """Raises ConfigError for what makes no sense in any optimizer, and Optax does not check.
+
+    All numbers are 0 or more; decays are below 1, unless their own default is 1.
+    """
+    if isinstance(default, bool):
+        check_type(title, value, bool)
+    elif name in _DECAYS or isinstance(default, float | int) or type(value) in (int, float):
+        number = check_number(title, value, least=0.0)
+        if name in _DECAYS and number >= 1 and (default is None or default < 1):
+            raise ConfigError(f"{title} must be from 0 to below 1, got {value!r}.")
+
+
+def named_optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
     """The functions of Optax that make an optimizer of a learning rate."""
     return {
         name: maker
@@ -87,7 +118,9 @@ def _named_optimizers() -> dict[str, Callable[..., optax.GradientTransformation]
     }
 
 
-def try_optimizer(make: MakeOptimizer, given: Any, arguments: Sequence[Argument] = ()) -> None:
+def try_optimizer(
+    make: MakeOptimizer, given: Any, arguments: Sequence[Argument] = (), *, title: str = "optimizer"
+) -> None:
     """Raises ConfigError unless the optimizer steps on gradients alone; computes nothing."""
     params = {"w": jax.ShapeDtypeStruct((3, 2), jnp.float32)}
 
@@ -98,9 +131,11 @@ def try_optimizer(make: MakeOptimizer, given: Any, arguments: Sequence[Argument]
     try:
         with jax.numpy_dtype_promotion("standard"):
             jax.eval_shape(step, params)
+    except JfedError:
+        raise
     except Exception as error:
         told = f" with {dict(arguments)}" if arguments else ""
-        raise ConfigError(f"optimizer {given!r}{told} cannot be used: {error}") from error
+        raise ConfigError(f"{title} {given!r}{told} cannot be used: {error}") from error
 
 
 def rekeyed(state: Any, key: Array) -> Any:
@@ -138,8 +173,9 @@ def step_owned(
     (`optax.adafactor`), and how many steps were taken, go on.
 
     Args:
-      optimizer: of the server.
-      update: mean of the clients', a tree like the variables.
+      optimizer: of the server, see `make_server_optimizer`.
+      update: mean of the clients', what is to be added to the variables (new less old, not a
+        gradient), a tree like them.
       owners: above 0 where an entry was delivered.
       state: of the optimizer.
       variables: of the server.

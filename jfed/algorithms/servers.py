@@ -46,9 +46,10 @@ class ServerConfig(Aggregation):
             one_of("weights", self.weights, WEIGHTS)
         rate = check_number("server learning_rate", self.learning_rate, above=0.0)
         object.__setattr__(self, "learning_rate", rate)  # which may be given as an array
-        arguments = check_arguments("optimizer_args", self.optimizer_args)
+        arguments = check_arguments("server optimizer_args", self.optimizer_args)
         object.__setattr__(self, "optimizer_args", arguments)
-        try_optimizer(lambda _: make_server_optimizer(self), self.optimizer, arguments)
+        make = lambda _: make_server_optimizer(self)  # noqa: E731
+        try_optimizer(make, self.optimizer, arguments, title="server optimizer")
         if self.momentum is not None:
             object.__setattr__(self, "momentum", float(self.momentum))
 
@@ -83,8 +84,9 @@ SERVER_OPTIMIZER = ("optimizer", "learning_rate", "momentum", "optimizer_args")
 
 
 def make_server_optimizer(config: ServerConfig) -> optax.GradientTransformation:
-    """The server's optimizer."""
-    maker = optimizer_from(config.optimizer, config.momentum, config.optimizer_args)  # type: ignore[arg-type]
+    """The server's optimizer, whose step along the clients' mean is `step_owned`."""
+    arguments: tuple[Argument, ...] = config.optimizer_args  # type: ignore[assignment]
+    maker = optimizer_from(config.optimizer, config.momentum, arguments, title="server optimizer")
     return maker(config.learning_rate)
 
 

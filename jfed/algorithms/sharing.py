@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec
 
@@ -18,10 +19,11 @@ def shared(
 ) -> Callable[..., Algorithm]:
     """A maker of algorithms that gives the same object where optimizers and settings are equal.
 
-    What else the two configurations hold is the simulation's, or data; they may be left out.
+    What else the two configurations hold is the simulation's, or data; they may be left out, for
+    `ClientConfig()` and `ServerConfig()`, as its signature tells.
     """
 
-    @functools.lru_cache(maxsize=64)
+    @functools.lru_cache(maxsize=64, typed=True)  # so that True is not taken for 1
     def made(client: ClientConfig, server: ServerConfig, **settings: Any) -> Algorithm:
         told = ", ".join(f"{name}={_told(value)}" for name, value in settings.items())
         name = f"{make.__name__}({told})" if told else make.__name__
@@ -42,6 +44,10 @@ def shared(
             **settings,
         )
 
+    signature = inspect.signature(make)
+    client, server, *others = signature.parameters.values()
+    optional = [p.replace(default=None, annotation=p.annotation | None) for p in (client, server)]
+    equal.__signature__ = signature.replace(parameters=[*optional, *others])  # type: ignore[attr-defined]
     return equal
 
 

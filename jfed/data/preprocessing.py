@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from jfed.errors import check_integer
+from jfed.errors import check_integer, check_type
 from jfed.models.losses import Batch
 
 AnyArray = np.ndarray | Array
@@ -29,6 +29,7 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         check_integer("augmentation pad", self.pad, least=0)
+        check_type("flip", self.flip, bool)
 
     def __bool__(self) -> bool:
         return bool(self.pad or self.flip)

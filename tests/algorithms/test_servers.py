@@ -1,12 +1,15 @@
 """The server's step against closed forms and NumPy."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jfed.algorithms import Server, ServerConfig, fedavg, step_owned
+from jfed.algorithms import ClientConfig, Server, ServerConfig, fedavg, step_owned
+from jfed.algorithms.optimizers import named_optimizers
 from jfed.algorithms.servers import client_weights, make_server_optimizer
 from jfed.data.preprocessing import Augmentation
 from jfed.engine.devices import make_mesh
@@ -195,3 +198,35 @@ def test_weights_of_clients():
 def test_bad_settings_are_quoted(changes):
     with pytest.raises(ConfigError, match=str(next(iter(changes.values())))):
         ServerConfig(**changes)
+
+
+@pytest.mark.parametrize("config", [ClientConfig, ServerConfig])
+@pytest.mark.parametrize(
+    ("optimizer", "name", "value", "message"),
+    [
+        ("adam", "b1", 1.5, "must be from 0 to below 1, got 1.5"),
+        ("adamw", "b2", 1, "must be from 0 to below 1, got 1"),
+        ("signum", "beta", 1.0, "must be from 0 to below 1, got 1.0"),
+        ("rmsprop", "momentum", -0.1, "must be a number, 0 or more, got -0.1"),
+        ("yogi", "eps", -1, "must be a number, 0 or more, got -1"),
+        ("adam", "eps", float("nan"), "must be a number, 0 or more, got nan"),
+        ("adam", "eps", "abc", "must be a number, 0 or more, got 'abc'"),
+        ("adam", "eps", True, "must be a number, 0 or more, got True"),
+        ("adafactor", "weight_decay_rate", -0.1, "must be a number, 0 or more, got -0.1"),
+        ("sgd", "nesterov", 3, "must be a bool, got 3"),
+    ],
+)
+def test_values_that_optax_does_not_check_are_refused(config, optimizer, name, value, message):
+    whose = "server optimizer" if config is ServerConfig else "optimizer"
+    with pytest.raises(ConfigError, match=f"^{name} of {whose} '{optimizer}' {message}"):
+        config(optimizer=optimizer, optimizer_args={name: value})
+
+
+def test_all_that_optax_itself_sets_is_taken():
+    tried = 0
+    for optimizer in set(named_optimizers()) - {"lbfgs"}:  # which needs more than gradients
+        for p in list(inspect.signature(getattr(optax, optimizer)).parameters.values())[1:]:
+            if isinstance(p.default, float | int):
+                ServerConfig(optimizer=optimizer, optimizer_args={p.name: p.default})
+                tried += 1
+    assert tried > 100
