@@ -15,6 +15,14 @@ jfed.ClientConfig(learning_rate="0.1")
 jfed.ClientConfig(learning_rate=optax.cosine_decay_schedule(0.1, 10))
 jfed.ClientConfig(optimizer=optax.sgd(0.1))
 jfed.ClientConfig(epochs=1.5)
+jfed.ClientConfig(learning_rate=True)
+jfed.Augmentation(flip=3)
+(jfed.algorithms.fedprox(mu=1), jfed.algorithms.fedprox(mu=True))
+(jfed.algorithms.feddyn(alpha=1.0), jfed.algorithms.feddyn(alpha=True))
+jfed.algorithms.ditto(strength=np.True_)
+jfed.algorithms.fedrep(head_share=True)
+jfed.algorithms.fedper(personal=(1,))
+jfed.algorithms.compressed(jfed.algorithms.fedavg(), up=8)
 jfed.EngineConfig(lanes="2")
 jfed.models.ODENetConfig(solver=diffrax.Euler())
 jfed.models.ODENetConfig(norm=None)
@@ -80,6 +88,9 @@ def test_checks_quote_the_value_and_the_bound():
         check_integer("n", 5, least=1, most=4)
     with pytest.raises(ConfigError, match="n must be an integer, 1 or more, got True"):
         check_integer("n", True, least=1)
+    for true in (True, np.True_):
+        with pytest.raises(ConfigError, match=r"x must be a number, 0 or more, got .*True"):
+            check_number("x", true, least=0.0)
     with pytest.raises(ConfigError, match="x must be a number, above 0, got 0"):
         check_number("x", 0.0, above=0.0)
     with pytest.raises(ConfigError, match="got inf"):

@@ -26,6 +26,7 @@ from jfed.errors import (
     check_sequence,
     check_share,
     check_type,
+    did_you_mean,
     name_of,
 )
 from jfed.models.model import Params
@@ -155,6 +156,13 @@ def named(names: tuple[str, ...]) -> Codec:
     return chain([_named(name)._replace(name=name) for name in names])
 
 
+_INTEGERS = tuple(f"int{bits}" for bits in range(1, 9))
+_CHANNELS = tuple(f"{name}:channel" for name in _INTEGERS)
+_NAMES = (
+    "lossless", "float16", "bfloat16", "sign", "topk:S", "randk:S", *_INTEGERS, *_CHANNELS
+)  # fmt: skip
+
+
 def _named(name: str) -> Codec:
     if name == "lossless":
         return Codec(lambda tree, key: tree)
@@ -164,15 +172,24 @@ def _named(name: str) -> Codec:
         return sign()
     if found := re.fullmatch(r"int(0|[1-9][0-9]*)(:channel)?", name):
         return quantise(int(found[1]), by_channel=found[2] is not None)
-    if found := re.fullmatch(r"(topk|randk):([0-9.e-]+)", name):
-        with contextlib.suppress(ValueError):  # no number, or none that can be
-            if 0 < (share := float(found[2])) <= 1:
-                return (top_k if found[1] == "topk" else random_k)(share)
+    if found := re.fullmatch(r"(topk|randk):(.*)", name):
+        return (top_k if found[1] == "topk" else random_k)(_share(name, found[2]))
     raise ConfigError(
-        f"unknown codec {name!r}; allowed: 'lossless', 'float16', 'bfloat16', 'int1' to 'int8', "
-        "'int1:channel' to 'int8:channel', 'sign', and 'topk:S' and 'randk:S' with a share S "
-        "above 0 and at most 1."
+        f"unknown codec {name!r}.{did_you_mean(name, _NAMES)} Allowed: 'lossless', 'float16', "
+        "'bfloat16', 'int1' to 'int8', 'int1:channel' to 'int8:channel', 'sign', and 'topk:S' and "
+        "'randk:S' with a share S above 0 and at most 1."
     )
+
+
+def _share(name: str, text: str) -> float:
+    share = math.nan
+    with contextlib.suppress(ValueError):
+        share = float(text)
+    if not 0 < share <= 1:
+        raise ConfigError(
+            f"the share of codec {name!r} must be a number above 0 and at most 1, got {text!r}."
+        )
+    return share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +200,7 @@ class CodecConfig:
       up: codecs of what clients send, one after another: "lossless" (which only measures),
         "float16", "bfloat16", "int1" to "int8" (stochastic quantisation of so many bits, with a
         scale a tensor; "int8:channel": a channel), "topk:0.05" and "randk:0.05" (that share of a
-        tensor's entries), "sign"; the last three with error feedback. None by default.
+        tensor's entries), "sign"; the last three with error feedback.
       down: likewise of what the server sends, but for those that leave out entries.
     """
 
@@ -246,9 +263,8 @@ def compressed(
 def _as_codec(given: Any) -> Codec | None:
     if given is None:
         return None
-    if isinstance(given, str | Codec) or callable(given):
+    if isinstance(given, str | bytes | Codec) or not isinstance(given, Sequence):
         return _one_codec(given)
-    given = check_sequence("a codec", given)
     if all(isinstance(one, str) for one in given):
         return named(given) if given else None
     return chain([_one_codec(one) for one in given])
@@ -262,8 +278,8 @@ def _one_codec(given: Any) -> Codec:
     if isinstance(given, Codec) and callable(given.apply):
         return given
     raise ConfigError(
-        f"a codec must be a name such as 'int8', a function of a tree and a key, or a Codec, got "
-        f"{given!r}."
+        f"a codec must be a name such as 'int8', a function of a tree and a key, a Codec, or a "
+        f"sequence of these, got {given!r}."
     )
 
 
@@ -301,7 +317,7 @@ def _sent_through(algorithm: Algorithm, codec: Codec) -> Algorithm:
 def _applied(codec: Codec, tree: Params, key: Array) -> Params:
     """What a codec makes of a tree; ConfigError if that has other shapes."""
     title = f"codec {name_of(codec.apply)}"
-    with calling(title, arrays=len(jax.tree.leaves(tree))):
+    with calling(f"{title}, a function of a tree and a key,"):
         sent = codec.apply(tree, key)
     told = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), t) for t in (sent, tree)]
     if told[0] != told[1]:

@@ -16,7 +16,8 @@ from jfed.algorithms.servers import ServerConfig
 from jfed.algorithms.sharing import shared
 from jfed.algorithms.training import Local, local_training
 from jfed.errors import ConfigError, check_sequence, check_share
-from jfed.models.model import Params, path_name
+from jfed.models.model import Params, by_name, path_name
+from jfed.models.named_parameters import chosen
 from jfed.tiers.parts import map_parts
 
 CLASSIFIERS = ("*classifier*",)  # of jfed's networks
@@ -40,7 +41,11 @@ def fedper(
         the classifiers of jfed's networks. Tiers that keep something per depth have it under
         "own/", the rest under "shared/".
     """
-    check_patterns(personal)
+    given = check_sequence("personal", personal)
+    if not given or not all(isinstance(pattern, str) for pattern in given):
+        raise ConfigError(
+            f"personal must be one pattern or more, such as 'classifier/*', got {personal!r}."
+        )
     inner = fedavg(client, server)
 
     def start(client: Client, memory: Params) -> Params:
@@ -117,11 +122,9 @@ def fedrep(
     )
 
 
+@shared
 def fedbn(
-    client: ClientConfig | None = None,
-    server: ServerConfig | None = None,
-    *,
-    personal: tuple[str, ...] = NORMS,
+    client: ClientConfig, server: ServerConfig, *, personal: tuple[str, ...] = NORMS
 ) -> Algorithm:
     """FedBN (Li et al. 2021, arXiv 2102.07623): scales and offsets of norms stay at their client.
 
@@ -149,17 +152,8 @@ def is_personal(patterns: tuple[str, ...], path: str) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def check_patterns(patterns: tuple[str, ...]) -> None:
-    """Raises ConfigError unless they are a sequence of texts."""
-    for pattern in check_sequence("personal", patterns):
-        if not isinstance(pattern, str):
-            raise ConfigError(f"personal must be patterns such as 'classifier/*', got {pattern!r}.")
-
-
 def check_some(patterns: tuple[str, ...], variables: Params) -> None:
-    """Raises ConfigError if no leaf, or every one, is personal."""
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
-    mine = [path for path in paths if is_personal(patterns, path)]
-    if len(mine) in (0, len(paths)):
-        what = "every leaf" if mine else "none"
-        raise ConfigError(f"personal {patterns!r} names {what} of {', '.join(paths)}.")
+    """Raises ConfigError if a pattern names no leaf, or all together name every one."""
+    paths = tuple(by_name(variables))
+    if len(chosen(patterns, paths, title="personal")) == len(paths):
+        raise ConfigError(f"personal {patterns!r} names every leaf, so that nothing is shared.")

@@ -2,13 +2,14 @@
 
 import fnmatch
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jfed.errors import ConfigError, check_sequence
+from jfed.errors import ConfigError, check_sequence, did_you_mean
 
 
 def as_float32(name: str, value: Any) -> np.ndarray:
@@ -33,20 +34,26 @@ def as_float32(name: str, value: Any) -> np.ndarray:
     return array
 
 
-def chosen(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+def chosen(patterns: Sequence[str], names: Sequence[str], *, title: str) -> set[str]:
     """The names that shell patterns such as "classifier/*" match; `*` matches slashes too.
+
+    Args:
+      patterns: of names.
+      names: all that there are.
+      title: how errors call the patterns.
 
     Raises:
       ConfigError: a pattern is no text, or matches none of the names.
     """
     found: set[str] = set()
-    for pattern in check_sequence("fresh", patterns):
+    for pattern in check_sequence(title, patterns):
         if not isinstance(pattern, str):
-            raise ConfigError(f"fresh must name patterns of entries, got {pattern!r}.")
+            raise ConfigError(f"{title} must name patterns of entries, got {pattern!r}.")
         matching = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
         if not matching:
-            some = ", ".join(map(repr, sorted({name.split("/")[0] + "/*" for name in names})))
-            raise ConfigError(f"fresh {pattern!r} matches no entry; what there is: {some}.")
+            groups = sorted({re.sub("/.*", "/*", name) for name in names})
+            hint, some = did_you_mean(pattern, groups), ", ".join(map(repr, groups))
+            raise ConfigError(f"{title} {pattern!r} matches no entry.{hint} There are: {some}.")
         found |= matching
     return found
 

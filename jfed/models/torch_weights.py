@@ -86,7 +86,9 @@ def entries_of(
     given = _Given(state_dict)
     running = config.norm == "batch" and not fresh and given.has("running_mean", "running_var")
     entries = list(_entries(config))
-    left_out = chosen(fresh, [entry.name for entry in entries if not entry.is_moment])
+    left_out = chosen(
+        fresh, [entry.name for entry in entries if not entry.is_moment], title="fresh"
+    )
     found: dict[str, np.ndarray] = {}
     for entry in entries:
         if entry.name in left_out or (entry.is_moment and not running):

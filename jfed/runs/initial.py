@@ -84,7 +84,7 @@ def fitting(
         return entries_of(config, weights, fresh)[0]
     shapes: dict[str, Any] = by_name(jax.eval_shape(build(config).init, jax.random.key(0)))
     needed = {name: leaf.shape for name, leaf in shapes.items() if not _is_step(name)}
-    left_out = chosen(fresh, list(needed))
+    left_out = chosen(fresh, list(needed), title="fresh")
     found: dict[str, np.ndarray] = {}
     for name, shape in needed.items():
         if name in left_out:

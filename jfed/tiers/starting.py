@@ -45,7 +45,7 @@ def start_from(tiers: Tiers | Model, params: Params, fresh: Sequence[str] = ()) 
     shapes = jax.eval_shape(tiers.init, jax.random.key(0))
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     entries = [_entry(path, leaf.shape, _has_names(shapes)) for path, leaf in leaves]
-    left_out = chosen(fresh, [*given, *(entry.name for entry in entries)])
+    left_out = chosen(fresh, [*given, *(entry.name for entry in entries)], title="fresh")
     begun: list[np.ndarray | None] = [
         None
         if entry.name in left_out or entry.name not in given or entry.name.startswith("steps/")

@@ -337,14 +337,20 @@ def test_equal_codecs_are_one_algorithm():
     [
         ({"up": ("int9",)}, "bits of a codec must be from 1 to 8, got 9"),
         ({"up": ("int0",)}, "bits of a codec must be from 1 to 8, got 0"),
-        ({"up": ("topk:0",)}, "unknown codec 'topk:0'; allowed: .*'topk:S'"),
+        ({"up": ("topk:0",)}, "share of codec 'topk:0' must be a number above 0 .*, got '0'"),
+        ({"up": ("randk:2",)}, "share of codec 'randk:2' must be .* at most 1, got '2'"),
+        ({"up": ("topk:x",)}, "share of codec 'topk:x' must be .*, got 'x'"),
+        ({"up": ("in8",)}, r"unknown codec 'in8'. Did you mean 'int8'.*\? Allowed: 'lossless'"),
+        ({"up": ("top-k:0.1",)}, r"unknown codec 'top-k:0.1'. Did you mean 'topk:S'"),
+        ({"up": ("float61",)}, r"unknown codec 'float61'. Did you mean .*float16"),
+        ({"up": ("int8:chanel",)}, r"unknown codec 'int8:chanel'. Did you mean 'int8:channel'"),
         ({"up": ("topk",)}, "unknown codec 'topk'"),
         ({"up": ("float32",)}, "unknown codec 'float32'"),
         ({"up": ("sign:3",)}, "unknown codec 'sign:3'"),
         ({"up": ("int8:row",)}, "unknown codec 'int8:row'"),
         ({"up": ("int²",)}, "unknown codec 'int²'"),
         ({"up": ("int08",)}, "unknown codec 'int08'"),
-        ({"up": ("topk:.",)}, "unknown codec 'topk:.'"),
+        ({"up": ("topk:.",)}, "share of codec 'topk:.' must be"),
         ({"down": ("topk:0.1",)}, r"codec_down \('topk:0.1',\) cannot be"),
         ({"down": ("sign",)}, "codec_down .* cannot be"),
     ],
@@ -378,8 +384,14 @@ def test_a_function_is_a_codec(up):
 
 @pytest.mark.parametrize("up", [8, ("int8", 8), Codec("int8")], ids=["8", "int8 8", "Codec"])
 def test_what_is_no_codec_is_refused(up):
-    with pytest.raises(jfed.ConfigError, match=r"codec.* got"):
+    with pytest.raises(jfed.ConfigError, match=r"must be a name such as 'int8', a function.* got"):
         compressed(fedavg(CONFIG), up=up)
+
+
+def test_a_function_that_cannot_be_a_codec_is_told_what_it_is_given():
+    message = "of a tree and a key, cannot be used: .*takes 1 positional argument but 2 were given"
+    with pytest.raises(jfed.ConfigError, match=message):
+        run(compressed(fedavg(CONFIG), up=lambda tree: tree), rounds=1)
 
 
 def test_names_of_algorithms_tell_their_settings_and_codecs():

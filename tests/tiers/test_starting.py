@@ -173,7 +173,11 @@ def changed(**entries):
             r"'classifier/linear/kernel' are of shape \(8, 100\), the network's are of \(8, 3\)"
             r".*fresh=\('classifier/\*',\).*--init-fresh 'classifier/\*'",
         ),
-        (changed(), ("clasifier/*",), r"'clasifier/\*' matches no entry; .*'classifier/\*'"),
+        (
+            changed(),
+            ("clasifier/*",),
+            r"'clasifier/\*' matches no entry. Did you mean 'classifier/\*'",
+        ),
         ({"conv": np.ones(3)}, (), "begin no entry of the network: they are called 'conv'"),
         ({}, (), "begin no entry of the network: they are called nothing"),
         (changed(), ("stem/*",), r"begin no entry of .*fresh is \('stem/\*',\)"),
