@@ -23,6 +23,8 @@ _MAKERS: dict[str, Callable[..., Algorithm]] = {
     for maker in (fedavg, fedprox, scaffold, feddyn, fednova, ditto, fedper, fedrep, fedbn)
 }
 ALGORITHMS = tuple(_MAKERS)
+# What users call those of its settings whose field alone says too little beside all of a run's.
+SHORT_NAMES = {"name": "algorithm", "alpha": "feddyn_alpha", "strength": "ditto_strength"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +68,15 @@ class AlgorithmConfig:
         for name, value in self.given().items():
             if name not in own:
                 users = ", ".join(other for other in ALGORITHMS if name in _settings(other))
+                told = SHORT_NAMES.get(name, name)
                 raise ConfigError(
-                    f"algorithm {self.name!r} has no {name}, got {name} {value!r}; leave it out. "
+                    f"algorithm {self.name!r} has no {told}, got {told} {value!r}; leave it out. "
                     f"Algorithms that have it: {users}."
                 )
         for name, is_needed in own.items():
             if is_needed and name not in self.given():
-                raise ConfigError(f"algorithm {self.name!r} needs {name}, got none.")
+                told = SHORT_NAMES.get(name, name)
+                raise ConfigError(f"algorithm {self.name!r} needs {told}, got none.")
 
     def given(self) -> dict[str, Any]:
         """The settings that are not None."""

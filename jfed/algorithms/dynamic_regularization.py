@@ -44,7 +44,7 @@ def feddyn(
       h_over: whose mean h is of, for each entry: "owners" or "clients".
     """
     one_of("h_over", h_over, MEANS)
-    check_number("alpha", alpha, least=0.0)
+    check_number("feddyn alpha", alpha, least=0.0)
     check_plain("feddyn", server)
 
     def correct(gradient: Params, client: Client, local: Local) -> Params:

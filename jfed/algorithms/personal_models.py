@@ -31,7 +31,7 @@ def ditto(client: ClientConfig, server: ServerConfig, *, strength: float) -> Alg
       server: the server's optimizer.
       strength: 0 or more; with 0 clients train alone.
     """
-    check_number("strength", strength, least=0.0)
+    check_number("ditto strength", strength, least=0.0)
     common = fedavg(client, server)
 
     def correct(gradient: Params, client: Client, local: Local) -> Params:

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from jfed.algorithms.catalogue import AlgorithmConfig
+from jfed.algorithms.catalogue import SHORT_NAMES, AlgorithmConfig
 from jfed.algorithms.clients import ClientConfig
 from jfed.algorithms.codecs import CodecConfig
 from jfed.algorithms.privacy import PrivacyConfig
@@ -143,12 +143,10 @@ _SHORT_NAMES = {
     "server.learning_rate": "server_learning_rate",
     "server.momentum": "server_momentum",
     "server.optimizer_args": "server_optimizer_args",
-    "algorithm.name": "algorithm",
+    **{f"algorithm.{name}": short for name, short in SHORT_NAMES.items()},
     **{f"privacy.{field.name}": f"dp_{field.name}" for field in dataclasses.fields(PrivacyConfig)},
     "codec.up": "codec_up",
     "codec.down": "codec_down",
-    "algorithm.alpha": "feddyn_alpha",
-    "algorithm.strength": "ditto_strength",
     "evaluation.every": "eval_every",
     "evaluation.iterations": "eval_iterations",
     "evaluation.solvers": "eval_solvers",

@@ -57,13 +57,13 @@ class EvaluationConfig:
     finetune_epochs: int = 0
 
     def __post_init__(self) -> None:
-        check_sequence("evaluation iterations", self.iterations)
-        for solver in check_sequence("evaluation solvers", self.solvers):
+        check_sequence("eval_iterations", self.iterations)
+        for solver in check_sequence("eval_solvers", self.solvers):
             check_solver(solver)
         for metric in check_sequence("evaluation metrics", self.metrics):
             one_of("metric", metric, tuple(METRICS))
-        check_integer("evaluation every", self.every, least=0)
-        check_integer("evaluation batch_size", self.batch_size, least=1, most=10**6)
+        check_integer("eval_every", self.every, least=0)
+        check_integer("eval_batch_size", self.batch_size, least=1, most=10**6)
         check_integer("evaluation calibration_examples", self.calibration_examples, least=1)
         if check_number("local_test", self.local_test, least=0.0) >= 1:
             raise ConfigError(f"local_test must be below 1, got {self.local_test!r}.")
@@ -78,7 +78,7 @@ def evaluated_tiers(tiers: Tiers, evaluation: EvaluationConfig) -> tuple[Tier, .
     if tiers.at is None:
         for name in ("iterations", "solvers"):
             if given := getattr(evaluation, name):
-                raise ConfigError(f"evaluation {name} {given!r} need tiers of iteration counts.")
+                raise ConfigError(f"eval_{name} {given!r} need tiers of iteration counts.")
         return (*tiers.members, *tiers.tested)
     run = [tier.iterations for tier in tiers.members if tier.iterations is not None]
     found = list(tiers.at([*run, *evaluation.iterations]))

@@ -1,6 +1,7 @@
 """The algorithms in the box, against loops in NumPy, exact limits, and their papers' numbers."""
 
 import dataclasses
+import inspect
 
 import jax
 import numpy as np
@@ -300,9 +301,15 @@ NEEDED = {name: {} for name in ALGORITHMS} | {
         (lambda: AlgorithmConfig("fedprx", mu=0.1), r"unknown algorithm 'fedprx'. Did you mean"),
         (lambda: AlgorithmConfig("scaffold", mu=0.1), "'scaffold' has no mu, got mu 0.1.*fedprox"),
         (lambda: AlgorithmConfig("fedprox"), "'fedprox' needs mu, got none"),
+        (lambda: AlgorithmConfig("ditto"), "'ditto' needs ditto_strength, got none"),
+        (
+            lambda: AlgorithmConfig("fedavg", alpha=0.1),
+            "'fedavg' has no feddyn_alpha, got feddyn_alpha 0.1",
+        ),
         (lambda: make("fedprox", mu=-1.0), "mu must be a number, 0 or more, got -1"),
-        (lambda: make("feddyn", alpha=float("nan")), "alpha must be .*, got nan"),
-        (lambda: make("ditto", strength=-0.5), "strength must be .*, got -0.5"),
+        (lambda: make("feddyn", alpha=float("nan")), "feddyn alpha must be .*, got nan"),
+        (lambda: make("ditto", strength=-0.5), "ditto strength must be .*, got -0.5"),
+        (lambda: make("fedper", personal=()), r"personal must be one pattern or more.*got \(\)"),
         (lambda: make("fedrep", head_share=1.5), "head_share must be .*, got 1.5"),
         (
             lambda: make("feddyn", server=ServerConfig(momentum=0.9), alpha=0.1),
@@ -314,11 +321,11 @@ NEEDED = {name: {} for name in ALGORITHMS} | {
         ),
         (
             lambda: ServerConfig(optimizer="adam", optimizer_args={"esp": 0.1}),
-            r"unknown argument of optimizer 'adam' 'esp'. Did you mean 'eps'",
+            r"unknown argument of server optimizer 'adam' 'esp'. Did you mean 'eps'",
         ),
         (
             lambda: jfed.ClientConfig(optimizer_args={"momentum": 0.1}, momentum=0.2),
-            "momentum is given twice: 0.2 and 0.1",
+            "momentum of optimizer 'sgd' is given twice: 0.2 and 0.1",
         ),
         (
             lambda: jfed.ClientConfig(optimizer_args={"nesterov": None}),
@@ -330,19 +337,19 @@ NEEDED = {name: {} for name in ALGORITHMS} | {
         ),
         (
             lambda: ServerConfig(optimizer_args={"momentum": "x"}),
-            "momentum must be a number, 0 or more, got 'x'",
+            "momentum of server optimizer 'sgd' must be a number, 0 or more, got 'x'",
         ),
         (
             lambda: make("fednova", jfed.ClientConfig(optimizer_args={"momentum": 1.0})),
-            "momentum must be from 0 to below 1, got 1.0",
+            "momentum of optimizer 'sgd' must be from 0 to below 1, got 1.0",
         ),
         (
             lambda: ServerConfig(optimizer="adam", optimizer_args={"eps": float("nan")}),
-            r"optimizer_args must be finite, got \('eps', nan\)",
+            "eps of server optimizer 'adam' must be a number, 0 or more, got nan",
         ),
         (
             lambda: ServerConfig(optimizer="adam", optimizer_args={"b1": "x"}),
-            "'adam' with {'b1': 'x'} cannot be used",
+            "b1 of server optimizer 'adam' must be a number, 0 or more, got 'x'",
         ),
     ],
 )
@@ -351,13 +358,40 @@ def test_bad_settings_are_named(build, message):
         build()
 
 
-@pytest.mark.parametrize(("personal", "what"), [(("nobody",), "none"), (("*",), "every leaf")])
+@pytest.mark.parametrize(
+    ("personal", "message"),
+    [
+        (("nobody",), "personal 'nobody' matches no entry. There are: 'b', 'w'"),
+        (("b", "nobody"), "personal 'nobody' matches no entry"),
+        (("*",), "names every leaf"),
+    ],
+)
 def test_patterns_that_name_no_leaf_or_all_are_refused_before_anything_compiles(
-    personal, what, monkeypatch
+    personal, message, monkeypatch
 ):
     monkeypatch.setattr(Federation, "compile", None)
-    with pytest.raises(jfed.ConfigError, match=f"names {what} of b, w"):
+    with pytest.raises(jfed.ConfigError, match=message):
         run(make("fedper", personal=personal))
+
+
+def test_patterns_that_nearly_name_leaves_are_asked_about():
+    network = jfed.models.build(jfed.models.ODENetConfig(widths=(4, 8), channels=1))
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    message = (
+        r"'clasifier/\*' matches no entry. Did you mean 'classifier/\*'.*\? There are: .*'stem/"
+    )
+    with pytest.raises(jfed.ConfigError, match=message):
+        make("fedper", personal=("clasifier/*",)).memory_init(shapes)
+
+
+def test_makers_can_be_called_as_their_signatures_tell():
+    for name, settings in NEEDED.items():
+        maker = getattr(jfed.algorithms, name)
+        parameters = inspect.signature(maker).parameters
+        assert [parameters[of].default for of in ("client", "server")] == [None, None]
+        needed = {p.name for p in parameters.values() if p.default is p.empty}
+        assert needed == set(settings)
+        assert maker(**settings) is make(name, jfed.ClientConfig(), **settings)
 
 
 DEPTHFL = (("name", "feddyn"), ("alpha", 0.1), ("h_over", "clients"))
