@@ -12,6 +12,7 @@ def execute(args: list[str]) -> None:
     """The command."""
     from jfed.benchmark.racing import race_all
     from jfed.benchmark.settings import Settings
+    from jfed.cli import flags
 
     def command(
         settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),  # noqa: B008
@@ -25,7 +26,7 @@ def execute(args: list[str]) -> None:
         """
         return settings, output
 
-    settings, output = tyro.cli(command, prog="jfed benchmark", args=args)
+    settings, output = flags.cli(command, prog="jfed benchmark", args=args)
     output = output or pathlib.Path("benchmarks") / time.strftime("%Y%m%d-%H%M%S")
     race_all(settings, output, progress=lambda text: print(text, file=sys.stderr))
     print(f"Written to {output}")

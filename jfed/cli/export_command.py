@@ -3,8 +3,7 @@
 import tyro
 
 from jfed import files
-from jfed.cli import finished_runs
-from jfed.cli.flags import parse_iterations
+from jfed.cli import finished_runs, flags
 from jfed.simulation import exports
 
 
@@ -33,11 +32,11 @@ def execute(args: list[str]) -> None:
           output: the file, replaced if it is there; by default RUN-TIER.FORMAT here.
         """
         predictor = finished_runs.load(folder).predictor()
-        counts = None if iterations is None else parse_iterations(iterations)
+        counts = None if iterations is None else flags.parse_iterations(iterations)
         chosen = predictor.choose(tier, counts, solver)
         title = f"{files.absolute(folder).name}-{chosen.name}".replace(" ", "-")
         path = output or f"{title}.{format}"
         count = exports.write(predictor, chosen, path, format=format, batch_size=batch_size)
         print(f"Written to {path}: tier {chosen.name}, {count:,} bytes")
 
-    tyro.cli(command, prog="jfed export", args=args)
+    flags.call(command, prog="jfed export", args=args)

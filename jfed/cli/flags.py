@@ -7,10 +7,15 @@ the metadata `{"flag": False}`.
 """
 
 import collections.abc
+import contextlib
 import dataclasses
 import functools
+import io
+import itertools
 import json
+import operator
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -68,7 +73,7 @@ def _rule(
         return PrimitiveConstructorSpec(
             nargs=1,
             metavar=metavar,
-            instance_from_str=lambda args: read(args[0]),
+            instance_from_str=lambda args: _refusing(read, args[0]),
             is_instance=lambda x: isinstance(x, int | tuple),
             str_from_instance=lambda x: [write(x)],
         )
@@ -76,10 +81,51 @@ def _rule(
     return rule
 
 
+class _Refused(Exception):
+    """Holds a ConfigError, which is a ValueError, for which tyro would have a text of its own."""
+
+
+def _refusing(read: Callable[[str], Any], text: str) -> Any:
+    try:
+        return read(text)
+    except ConfigError as error:
+        raise _Refused from error
+
+
 _RULES = (
     _rule(Iterations, "INT|INT-INT-...", parse_iterations, tier_name),
     _rule(Argument, "NAME=VALUE", parse_argument, lambda pair: "=".join(map(str, pair))),
 )
+
+
+def cli(kind: Any, **settings: Any) -> Any:
+    """`tyro.cli`, but what it cannot read is one line of a ConfigError, not a box of lines."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, **settings)
+    except _Refused as refused:
+        raise refused.__cause__ from None  # type: ignore[misc]
+    except SystemExit as end:
+        if not end.code:  # it was asked for help
+            raise
+    _, *lines = (line.strip("│| ") for line in box.getvalue().splitlines())  # below the title
+    texts = (line if line.strip("─-") else "" for line in lines)  # without rules
+    said = itertools.takewhile(bool, itertools.dropwhile(operator.not_, texts))
+    told = " ".join(said).removeprefix("Error parsing ").rstrip(".")
+    _, _, close = box.getvalue().partition("Perhaps you meant")
+    flags = re.findall(r"^\W+(--[a-z][\w-]*)", close, re.MULTILINE)
+    raise ConfigError(f"{told}." + f" Did you mean {' or '.join(flags)}?" * bool(flags))
+
+
+def call(command: Callable[..., None], *, prog: str, args: list[str]) -> None:
+    """Calls a function with what flags give, which are named as its arguments."""
+
+    @functools.wraps(command)
+    def later(*given: Any, **named: Any) -> Callable[[], None]:
+        return functools.partial(command, *given, **named)
+
+    cli(later, prog=prog, args=args)()  # outside of tyro, for which all errors are those of flags
 
 
 def parse(
@@ -99,14 +145,14 @@ def parse(
       Another instance.
 
     Raises:
-      ConfigError: what the dataclasses raise for values that cannot work. (Where text cannot be
-        read as a value at all, or there is no such flag, tyro ends the process with status 2.)
+      ConfigError: there is no such flag, text cannot be read as a value, or what the dataclasses
+        raise for values that cannot work.
     """
     registry = ConstructorRegistry()
     for rule in _RULES:
         registry.primitive_rule(rule)
     registry.struct_rule(functools.partial(_struct, _places(defaults), names))
-    given = tyro.cli(
+    given = cli(
         type(defaults),
         default=defaults,
         args=args,
@@ -114,7 +160,7 @@ def parse(
         description=description,
         registry=registry,
     )
-    return _replaced(defaults, given)
+    return _replaced(defaults, given, functools.partial(_flag, _places(defaults), names))
 
 
 def _places(value: Any, place: str = "") -> dict[type, str]:
@@ -124,6 +170,11 @@ def _places(value: Any, place: str = "") -> dict[type, str]:
         inner = getattr(value, field.name)
         found |= _places(inner, f"{field.name}.") if dataclasses.is_dataclass(inner) else {}
     return found
+
+
+def _flag(places: Mapping[type, str], names: Callable[[str], str], kind: type, field: str) -> str:
+    """The flag of a dataclass's field."""
+    return "--" + names(places[kind] + field).replace("_", "-")
 
 
 def _struct(
@@ -136,24 +187,40 @@ def _struct(
     """
     if info.type not in places:
         return None
-    hints, texts, fields = typing.get_type_hints(info.type), _descriptions(info.type), []
+    texts = _texts(info.type, functools.partial(_flag, places, names, info.type))
+    hints, fields = typing.get_type_hints(info.type), []
     for field in dataclasses.fields(info.type):
         kind, value = _without_functions(hints[field.name]), getattr(info.default, field.name)
         if kind is None or not field.metadata.get("flag", True):
             continue
         title = field.name if type(value) in places else names(places[info.type] + field.name)
-        kind = Annotated[kind, tyro.conf.arg(name=title, prefix_name=False)]
+        hint = "(default: none)" if value == () else None
+        arg = tyro.conf.arg(name=title, prefix_name=False, help_behavior_hint=hint)
+        kind = Annotated[kind, arg]
         fields.append(StructFieldSpec(field.name, kind, value, texts.get(field.name)))  # type: ignore[arg-type]
     return StructConstructorSpec(dict, tuple(fields))
 
 
-def _replaced(defaults: Any, given: Mapping[str, Any]) -> Any:
-    """The dataclass with values in place of its own; dictionaries are for dataclasses in it."""
+def _replaced(defaults: Any, given: Mapping[str, Any], flag: Callable[[type, str], str]) -> Any:
+    """The dataclass with values in place of its own; dictionaries are for dataclasses in it.
+
+    Errors tell which of the values that they name are those of a preset.
+    """
     changes = {
-        name: _replaced(getattr(defaults, name), value) if isinstance(value, dict) else value
+        name: _replaced(getattr(defaults, name), value, flag) if isinstance(value, dict) else value
         for name, value in given.items()
     }
-    return dataclasses.replace(defaults, **changes)
+    try:
+        return dataclasses.replace(defaults, **changes)
+    except ConfigError as error:
+        kept = [
+            f" {flag(type(defaults), field.name)} {value!r} is the preset's."
+            for field in dataclasses.fields(defaults)
+            if re.search(rf"\b{field.name}\b", str(error))
+            and field.default not in (value := getattr(defaults, field.name), dataclasses.MISSING)
+            and changes.get(field.name, value) == value
+        ]
+        raise ConfigError("".join([str(error), *kept])) from error
 
 
 # Kinds of values that no command line can give; of a path it gives the text.
@@ -168,6 +235,16 @@ def _without_functions(kind: Any) -> Any:
         return kind
     left = tuple(k for k in typing.get_args(kind) if _without_functions(k) is not None)
     return Union[left] if set(left) - {type(None)} else None  # noqa: UP007  (of a tuple)
+
+
+def _texts(kind: type, flag: Callable[[str], str]) -> dict[str, str]:
+    """The descriptions of a dataclass's fields, which call other fields by their flags."""
+    own = {field.name for field in dataclasses.fields(kind)}
+
+    def told(found: re.Match[str]) -> str:
+        return f"`{flag(found[1])}`" if found[1] in own else found[0]
+
+    return {name: re.sub(r"`(\w+)`", told, text) for name, text in _descriptions(kind).items()}
 
 
 # Whose fields another dataclass has too, documented there.

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import tyro
 from tabulate import tabulate
 
 from jfed import tiers as tiers_lib
+from jfed.cli import flags
 from jfed.errors import check_integer
 from jfed.models.flops import forward_flops
 from jfed.models.presets import PRESETS, ModelConfig, ODENetConfig, build, twin
@@ -28,7 +28,7 @@ def execute(args: list[str]) -> None:
         """
         return size, iterations
 
-    size, iterations = tyro.cli(command, prog="jfed models", args=args)
+    size, iterations = flags.cli(command, prog="jfed models", args=args)
     check_integer("size", size, least=1)
     print(model_table(size, iterations))
 

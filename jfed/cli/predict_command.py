@@ -7,8 +7,7 @@ import tyro
 from tabulate import tabulate
 
 from jfed import files
-from jfed.cli import finished_runs
-from jfed.cli.flags import parse_iterations
+from jfed.cli import finished_runs, flags
 from jfed.data import pictures as pictures_lib
 from jfed.errors import ConfigError, RunFolderError
 
@@ -40,7 +39,7 @@ def execute(args: list[str]) -> None:
         inputs = result.predictor().inputs
         kind = pictures_lib.model_kind(inputs)
         images = pictures_lib.read(list(map(pictures_lib.of_file, pictures)), kind)
-        counts = None if iterations is None else parse_iterations(iterations)
+        counts = None if iterations is None else flags.parse_iterations(iterations)
         found = result.predict(images, tier=tier, iterations=counts, solver=solver)
         names = inputs.class_names
         if output is None:
@@ -56,7 +55,7 @@ def execute(args: list[str]) -> None:
             raise RunFolderError(f"cannot write to {str(output)!r}: {error}.") from error
         print(f"Written to {output}")
 
-    tyro.cli(command, prog="jfed predict", args=args)
+    flags.call(command, prog="jfed predict", args=args)
 
 
 def _table(

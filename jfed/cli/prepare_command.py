@@ -5,6 +5,7 @@ import pathlib
 import tyro
 
 from jfed import data
+from jfed.cli import flags
 
 
 def execute(args: list[str]) -> None:
@@ -24,5 +25,5 @@ def execute(args: list[str]) -> None:
         """
         return name, data_dir, archive
 
-    name, data_dir, archive = tyro.cli(command, prog="jfed prepare", args=args)
+    name, data_dir, archive = flags.cli(command, prog="jfed prepare", args=args)
     print(f"{name} is prepared in {data.prepare(name, data_dir=data_dir, archive=archive)}")

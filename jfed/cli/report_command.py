@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import tyro
 
 from jfed import files
+from jfed.cli import flags
 from jfed.errors import RunFolderError
 from jfed.reports import finished, run_lines, tables
 from jfed.reports.finished import FinishedRun
@@ -58,4 +59,4 @@ def execute(args: list[str]) -> None:
                 raise RunFolderError(f"cannot write to {str(output)!r}: {error}.") from error
             print(f"Written to {output}")
 
-    tyro.cli(command, prog="jfed report", args=args)
+    flags.call(command, prog="jfed report", args=args)

@@ -7,7 +7,6 @@ import pathlib
 import sys
 import time
 
-import tyro
 from etils import epath
 
 from jfed import files
@@ -190,7 +189,7 @@ def _parse_or_tell(args: list[str]) -> Command:
         return parse(args)
     except (SystemExit, JfedError) as error:
         if "--distributed" in args and "--help" not in args:
-            own, _ = tyro.cli(HostsConfig, args=args, return_unknown_args=True)
+            own, _ = flags.cli(HostsConfig, args=args, return_unknown_args=True)
             start_devices(own)
             hosts.agree("the command line", functools.partial(_raise, error))
         raise

@@ -66,6 +66,11 @@ def test_each_flag_says_what_it_does(help_text):
             said = re.sub(r"^--\S+ ([A-Z]+ |\S*[{[|].*?[\]}] )?", "", entry)
             assert re.search(r"[a-z]{2,}.*\(default: ", said), entry
     assert "fixed to" not in text
+    # Another setting is called by its flag, and nothing by no text.
+    assert "in place of `--dp-noise`: the least noise" in text
+    assert "that send `--explosion` times their update" in text
+    assert "(default: none)" in text
+    assert "(default: )" not in text
     # From where the setting is used, and what only that place can say.
     assert "scaled down to it; None for no clipping. (default: None)" in text
     assert "The last batch of an epoch holds what is left. (default: 16)" in text
@@ -81,7 +86,7 @@ def test_algorithms_and_arguments_of_optimizers_become_settings():
         server_optimizer_args={"b1": 0.9, "eps": 0.001},
         optimizer_args={"nesterov": True},
     )
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match=r"^an optimizer's argument must .*, got 'eps'.$"):
         run_command.parse("--server-optimizer-args eps".split())
     with pytest.raises(ConfigError, match=r"must look like eps=0\.001, got 'eps'"):
         flags.parse_argument("eps")
@@ -146,7 +151,7 @@ class Whole:
     part: Part
 
 
-def test_functions_have_no_flags_and_stay_as_they_are(capsys):
+def test_functions_have_no_flags_and_stay_as_they_are():
     def parse(*args):
         whole = Whole(Part(weights=float, table={"a": float}))
         return flags.parse(whole, list(args), names=lambda p: p[5:], prog="x", description="")
@@ -154,9 +159,8 @@ def test_functions_have_no_flags_and_stay_as_they_are(capsys):
     assert parse("--size", "3") == Whole(Part(3, "sgd", float, {"a": float}))
     assert parse("--optimizer", "adam") == Whole(Part(1, "adam", float, {"a": float}))
     for flag in ("--weights", "--table"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(ConfigError, match=f"Unrecognized options: {flag}"):
             parse(flag, "3")
-        assert f"Unrecognized options: {flag}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -168,6 +172,20 @@ def test_functions_have_no_flags_and_stay_as_they_are(capsys):
         ("--model odenet-21", "unknown model 'odenet-21'"),
         ("--checkpoint-every 0", "checkpoint_every must be 1 or more, got 0"),
         ("--rounds 0", "rounds must be 1 or more, got 0"),
+        ("--rounds x", "--rounds: invalid literal for int() with base 10: 'x'"),
+        (
+            "--learning-rat 3",
+            "--learning-rat, 3. Did you mean --learning-rate or --server-",
+        ),
+        ("--data", "Missing value for argument '--data'"),
+        ("--iterations 3x2", "or like 3-2-2 for counts per stage, got '3x2'"),
+        ("--algorithm feddyn", "needs feddyn_alpha, got none"),
+        ("--server-momentum 3", "momentum of server optimizer 'sgd' must be from 0 to below 1"),
+        ("--eval-every -1", "eval_every must be 0 or more, got -1"),
+        (
+            "--preset smoke --method heterofl --model preresnet-20",
+            "(3, 3, 3) must name as many stages. --widths (4, 4) is the preset's.",
+        ),
     ],
 )
 def test_what_a_dataclass_refuses_is_an_error_of_the_command(args, message, capsys):
@@ -175,7 +193,27 @@ def test_what_a_dataclass_refuses_is_an_error_of_the_command(args, message, caps
     told = capsys.readouterr()
     assert told.err.startswith("jfed: error: ")
     assert message in told.err
+    assert told.err.count("\n") == 1
     assert told.out == ""
+
+
+def test_only_what_a_preset_decides_is_called_so():
+    args = "--preset smoke --method heterofl --model preresnet-20 --widths 4 8"
+    with pytest.raises(ConfigError, match=r"must name as many stages\.$"):
+        run_command.parse(args.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("report --styl x", "Unrecognized options: --styl, x. Did you mean --style?"),
+        ("models --size q", "--size: invalid literal for int() with base 10: 'q'."),
+        ("report nowhere", "no finished run among ['nowhere']."),
+    ],
+)
+def test_other_commands_say_it_in_one_line_too(command, message, capsys):
+    assert main(command.split()) == 2
+    assert capsys.readouterr().err == f"jfed: error: {message}\n"
 
 
 @pytest.mark.parametrize("method", [["--method", "heterofl"], ["--method=heterofl"]])
