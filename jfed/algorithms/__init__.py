@@ -18,7 +18,7 @@ from jfed.algorithms.personal_leaves import fedbn, fedper, fedrep
 from jfed.algorithms.personal_models import ditto
 from jfed.algorithms.privacy import PrivacyConfig, private
 from jfed.algorithms.proximal import fedprox
-from jfed.algorithms.servers import ServerConfig
+from jfed.algorithms.servers import ServerConfig, make_server_optimizer
 from jfed.algorithms.training import Local, local_training
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "local_training",
     "make_algorithm",
     "make_optimizer",
+    "make_server_optimizer",
     "one_each",
     "private",
     "scaffold",

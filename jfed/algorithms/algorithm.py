@@ -118,9 +118,12 @@ class Algorithm:
 
     Attributes:
       client_init: `(client, memory, key) -> local`, at a client's first batch of a round: its
-        parameters, its optimizer's state, what it needs of its memory; any pytree.
-      client_step: `(client, local, batch, key) -> (local, metrics)`, one batch; `metrics` are the
-        `jfed.models.losses.Metrics` that the client's loss returned.
+        parameters, its optimizer's state, what it needs of its memory; any pytree. Memory is cut to
+        the client's tier, as `client.sent` is.
+      client_step: `(client, local, batch, key) -> (local, metrics)`, one `jfed.models.Batch`, to be
+        given to `client.loss`; `metrics` are the `jfed.models.Metrics` that this returns, sums over
+        the batch's real examples. Training FLOPs are counted by how often a step calls the loss, a
+        gradient each; what a loop calls counts once.
       client_final: `(client, local, key) -> (message, memory)`, after the last batch. A message is
         a dict of parts; a part is a tree like the variables (of the tier), or any other pytree of
         float32 arrays.
@@ -135,7 +138,7 @@ class Algorithm:
       personal: `path -> bool` of leaves of the variables, such as "classifier/kernel", that never
         leave a client: the engine takes them out of messages, and they are not counted as traffic.
       personalise: `(sent, memory) -> params`, a client's own model, which is tested on its own
-        examples; None where all clients have the server's.
+        examples; all three are cut to its tier. None where all clients have the server's.
       measured: whether the bytes that travel are measured on messages of the run, instead of
         counted from shapes, see `jfed.algorithms.codecs`.
       is_private: whether clients are, see `jfed.algorithms.privacy`: then the server steps also in

@@ -150,7 +150,7 @@ class Exchange(NamedTuple):
       message: from it.
       metrics: of its training.
       local: what the client holds while it trains.
-      gradients: how often a step of its training calls the loss.
+      gradients: how often a step of its training calls the loss; calls in a loop count once.
     """
 
     sent: Any

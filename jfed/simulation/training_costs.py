@@ -52,7 +52,7 @@ class TrainingCosts:
 
     @functools.cached_property
     def flops(self) -> list[int]:
-        """Of training on one example, by tier."""
+        """Of training on one example, by tier: a gradient for each call of the loss in a step."""
         return [
             self.exchanges[i].gradients
             * training_flops(tier.bound(), tier.shapes(self.like), self.image_shape)
