@@ -188,7 +188,7 @@ sources._digits = other
         ),
         ([], OTHER_VERSION, "on host 0, '0.0.7' on host 1"),
         ([], OTHER_DATA, "hosts differ in what they train on: data.train.digest is"),
-        (["--no-such-flag"], "", "host 1: the command line ended the process with status 2"),
+        (["--no-such-flag"], "", "host 1: Unrecognized options: --no-such-flag"),
     ],
     ids=["settings", "version", "data", "flag"],
 )
