@@ -42,13 +42,11 @@ class Codec(NamedTuple):
       apply: `(tree, key) -> tree`, float32 arrays of the same shapes: what the receiver gets.
       feedback: add what was lost to the client's next message (error feedback: Seide et al. 2014;
         Karimireddy et al. 2019, arXiv 1901.09847), which it remembers from round to round.
-      sparse: leaves entries out, so that it suits changes alone, not what the server sends.
       name: how reports call it.
     """
 
     apply: Callable[[Params, Array], Params]
     feedback: bool = False
-    sparse: bool = False
     name: str = "own"
 
 
@@ -106,7 +104,7 @@ def top_k(share: float) -> Codec:
         del key
         return jnp.where(_largest(x, max(1, math.ceil(share * x.size))), x, 0)
 
-    return Codec(_by_leaf(one), feedback=True, sparse=True)
+    return Codec(_by_leaf(one), feedback=True)
 
 
 def random_k(share: float) -> Codec:
@@ -116,7 +114,7 @@ def random_k(share: float) -> Codec:
     def one(x: Array, key: Array) -> Array:
         return jnp.where(_uniform(key, x.shape) < share, x, 0)
 
-    return Codec(_by_leaf(one), feedback=True, sparse=True)
+    return Codec(_by_leaf(one), feedback=True)
 
 
 def sign() -> Codec:
@@ -145,7 +143,6 @@ def chain(codecs: Sequence[Codec]) -> Codec:
     return Codec(
         apply,
         feedback=any(codec.feedback for codec in codecs),
-        sparse=any(codec.sparse for codec in codecs),
         name="+".join(codec.name for codec in codecs),
     )
 
@@ -219,10 +216,10 @@ class CodecConfig:
 
 
 def _check_down(codec: Codec, given: Any) -> None:
-    if codec.sparse or codec.feedback:
+    if codec.feedback:
         raise ConfigError(
-            f"codec_down {given!r} cannot be: what the server sends are weights, of which none can "
-            "be left out; use lossless, float16, bfloat16 or int1 to int8."
+            f"codec_down {given!r} cannot be: what the server sends are weights, of which "
+            "nothing can be made up for later; use lossless, float16, bfloat16 or int1 to int8."
         )
 
 
