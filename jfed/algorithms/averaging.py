@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from jfed.algorithms.algorithm import Algorithm, Client, Merged, Server
 from jfed.algorithms.clients import ClientConfig, make_optimizer
-from jfed.algorithms.optimizers import step_owned
+from jfed.algorithms.optimizers import rekeyed, step_owned
 from jfed.algorithms.servers import ServerConfig, make_server_optimizer
 from jfed.algorithms.sharing import shared
 from jfed.algorithms.training import Correct, Local, local_training
@@ -45,10 +45,7 @@ def fedavg(
         return {"update": jax.tree.map(jnp.subtract, local.params, client.sent)}, local.memory
 
     def server_step(server: Server, merged: Merged) -> Server:
-        return Server(
-            *step_owned(
-                optimizer, merged.message["update"], merged.owners, server.state, server.variables
-            )
-        )
+        update, state = merged.message["update"], rekeyed(server.state, merged.key)
+        return Server(*step_owned(optimizer, update, merged.owners, state, server.variables))
 
     return Algorithm(*training, client_final, server_step, server_init=optimizer.init)

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jfed.algorithms.algorithm import Algorithm, Client, Merged, Server, one_each
 from jfed.algorithms.clients import ClientConfig, make_optimizer
-from jfed.algorithms.optimizers import step_owned
+from jfed.algorithms.optimizers import rekeyed, step_owned
 from jfed.algorithms.servers import ServerConfig, make_server_optimizer
 from jfed.algorithms.sharing import shared
 from jfed.algorithms.training import Local, local_training
@@ -53,9 +53,8 @@ def scaffold(client: ClientConfig, server: ServerConfig) -> Algorithm:
     def server_step(server: Server, merged: Merged) -> Server:
         control, state = server.state
         control = jax.tree.map(jnp.add, control, merged.per_client("control"))
-        variables, state = step_owned(
-            optimizer, merged.message["update"], merged.owners, state, server.variables
-        )
+        update, state = merged.message["update"], rekeyed(state, merged.key)
+        variables, state = step_owned(optimizer, update, merged.owners, state, server.variables)
         return Server(variables, (control, state))
 
     def server_init(variables: Params) -> Any:

@@ -142,8 +142,8 @@ def rekeyed(state: Any, key: Array) -> Any:
     """An optimizer's state with random keys derived from `key` in place of its own.
 
     Optax's `noisy_sgd` and the like make their key from a fixed seed, so that every client of every
-    round would draw the same noise. Typed keys, and raw ones (uint32 of JAX's key shape), are found
-    wherever they are in the state.
+    round, and the server of every run, would draw the same noise. Typed keys, and raw ones (uint32
+    of JAX's key shape), are found wherever they are in the state.
     """
     leaves, structure = jax.tree.flatten(state)
     raw = jax.random.key_data(key)

@@ -33,7 +33,7 @@ def _delivered(total, weights):
     return Delivered({"update": jnp.float32(total)}, {"update": jnp.float32(weights)}, report)
 
 
-def _server(config, rounds, tiers=(TIER,)):
+def _server(config, rounds, tiers=(TIER,), seed=0):
     """The server and whether it is finite after rounds, each told what every tier delivered."""
     algorithm = fedavg(None, config)
     trainings = tuple(
@@ -44,7 +44,8 @@ def _server(config, rounds, tiers=(TIER,)):
     server, finite = Server(variables, algorithm.server_init(variables)), True
     for number, delivered in enumerate(rounds):
         slots = [jnp.zeros(len(told.weights["update"]), jnp.int32) for told in delivered]
-        server, finite = step(server, list(delivered), slots, jnp.int32(number), jax.random.key(0))
+        key = jax.random.key(seed)
+        server, finite = step(server, list(delivered), slots, jnp.int32(number), key)
     return server, bool(finite)
 
 
@@ -78,6 +79,15 @@ def test_a_round_in_which_nobody_delivers_changes_nothing():
     assert finite
     np.testing.assert_array_equal(before.variables, [1.5, 1.5])
     jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+@jax.numpy_dtype_promotion("standard")  # Optax's noise is scaled by an integer to a power
+def test_noise_of_the_servers_optimizer_is_the_runs_own():
+    config = ServerConfig(optimizer="noisy_sgd", learning_rate=1.0)
+    rounds = [[_delivered([0.0, 0.0], [1.0])]]
+    moved = [np.asarray(_server(config, rounds, seed=s)[0].variables) for s in (0, 0, 1)]
+    np.testing.assert_array_equal(moved[0], moved[1])
+    assert (moved[0] != moved[2]).all()
 
 
 def test_what_nobody_owns_stays_although_the_optimizer_remembers():
