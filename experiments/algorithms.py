@@ -10,8 +10,8 @@ out and tested on: by personal models where there are such, else by the global o
 FedRep's global model has an untrained classifier, so that of theirs only the clients' column tells.
 Beside both accuracies stand rounds and bytes until the global one was 80 % (digits) or 35 %
 (CIFAR-10). It writes `experiments/results/algorithms_cpu.csv`. Expected there, on digits with
-Dirichlet 0.1: 86 % by FedAvg, 93 by FedAdam, 92 by FedDyn; on the clients' own examples 89, and by
-Ditto 96. `--scale full` is the preset `cifar10-flexible`, for an accelerator; not run yet.
+Dirichlet 0.1: 84 % by FedAvg, 92 by FedAdam, 93 by FedDyn; on the clients' own examples 86, and by
+Ditto 95. `--scale full` is the preset `cifar10-flexible`, for an accelerator; not run yet.
 """
 
 from typing import Any
