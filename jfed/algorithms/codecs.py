@@ -263,7 +263,7 @@ def _as_codec(given: Any) -> Codec | None:
     if isinstance(given, str | bytes | Codec) or not isinstance(given, Sequence):
         return _one_codec(given)
     if all(isinstance(one, str) for one in given):
-        return named(given) if given else None
+        return named(tuple(given)) if given else None
     return chain([_one_codec(one) for one in given])
 
 

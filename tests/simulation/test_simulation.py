@@ -524,9 +524,16 @@ def test_settings_that_cannot_work_are_refused(changes, message):
         jfed.simulate(DATA, PARTS, MODEL, **({"rounds": 1} | changes))
 
 
-@pytest.mark.parametrize("name", ["every", "batch_size", "calibration_examples"])
-def test_bad_evaluation_settings_are_quoted(name):
-    with pytest.raises(ConfigError, match=f"evaluation {name} must be .*, got -1"):
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("every", "eval_every"),
+        ("batch_size", "eval_batch_size"),
+        ("calibration_examples", "calibration_examples"),
+    ],
+)
+def test_bad_evaluation_settings_are_quoted(name, called):
+    with pytest.raises(ConfigError, match=f"{called} must be .*, got -1"):
         jfed.EvaluationConfig(**{name: -1})
 
 
@@ -537,7 +544,7 @@ def test_bad_augmentation_is_quoted():
 
 def test_a_model_of_the_wrong_shape_is_refused_before_it_is_compiled():
     wrong = jfed.models.Model(MODEL.init, lambda params, images: images.mean((1, 2)))
-    with pytest.raises(ConfigError, match=r"expected logits \(2, 3\) float32"):
+    with pytest.raises(ConfigError, match=r"expected logits \(250, 3\) float32"):
         jfed.simulate(DATA, PARTS, wrong, rounds=1)
 
 
@@ -554,7 +561,7 @@ def test_a_model_of_the_wrong_shape_is_refused_before_it_is_compiled():
         ),
         (
             jfed.models.Model(MODEL.init, lambda params, x: (MODEL.apply(params, x), params)),
-            r"expected logits \(2, 3\) float32 and nothing else",
+            r"expected logits \(250, 3\) float32 and nothing else",
         ),
     ],
 )
