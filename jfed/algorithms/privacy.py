@@ -63,7 +63,8 @@ class PrivacyConfig:
         one_of("dp_accountant", self.accountant, ACCOUNTANTS)
         if self.clip is None:
             for field in dataclasses.fields(self):
-                if (value := getattr(self, field.name)) != field.default:
+                value = getattr(self, field.name)  # may be an array, which has no one truth value
+                if value is not None and not (isinstance(value, str) and value == field.default):
                     raise ConfigError(f"dp_{field.name} {value!r} needs dp_clip, got none.")
             return
         numbers: dict[str, float] = {"clip": check_number("dp_clip", self.clip, above=0.0)}
