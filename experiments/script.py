@@ -34,9 +34,9 @@ class Command:
     """All that can be given to a script.
 
     Attributes:
-      scale: cpu (two cores, at most half an hour), medium (two cores, hours; of some scripts), full
-        (the published protocol, for an accelerator) or smoke (seconds, which only show that
-        everything works).
+      scale: cpu (two cores, an hour at most, but for algorithms.py), medium (two cores, hours; of
+        some scripts), full (the published protocol, for an accelerator) or smoke (seconds, which
+        only show that everything works).
       workdir: where the run folders go, the table so far, and the figures.
       seeds: how many.
       workers: processes at a time; on a CPU one for each core where not given.

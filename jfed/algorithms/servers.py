@@ -48,8 +48,12 @@ class ServerConfig(Aggregation):
         object.__setattr__(self, "learning_rate", rate)  # which may be given as an array
         arguments = check_arguments("server optimizer_args", self.optimizer_args)
         object.__setattr__(self, "optimizer_args", arguments)
-        make = lambda _: make_server_optimizer(self)  # noqa: E731
-        try_optimizer(make, self.optimizer, arguments, title="server optimizer")
+        try_optimizer(
+            lambda _: make_server_optimizer(self),
+            self.optimizer,
+            arguments,
+            title="server optimizer",
+        )
         if self.momentum is not None:
             object.__setattr__(self, "momentum", float(self.momentum))
 
