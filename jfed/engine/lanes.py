@@ -4,7 +4,7 @@ Clients are packed on lanes, and lanes are spread over devices. A lane is one lo
 trains client after client: at a client's first batch it begins anew from what the server sent, at
 its last one the client's message is added to the device's sum. So clients of different sizes and
 tiers cost no padding, and memory does not grow with their number. Beginnings and ends are rare, so
-they stand behind predicates that are scalars even where several lanes step together (`vmap`).
+they stand outside the loop over steps, even where several lanes step together (`vmap`).
 
 A client whose message, loss or new memory is not finite is left out, with all that it measured.
 """
@@ -90,11 +90,26 @@ class Inputs(NamedTuple):
     learning_rate: Float[Array, ""]
 
 
-class _Carry(NamedTuple):
-    """What lanes that step together carry from step to step; all but the last two by lane."""
+class _Stepping(NamedTuple):
+    """Lanes that step together.
 
+    Attributes:
+      i: the next step.
+      ends: `[l]` whose client was at its last step before it.
+      local: of the clients, by lane.
+      metrics: that they measured so far, by lane.
+    """
+
+    i: Int[Array, ""]
+    ends: Bool[Array, " l"]
     local: Any
     metrics: Metrics
+
+
+class _Carry(NamedTuple):
+    """Between two clients' ends: where lanes are, what was delivered, and rows of memory."""
+
+    stepping: _Stepping
     delivered: Delivered
     memory: Any
 
@@ -333,48 +348,64 @@ def _axis(tree: Any) -> Any:
 def _run(
     trainer: _Trainer, lanes: Lanes, length: Array, delivered: Delivered, memory: Any
 ) -> tuple[Delivered, Any]:
-    """Runs lanes that take their steps together; of a single lane nothing is batched."""
+    """Runs lanes that take their steps together; of a single lane nothing is batched.
+
+    Two loops: lanes begin clients, step until one of them is at its end, and that one delivers. So
+    what a step computes is all that is in the inner loop.
+    """
     slots, count = trainer.config.slots, len(lanes.slot)
     each = jax.vmap if count > 1 else _alone
     steps = trainer.cohort.steps
 
+    def at(i: Array) -> tuple[Lanes, Int[Array, " l"], Bool[Array, " l"]]:
+        now = jax.tree.map(lambda a: a[:, i], lanes)
+        return now, jnp.minimum(now.slot, slots - 1), now.slot < slots
+
     def begin(slot: Array, memory: Any) -> Any:
         return each(lambda s: trainer.begin(s, memory))(slot)
 
-    def one_step(i: Array, carry: _Carry) -> _Carry:
-        now = jax.tree.map(lambda a: a[:, i], lanes)
-        active, slot = now.slot < slots, jnp.minimum(now.slot, slots - 1)
-        starts = active & (now.step == 0)
-        ends = active & (now.step == steps[slot] - 1)
-        with jax.named_scope("begin"):
-            local = _where_true(
-                starts.any(),
-                lambda local: _select(starts, begin(slot, carry.memory), local),
-                carry.local,
-            )
+    def one_step(before: _Stepping) -> _Stepping:
+        now, slot, active = at(before.i)
         largest = None if count == 1 else _largest(trainer.setting(slot), active)
-        local, metrics = each(lambda s, n, x: trainer.step(s, n, x, largest))(slot, now, local)
-        metrics = jax.tree.map(
-            lambda old, new: jnp.where(_along(starts, old), 0, old) + new, carry.metrics, metrics
+        local, metrics = each(lambda s, n, x: trainer.step(s, n, x, largest))(
+            slot, now, before.local
         )
+        metrics = jax.tree.map(jnp.add, before.metrics, metrics)
+        ends = active & (now.step == steps[slot] - 1)
+        return _Stepping(before.i + 1, ends, local, metrics)
 
-        def deliver(before: tuple[Delivered, Any]) -> tuple[Delivered, Any]:
-            delivered, memory = before
-            told = each(lambda s, x, m: trainer.end(s, x, m, memory))(slot, local, metrics)
-            at = jnp.where(ends, slot, slots)
-            return _add(trainer, delivered, memory, told, metrics, at, ends)
-
+    def until_one_ends(carry: _Carry) -> _Carry:
+        (i, _, local, metrics), delivered, memory = carry
+        now, slot, active = at(i)
+        starts = active & (now.step == 0)
+        with jax.named_scope("begin"):
+            local = _select(starts, begin(slot, memory), local)
+        metrics = jax.tree.map(lambda m: jnp.where(_along(starts, m), 0, m), metrics)
+        stepping = _Stepping(i, jnp.zeros(count, bool), local, metrics)
+        with jax.named_scope("steps"):
+            stepping = jax.lax.while_loop(
+                lambda now: ~now.ends.any() & (now.i < length), one_step, stepping
+            )
         with jax.named_scope("deliver"):
-            delivered, memory = _where_true(ends.any(), deliver, (carry.delivered, carry.memory))
-        return _Carry(local, metrics, delivered, memory)
+            _, slot, _ = at(stepping.i - 1)
+            told = each(lambda s, x, m: trainer.end(s, x, m, memory))(
+                slot, stepping.local, stepping.metrics
+            )
+            delivered, memory = _add(trainer, delivered, memory, told, stepping, slot)
+        return _Carry(stepping, delivered, memory)
 
     # Lanes that have not begun yet hold the first client's state; nothing of it is delivered.
     local = begin(jnp.zeros(count, jnp.int32), memory)
     zero = jax.tree.map(
         lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), delivered.report.metrics
     )
-    with jax.named_scope("steps"):
-        end = jax.lax.fori_loop(0, length, one_step, _Carry(local, zero, delivered, memory))
+    first = _Stepping(jnp.zeros((), jnp.int32), jnp.zeros(count, bool), local, zero)
+    with jax.named_scope("turns"):
+        end = jax.lax.while_loop(
+            lambda carry: carry.stepping.i < length,
+            until_one_ends,
+            _Carry(first, delivered, memory),
+        )
     return end.delivered, end.memory
 
 
@@ -383,11 +414,12 @@ def _add(
     before: Delivered,
     memory: Any,
     told: tuple[Any, ...],
-    metrics: Metrics,
-    at: Int[Array, " l"],
-    ends: Bool[Array, " l"],
+    stepping: _Stepping,
+    slot: Int[Array, " l"],
 ) -> tuple[Delivered, Any]:
-    """Adds what the lanes whose client ends deliver; `at` are their slots, too large for others."""
+    """Adds what the lanes deliver whose client ends."""
+    ends, slots = stepping.ends, trainer.config.slots
+    at = jnp.where(ends, slot, slots)  # too large for others
     parts, weights, finite, rows = told
     counts = ends & finite
     stacks = {name: trainer.is_stacked(_first(part)) for name, part in parts.items()}
@@ -408,13 +440,13 @@ def _add(
         },
         {name: put(before.weights[name], weight) for name, weight in weights.items()},
         Report(
-            jax.tree.map(put, report.metrics, metrics),
+            jax.tree.map(put, report.metrics, stepping.metrics),
             report.delivered.at[at].set(counts, mode="drop"),
             report.rejected.at[at].set(~counts, mode="drop"),
         ),
     )
     size = max((len(x) for x in jax.tree.leaves(memory)), default=0)
-    row = jnp.where(ends, trainer.cohort.row[jnp.minimum(at, trainer.config.slots - 1)], size)
+    row = jnp.where(ends, trainer.cohort.row[slot], size)
     memory = jax.tree.map(lambda all_, new: all_.at[row].set(new, mode="drop"), memory, rows)
     return delivered, memory
 
@@ -428,17 +460,8 @@ def _alone(f: Callable) -> Callable:
     return mapped
 
 
-def _where_true(holds: Bool[Array, ""], change: Callable[[Any], Any], state: Any) -> Any:
-    """`change(state)` where a scalar holds, else the state.
-
-    A loop of at most one pass, since XLA lets loops write into their state, while a branch of
-    `cond` that gives back what it got has to copy it: all of a lane's state in every step.
-    """
-    return jax.lax.fori_loop(0, holds.astype(jnp.int32), lambda _, before: change(before), state)
-
-
 def _select(which: Bool[Array, " l"], new: Any, old: Any) -> Any:
-    if len(which) == 1:  # called where one of them is True
+    if len(which) == 1:  # called where one of them is True, as a single lane is
         return new
     return jax.tree.map(lambda n, o: jnp.where(_along(which, n), n, o), new, old)
 

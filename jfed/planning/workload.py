@@ -1,8 +1,8 @@
 """How often the loops of a federation's programs run whose lengths are data.
 
-The programs name these loops by scopes: `steps` of the lanes, `ode0`, `ode1`, ... iterations of
-each stage, `begin` and `deliver` what a step does only where a client begins or ends, and of tests
-of clients `tests`, `tuning` and `norms`.
+The programs name these loops by scopes: `turns` of the lanes, each until one of them ends a client;
+the `steps` of a turn; `ode0`, `ode1`, ... iterations of each stage; and of tests of clients
+`tests`, `tuning` and `norms`.
 """
 
 from collections.abc import Sequence
@@ -28,40 +28,30 @@ def of_training(
     """
     stages = _iterations(tiers)
     found = [_of_round(packing, schedule, stages, mapping) for packing, schedule in rounds]
-    steps = float(np.mean([one["steps"] for one in found]))
-    return {
-        name: steps if name == "steps" else _share([one[name] for one in found], found)
-        for name in found[0]
-    }
+    steps, turns = sum(one[0] for one in found), sum(one[1] for one in found)
+    loops = 1 if mapping == "vmap" else rounds[0][0].lanes // rounds[0][0].devices
+    lengths = {"turns": turns / len(rounds) / loops, "steps": steps / max(turns, 1)}
+    stage = np.sum([one[2] for one in found], axis=0) / max(steps, 1)
+    return lengths | {f"ode{k}": float(mean) for k, mean in enumerate(stage)}
 
 
-def _share(values: Sequence[float], rounds: Sequence[Lengths]) -> float:
-    """The mean over all steps of what is told by step."""
-    weights = np.asarray([one["steps"] for one in rounds])
-    return float(np.dot(values, weights) / max(weights.sum(), 1e-9))
-
-
-def _of_round(packing: Packing, schedule: Schedule, stages: np.ndarray, mapping: str) -> Lengths:
+def _of_round(
+    packing: Packing, schedule: Schedule, stages: np.ndarray, mapping: str
+) -> tuple[int, int, np.ndarray]:
+    """Steps, turns and iterations of each stage on the device that has most to do."""
     lanes, cohort = schedule.lanes, schedule.cohort
     active = np.asarray(lanes.slot) < packing.slots  # [L, S]
     slot = np.minimum(lanes.slot, packing.slots - 1)
     tier = np.asarray(cohort.tier)[slot]
     shape = (packing.devices, packing.lanes // packing.devices, active.shape[1])
-    starts = (active & (np.asarray(lanes.step) == 0)).reshape(shape)
     ends = (active & (lanes.step == np.asarray(cohort.steps)[slot] - 1)).reshape(shape)
     counts = np.where(active[..., None], stages[tier], 0).reshape(*shape, stages.shape[1])
     cost = np.where(active, np.asarray(packing.costs)[tier], 0.0).reshape(shape)
-    together = mapping == "vmap"
-    if together:  # the lanes of a device are one loop, as long as the longest
-        starts, ends, counts, cost = (x.max(1, keepdims=True) for x in (starts, ends, counts, cost))
+    if mapping == "vmap":  # the lanes of a device are one loop, as long as the longest
+        ends, counts, cost = (x.max(1, keepdims=True) for x in (ends, counts, cost))
     busiest = int(cost.sum((1, 2)).argmax())
     steps = int((cost[busiest] > 0).sum())
-    loops = 1 if together else packing.lanes // packing.devices
-    found = {"steps": steps / loops}
-    each = max(steps, 1)
-    found |= {"begin": starts[busiest].sum() / each, "deliver": ends[busiest].sum() / each}
-    means = counts[busiest].sum((0, 1)) / each
-    return found | {f"ode{k}": float(mean) for k, mean in enumerate(means)}
+    return steps, int(ends[busiest].sum()), counts[busiest].sum((0, 1))
 
 
 def of_testing(tiers: Sequence[Tier]) -> Lengths:

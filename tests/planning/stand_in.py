@@ -7,7 +7,7 @@ from jfed.models.counted_loops import repeat
 
 BATCH, SIDE, WIDTH = 4, 8, 6  # of images `[SIDE, SIDE, 3]`; then half the side, twice the width
 STEPS, CLIENTS = 12, 3
-LENGTHS = {"steps": STEPS, "begin": CLIENTS / STEPS, "deliver": 0.25, "ode0": 2, "ode1": 5}
+LENGTHS = {"turns": CLIENTS, "steps": STEPS / CLIENTS, "ode0": 2, "ode1": 5}
 
 
 def conv(x, kernel, stride=1, **options):
@@ -43,30 +43,28 @@ def train(params, images, labels, order, counts, length, *, lanes):
         gradient = jax.grad(loss)(local, rows, counts, largest)
         return jax.tree.map(lambda p, g: p - 0.1 * g, local, gradient)
 
-    def body(i, carry):
-        local, total = carry
-        with jax.named_scope("begin"):
-            scaled = lambda p, x: jnp.broadcast_to(p, x.shape) * i.astype(p.dtype)  # noqa: E731
-            new = lambda: jax.tree.map(scaled, params, local)  # noqa: E731
-            local = jax.lax.cond(i % 4 == 0, new, lambda: local)
+    def one_step(i, local):
         if lanes == 1:
             one = step(jax.tree.map(lambda x: x[0], local), order[0, i], counts[0], None)
-            local = jax.tree.map(lambda x: x[None], one)
-        else:
-            lane = lambda x, rows, n: step(x, rows, n, counts.max(0))  # noqa: E731
-            local = jax.vmap(lane)(local, order[:, i], counts)
-        with jax.named_scope("deliver"):
-            total = jax.lax.cond(
-                i % 4 == 3,
-                lambda: jax.tree.map(lambda t, x: t + x.sum(0), total, local),
-                lambda: total,
-            )
-        return local, total
+            return jax.tree.map(lambda x: x[None], one)
+        lane = lambda x, rows, n: step(x, rows, n, counts.max(0))  # noqa: E731
+        return jax.vmap(lane)(local, order[:, i], counts)
 
-    local = jax.tree.map(lambda p: jnp.broadcast_to(p, (lanes, *p.shape)), params)
+    def turn(carry):
+        first, total = carry
+        scaled = lambda p: jnp.broadcast_to(p, (lanes, *p.shape)) * first.astype(p.dtype)  # noqa: E731
+        local = jax.tree.map(scaled, params)
+        with jax.named_scope("steps"):
+            i, _, local = jax.lax.while_loop(
+                lambda now: now[1],
+                lambda now: (now[0] + 1, now[0] % 4 < 3, one_step(now[0], now[2])),
+                (first, first < length, local),
+            )
+        return i, jax.tree.map(lambda t, x: t + x.sum(0), total, local)
+
     zero = jax.tree.map(jnp.zeros_like, params)
-    with jax.named_scope("steps"):
-        return jax.lax.fori_loop(0, length, body, (local, zero))[1]
+    with jax.named_scope("turns"):
+        return jax.lax.while_loop(lambda carry: carry[0] < length, turn, (jnp.int32(0), zero))[1]
 
 
 def compiled_text(lanes, device=None, dtype=jnp.float32):

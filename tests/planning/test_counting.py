@@ -38,20 +38,23 @@ def test_lengths_are_those_of_each_scope(training):
     more = count_body(training, "steps", LENGTHS | {"ode0": 7})
     added = 3 * 5 * forward(8, WIDTH, WIDTH)
     assert total(more) == pytest.approx(step_flops() + added)
-    seldom, often = (count(training, LENGTHS | {"begin": p, "deliver": p}) for p in (0.0, 1.0))
+    # As many steps in more turns.
+    often = count(training, LENGTHS | {"turns": STEPS, "steps": 1})
+    seldom = count(training, LENGTHS | {"turns": 1, "steps": STEPS})
     values = sum((3 * 3 * a * b) for a, b in [(3, 6), (6, 6), (6, 12), (12, 12)]) + 120
     assert total(often) == total(seldom)
-    # A client begins: parameters are doubled; it delivers: they are added.
-    assert often.vector_flops - seldom.vector_flops == pytest.approx(STEPS * 2 * values, rel=0.1)
+    # A client begins: parameters are multiplied; it delivers: they are added.
+    more = (STEPS - 1) * 2 * values
+    assert often.vector_flops - seldom.vector_flops == pytest.approx(more, rel=0.1)
 
 
 def test_loops_of_unknown_length_are_named_and_count_once(training):
-    counts = count(training, {"steps": STEPS, "ode0": 1, "begin": 1, "deliver": 1})
+    counts = count(training, {"turns": 1, "steps": STEPS, "ode0": 1})
     assert [one.op_name.split("/")[-2:] for one in counts.unknown] == [
         ["jvp(ode1)", "while"],
         ["transpose(jvp(ode1))", "while"],
     ]
-    same = count(training, {"steps": STEPS, "ode0": 1, "ode1": 1, "begin": 1, "deliver": 1})
+    same = count(training, {"turns": 1, "steps": STEPS, "ode0": 1, "ode1": 1})
     assert total(counts) == total(same)
 
 
@@ -366,5 +369,5 @@ def test_training_steps_compiled_for_accelerators(target, compiler, dtype, reque
         "bfloat16",
         "float32" if target == "t4" else dtype,
     )
-    waits = 2 + 2 * (3 + 6)  # two branches; both loops forward and backward
+    waits = 2 * (3 + 6)  # both loops forward and backward
     assert count_body(text, "steps", LENGTHS).host_waits == waits
