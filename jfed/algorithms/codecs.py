@@ -393,8 +393,8 @@ def _uniform(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Uniform numbers of 16 bits, above 0 and below 1: half as expensive as those of 32."""
     count = math.prod(shape)
     bits = jax.random.bits(key, (-(-count // 2),), jnp.uint32)
-    short = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(-1)[:count].reshape(shape)
-    return (short.astype(jnp.float32) + 0.5) / 2**16
+    halves = (bits[None] >> jnp.asarray([[0], [16]], jnp.uint32)) & jnp.uint32(0xFFFF)
+    return (halves.reshape(-1)[:count].reshape(shape).astype(jnp.float32) + 0.5) / 2**16
 
 
 def _rounded_up(x: Float[Array, "..."]) -> Float[Array, "..."]:

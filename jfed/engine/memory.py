@@ -5,10 +5,11 @@ each client has (`latest`), which is what a checkpoint holds of it. Rows lie in 
 in a folder where they are many; only the cohort's are ever on the devices.
 """
 
+import concurrent.futures
 import contextlib
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -66,9 +67,12 @@ class ClientMemory:
         """
         at, length = places
         stacks = [np.zeros((length, *leaf.shape), leaf.dtype) for leaf in self._first]
-        for client, place in zip(clients, at, strict=True):
+
+        def read(client: int, place: int) -> None:
             for stack, leaf in zip(stacks, self._row(client, int(latest[client])), strict=True):
                 stack[place] = leaf
+
+        in_threads(read, zip(clients, at, strict=True))
         return jax.tree.unflatten(self._structure, stacks)
 
     def put(self, client: int, round_: int, row: Any) -> None:
@@ -80,12 +84,14 @@ class ClientMemory:
         if self._folder is None:
             self._ram[client, round_] = [leaf.copy() for leaf in leaves]
         else:
-            content = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in leaves)
-            check = zlib.crc32(content).to_bytes(4, "little")
+            parts = [np.ascontiguousarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves]
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._path(client, round_)
             partial = path.with_suffix(".partial")
-            partial.write_bytes(check + content)
+            with partial.open("wb") as file:
+                file.write(_check(parts))
+                for part in parts:
+                    file.write(part)
             partial.replace(path)
 
     def forget(self, latest: Int[np.ndarray, " clients"]) -> None:
@@ -113,14 +119,28 @@ class ClientMemory:
             content = path.read_bytes()
         except OSError as error:
             raise RunFolderError(f"the memory of client {client} is gone: {error}.") from error
-        content, check = content[4:], content[:4]
-        if zlib.crc32(content).to_bytes(4, "little") != check or len(content) != self.row_bytes:
+        check, row = content[:4], memoryview(content)[4:]
+        if _check([row]) != check or len(row) != self.row_bytes:
             raise RunFolderError(
                 f"{str(path)!r} is damaged; the memory of client {client} after round "
                 f"{round_ + 1} cannot be had back. Remove the run folder to start anew."
             )
         ends = np.cumsum([leaf.nbytes for leaf in self._first])
         return [
-            np.frombuffer(content[end - leaf.nbytes : end], leaf.dtype).reshape(leaf.shape)
+            np.frombuffer(row[end - leaf.nbytes : end], leaf.dtype).reshape(leaf.shape)
             for leaf, end in zip(self._first, ends.tolist(), strict=True)
         ]
+
+
+def _check(parts: Sequence[Any]) -> bytes:
+    """Of bytes one after another."""
+    check = 0
+    for part in parts:
+        check = zlib.crc32(part, check)
+    return check.to_bytes(4, "little")
+
+
+def in_threads(do: Callable[..., None], calls: Iterable[Sequence[Any]]) -> None:
+    """Calls a function with each of the arguments; most of its time it waits for the disk."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda arguments: do(*arguments), calls))

@@ -1,6 +1,5 @@
 """Rows of client memory on their way between the host and the devices."""
 
-import concurrent.futures
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from jax.sharding import Mesh
 
 from jfed.engine import hosts
 from jfed.engine.devices import SPREAD, put, rows_here, to_host
-from jfed.engine.memory import ClientMemory
+from jfed.engine.memory import ClientMemory, in_threads
 from jfed.engine.packing import Packing, Schedule, Work
 from jfed.errors import ConfigError, check_integer
 
@@ -135,8 +134,7 @@ class ClientRows:
             for item, place in zip(work, _places(work, schedule, packing), strict=True):
                 if place in here[0]:
                     kept.append((item.client, number, [leaf[place] for leaf in here]))
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:  # most of it waits for the disk
-            list(pool.map(lambda row: memory.put(*row), kept))
+        in_threads(memory.put, kept)
 
 
 def _places(work: Sequence[Work], schedule: Schedule, packing: Packing) -> list[int]:
