@@ -292,17 +292,17 @@ def make_trainer(config: Training) -> jax.stages.Wrapped:
         lanes, length = schedule.lanes, schedule.length
         if config.mapping == "vmap":
             with vmapped(len(length)):
-                delivered, memory = _run(trainer, lanes, length.max(), delivered, memory)
+                delivered, memory = _Together(trainer, lanes, length.max()).run(delivered, memory)
         elif config.mapping == "map" and len(length) > 1:
 
             def one(carry: Any, lane: Any) -> Any:
-                return _run(trainer, _axis(lane[0]), lane[1], *carry), None
+                return _Together(trainer, _axis(lane[0]), lane[1]).run(*carry), None
 
             (delivered, memory), _ = jax.lax.scan(one, (delivered, memory), (lanes, length))
         else:
             for i in range(len(length)):
                 alone = jax.tree.map(lambda a, i=i: a[i : i + 1], lanes)
-                delivered, memory = _run(trainer, alone, length[i], delivered, memory)
+                delivered, memory = _Together(trainer, alone, length[i]).run(delivered, memory)
         return _sum_over_devices(delivered), memory
 
     # Unchecked: the check would want every loop inside a user's model, and inside diffrax, to start
@@ -345,68 +345,73 @@ def _axis(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[None], tree)
 
 
-def _run(
-    trainer: _Trainer, lanes: Lanes, length: Array, delivered: Delivered, memory: Any
-) -> tuple[Delivered, Any]:
-    """Runs lanes that take their steps together; of a single lane nothing is batched.
+class _Together:
+    """Lanes that take their steps together; of a single lane nothing is batched.
 
     Two loops: lanes begin clients, step until one of them is at its end, and that one delivers. So
     what a step computes is all that is in the inner loop.
     """
-    slots, count = trainer.config.slots, len(lanes.slot)
-    each = jax.vmap if count > 1 else _alone
-    steps = trainer.cohort.steps
 
-    def at(i: Array) -> tuple[Lanes, Int[Array, " l"], Bool[Array, " l"]]:
-        now = jax.tree.map(lambda a: a[:, i], lanes)
-        return now, jnp.minimum(now.slot, slots - 1), now.slot < slots
+    def __init__(self, trainer: _Trainer, lanes: Lanes, length: Array) -> None:
+        self.trainer, self.lanes, self.length = trainer, lanes, length
+        self.slots, self.count = trainer.config.slots, len(lanes.slot)
+        self.each = jax.vmap if self.count > 1 else _alone
 
-    def begin(slot: Array, memory: Any) -> Any:
-        return each(lambda s: trainer.begin(s, memory))(slot)
-
-    def one_step(before: _Stepping) -> _Stepping:
-        now, slot, active = at(before.i)
-        largest = None if count == 1 else _largest(trainer.setting(slot), active)
-        local, metrics = each(lambda s, n, x: trainer.step(s, n, x, largest))(
-            slot, now, before.local
+    def run(self, delivered: Delivered, memory: Any) -> tuple[Delivered, Any]:
+        """All that the lanes deliver, added to what there is, and the rows of memory."""
+        # Lanes that have not begun yet hold the first client's state; nothing of it is delivered.
+        local = self.begin(jnp.zeros(self.count, jnp.int32), memory)
+        zero = jax.tree.map(
+            lambda x: jnp.zeros((self.count, *x.shape[1:]), x.dtype), delivered.report.metrics
         )
+        first = _Stepping(jnp.zeros((), jnp.int32), jnp.zeros(self.count, bool), local, zero)
+        with jax.named_scope("turns"):
+            end = jax.lax.while_loop(
+                lambda carry: carry.stepping.i < self.length,
+                self.until_one_ends,
+                _Carry(first, delivered, memory),
+            )
+        return end.delivered, end.memory
+
+    def at(self, i: Array) -> tuple[Lanes, Int[Array, " l"], Bool[Array, " l"]]:
+        """What the lanes do at a step, for the clients of which slots, and which do not idle."""
+        now = jax.tree.map(lambda a: a[:, i], self.lanes)
+        return now, jnp.minimum(now.slot, self.slots - 1), now.slot < self.slots
+
+    def begin(self, slot: Array, memory: Any) -> Any:
+        """The local state of the lanes' clients at their first batch."""
+        return self.each(lambda s: self.trainer.begin(s, memory))(slot)
+
+    def step(self, before: _Stepping) -> _Stepping:
+        """One batch of every lane."""
+        now, slot, active = self.at(before.i)
+        trainer = self.trainer
+        largest = None if self.count == 1 else _largest(trainer.setting(slot), active)
+        one = self.each(lambda s, n, x: trainer.step(s, n, x, largest))
+        local, metrics = one(slot, now, before.local)
         metrics = jax.tree.map(jnp.add, before.metrics, metrics)
-        ends = active & (now.step == steps[slot] - 1)
+        ends = active & (now.step == trainer.cohort.steps[slot] - 1)
         return _Stepping(before.i + 1, ends, local, metrics)
 
-    def until_one_ends(carry: _Carry) -> _Carry:
+    def until_one_ends(self, carry: _Carry) -> _Carry:
+        """A pass of the outer loop."""
         (i, _, local, metrics), delivered, memory = carry
-        now, slot, active = at(i)
+        now, slot, active = self.at(i)
         starts = active & (now.step == 0)
         with jax.named_scope("begin"):
-            local = _select(starts, begin(slot, memory), local)
+            local = _select(starts, self.begin(slot, memory), local)
         metrics = jax.tree.map(lambda m: jnp.where(_along(starts, m), 0, m), metrics)
-        stepping = _Stepping(i, jnp.zeros(count, bool), local, metrics)
+        stepping = _Stepping(i, jnp.zeros(self.count, bool), local, metrics)
         with jax.named_scope("steps"):
             stepping = jax.lax.while_loop(
-                lambda now: ~now.ends.any() & (now.i < length), one_step, stepping
+                lambda now: ~now.ends.any() & (now.i < self.length), self.step, stepping
             )
         with jax.named_scope("deliver"):
-            _, slot, _ = at(stepping.i - 1)
-            told = each(lambda s, x, m: trainer.end(s, x, m, memory))(
-                slot, stepping.local, stepping.metrics
-            )
-            delivered, memory = _add(trainer, delivered, memory, told, stepping, slot)
+            _, slot, _ = self.at(stepping.i - 1)
+            end = self.each(lambda s, x, m: self.trainer.end(s, x, m, memory))
+            told = end(slot, stepping.local, stepping.metrics)
+            delivered, memory = _add(self.trainer, delivered, memory, told, stepping, slot)
         return _Carry(stepping, delivered, memory)
-
-    # Lanes that have not begun yet hold the first client's state; nothing of it is delivered.
-    local = begin(jnp.zeros(count, jnp.int32), memory)
-    zero = jax.tree.map(
-        lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), delivered.report.metrics
-    )
-    first = _Stepping(jnp.zeros((), jnp.int32), jnp.zeros(count, bool), local, zero)
-    with jax.named_scope("turns"):
-        end = jax.lax.while_loop(
-            lambda carry: carry.stepping.i < length,
-            until_one_ends,
-            _Carry(first, delivered, memory),
-        )
-    return end.delivered, end.memory
 
 
 def _add(
