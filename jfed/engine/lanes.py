@@ -1,10 +1,10 @@
 """The engine: one compiled program trains all clients of a round whose tiers share it.
 
-Clients are packed on lanes, and lanes are spread over devices. A lane is one loop over batches that
-trains client after client: at a client's first batch it begins anew from what the server sent, at
+Clients are packed on lanes, and lanes are spread over devices. A lane loops over batches and trains
+client after client: at a client's first batch it begins anew from what the server sent, at
 its last one the client's message is added to the device's sum. So clients of different sizes and
 tiers cost no padding, and memory does not grow with their number. Beginnings and ends are rare, so
-they stand outside the loop over steps, even where several lanes step together (`vmap`).
+they stand outside of the loop over steps, even where several lanes step together (`vmap`).
 
 A client whose message, loss or new memory is not finite is left out, with all that it measured.
 """
@@ -90,12 +90,12 @@ class Inputs(NamedTuple):
     learning_rate: Float[Array, ""]
 
 
-class _Stepping(NamedTuple):
-    """Lanes that step together.
+class _Steps(NamedTuple):
+    """What the loop over steps carries.
 
     Attributes:
       i: the next step.
-      ends: `[l]` whose client was at its last step before it.
+      ends: `[l]` whether the step before it was the last one of the lane's client.
       local: of the clients, by lane.
       metrics: that they measured so far, by lane.
     """
@@ -109,7 +109,7 @@ class _Stepping(NamedTuple):
 class _Carry(NamedTuple):
     """Between two clients' ends: where lanes are, what was delivered, and rows of memory."""
 
-    stepping: _Stepping
+    steps: _Steps
     delivered: Delivered
     memory: Any
 
@@ -292,17 +292,17 @@ def make_trainer(config: Training) -> jax.stages.Wrapped:
         lanes, length = schedule.lanes, schedule.length
         if config.mapping == "vmap":
             with vmapped(len(length)):
-                delivered, memory = _Together(trainer, lanes, length.max()).run(delivered, memory)
+                delivered, memory = _Lockstep(trainer, lanes, length.max()).run(delivered, memory)
         elif config.mapping == "map" and len(length) > 1:
 
             def one(carry: Any, lane: Any) -> Any:
-                return _Together(trainer, _axis(lane[0]), lane[1]).run(*carry), None
+                return _Lockstep(trainer, _axis(lane[0]), lane[1]).run(*carry), None
 
             (delivered, memory), _ = jax.lax.scan(one, (delivered, memory), (lanes, length))
         else:
             for i in range(len(length)):
                 alone = jax.tree.map(lambda a, i=i: a[i : i + 1], lanes)
-                delivered, memory = _Together(trainer, alone, length[i]).run(delivered, memory)
+                delivered, memory = _Lockstep(trainer, alone, length[i]).run(delivered, memory)
         return _sum_over_devices(delivered), memory
 
     # Unchecked: the check would want every loop inside a user's model, and inside diffrax, to start
@@ -345,11 +345,11 @@ def _axis(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[None], tree)
 
 
-class _Together:
+class _Lockstep:
     """Lanes that take their steps together; of a single lane nothing is batched.
 
-    Two loops: lanes begin clients, step until one of them is at its end, and that one delivers. So
-    what a step computes is all that is in the inner loop.
+    Two loops: lanes begin clients, step until a client ends, and those that end deliver. So the
+    inner loop has nothing but what a step computes.
     """
 
     def __init__(self, trainer: _Trainer, lanes: Lanes, length: Array) -> None:
@@ -364,10 +364,10 @@ class _Together:
         zero = jax.tree.map(
             lambda x: jnp.zeros((self.count, *x.shape[1:]), x.dtype), delivered.report.metrics
         )
-        first = _Stepping(jnp.zeros((), jnp.int32), jnp.zeros(self.count, bool), local, zero)
+        first = _Steps(jnp.zeros((), jnp.int32), jnp.zeros(self.count, bool), local, zero)
         with jax.named_scope("turns"):
             end = jax.lax.while_loop(
-                lambda carry: carry.stepping.i < self.length,
+                lambda carry: carry.steps.i < self.length,
                 self.until_one_ends,
                 _Carry(first, delivered, memory),
             )
@@ -382,7 +382,7 @@ class _Together:
         """The local state of the lanes' clients at their first batch."""
         return self.each(lambda s: self.trainer.begin(s, memory))(slot)
 
-    def step(self, before: _Stepping) -> _Stepping:
+    def step(self, before: _Steps) -> _Steps:
         """One batch of every lane."""
         now, slot, active = self.at(before.i)
         trainer = self.trainer
@@ -391,7 +391,7 @@ class _Together:
         local, metrics = one(slot, now, before.local)
         metrics = jax.tree.map(jnp.add, before.metrics, metrics)
         ends = active & (now.step == trainer.cohort.steps[slot] - 1)
-        return _Stepping(before.i + 1, ends, local, metrics)
+        return _Steps(before.i + 1, ends, local, metrics)
 
     def until_one_ends(self, carry: _Carry) -> _Carry:
         """A pass of the outer loop."""
@@ -401,17 +401,18 @@ class _Together:
         with jax.named_scope("begin"):
             local = _select(starts, self.begin(slot, memory), local)
         metrics = jax.tree.map(lambda m: jnp.where(_along(starts, m), 0, m), metrics)
-        stepping = _Stepping(i, jnp.zeros(self.count, bool), local, metrics)
         with jax.named_scope("steps"):
-            stepping = jax.lax.while_loop(
-                lambda now: ~now.ends.any() & (now.i < self.length), self.step, stepping
+            steps = jax.lax.while_loop(
+                lambda steps: ~steps.ends.any() & (steps.i < self.length),
+                self.step,
+                _Steps(i, jnp.zeros(self.count, bool), local, metrics),
             )
         with jax.named_scope("deliver"):
-            _, slot, _ = self.at(stepping.i - 1)
+            _, slot, _ = self.at(steps.i - 1)
             end = self.each(lambda s, x, m: self.trainer.end(s, x, m, memory))
-            told = end(slot, stepping.local, stepping.metrics)
-            delivered, memory = _add(self.trainer, delivered, memory, told, stepping, slot)
-        return _Carry(stepping, delivered, memory)
+            told = end(slot, steps.local, steps.metrics)
+            delivered, memory = _add(self.trainer, delivered, memory, told, steps, slot)
+        return _Carry(steps, delivered, memory)
 
 
 def _add(
@@ -419,11 +420,11 @@ def _add(
     before: Delivered,
     memory: Any,
     told: tuple[Any, ...],
-    stepping: _Stepping,
+    steps: _Steps,
     slot: Int[Array, " l"],
 ) -> tuple[Delivered, Any]:
     """Adds what the lanes deliver whose client ends."""
-    ends, slots = stepping.ends, trainer.config.slots
+    ends, slots = steps.ends, trainer.config.slots
     at = jnp.where(ends, slot, slots)  # too large for others
     parts, weights, finite, rows = told
     counts = ends & finite
@@ -445,7 +446,7 @@ def _add(
         },
         {name: put(before.weights[name], weight) for name, weight in weights.items()},
         Report(
-            jax.tree.map(put, report.metrics, stepping.metrics),
+            jax.tree.map(put, report.metrics, steps.metrics),
             report.delivered.at[at].set(counts, mode="drop"),
             report.rejected.at[at].set(~counts, mode="drop"),
         ),
@@ -466,7 +467,7 @@ def _alone(f: Callable) -> Callable:
 
 
 def _select(which: Bool[Array, " l"], new: Any, old: Any) -> Any:
-    if len(which) == 1:  # called where one of them is True, as a single lane is
+    if len(which) == 1:  # a single lane begins a client whenever this is called
         return new
     return jax.tree.map(lambda n, o: jnp.where(_along(which, n), n, o), new, old)
 

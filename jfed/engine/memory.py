@@ -9,7 +9,7 @@ import concurrent.futures
 import contextlib
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -72,11 +72,23 @@ class ClientMemory:
             for stack, leaf in zip(stacks, self._row(client, int(latest[client])), strict=True):
                 stack[place] = leaf
 
-        in_threads(read, zip(clients, at, strict=True))
+        self._each(read, list(zip(clients, at, strict=True)))
         return jax.tree.unflatten(self._structure, stacks)
 
-    def put(self, client: int, round_: int, row: Any) -> None:
-        """Keeps the row that a client has after a round."""
+    def keep(self, rows: Sequence[tuple[int, int, Any]]) -> None:
+        """Keeps the rows that clients have after rounds: `(client, round, row)` each."""
+        self._each(self._put, rows)
+
+    def _each(self, do: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> None:
+        """Does something for each row; of files in threads, which mostly wait for the disk."""
+        if self._folder is None:
+            for arguments in calls:
+                do(*arguments)
+        else:
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                list(pool.map(lambda arguments: do(*arguments), calls))
+
+    def _put(self, client: int, round_: int, row: Any) -> None:
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(row)]
         rounds = self._rounds.setdefault(client, [])
         if round_ not in rounds:
@@ -84,14 +96,12 @@ class ClientMemory:
         if self._folder is None:
             self._ram[client, round_] = [leaf.copy() for leaf in leaves]
         else:
-            parts = [np.ascontiguousarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves]
+            flat = (np.ascontiguousarray(leaf).reshape(-1) for leaf in leaves)
+            parts: list[Any] = [leaf.view(np.uint8) for leaf in flat]
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._path(client, round_)
             partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
-                file.write(_check(parts))
-                for part in parts:
-                    file.write(part)
+            partial.write_bytes(b"".join([_checksum(parts), *parts]))
             partial.replace(path)
 
     def forget(self, latest: Int[np.ndarray, " clients"]) -> None:
@@ -120,7 +130,7 @@ class ClientMemory:
         except OSError as error:
             raise RunFolderError(f"the memory of client {client} is gone: {error}.") from error
         check, row = content[:4], memoryview(content)[4:]
-        if _check([row]) != check or len(row) != self.row_bytes:
+        if _checksum([row]) != check or len(row) != self.row_bytes:
             raise RunFolderError(
                 f"{str(path)!r} is damaged; the memory of client {client} after round "
                 f"{round_ + 1} cannot be had back. Remove the run folder to start anew."
@@ -132,15 +142,9 @@ class ClientMemory:
         ]
 
 
-def _check(parts: Sequence[Any]) -> bytes:
-    """Of bytes one after another."""
+def _checksum(parts: Sequence[Any]) -> bytes:
+    """CRC-32 of buffers, one after another."""
     check = 0
     for part in parts:
         check = zlib.crc32(part, check)
     return check.to_bytes(4, "little")
-
-
-def in_threads(do: Callable[..., None], calls: Iterable[Sequence[Any]]) -> None:
-    """Calls a function with each of the arguments; most of its time it waits for the disk."""
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda arguments: do(*arguments), calls))

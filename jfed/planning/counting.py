@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from jfed.errors import ConfigError, check_number, check_share
+from jfed.errors import ConfigError, check_number
 from jfed.planning.hlo import Computation, Instruction, Program, parse
 from jfed.planning.kernels import CONTROL, Kernels, is_kernel
 
@@ -92,10 +92,9 @@ def count(text: str, lengths: Mapping[str, int | float]) -> Counts:
     Args:
       text: of the compiled program, `compiled.as_text()`.
       lengths: by the name of a `jax.named_scope`: how many passes a loop in it makes each time,
-        where its length is data (lengths that XLA knows go before these); and how often a
-        `jax.lax.cond` in it takes its true branch, 0 to 1 (of one that is not named the costliest
-        branch counts). A scope does not reach into the loops and branches within it: those have
-        scopes of their own, or are unknown.
+        where its length is data (lengths that XLA knows go before these). A scope does not reach
+        into the loops and branches within it: those have scopes of their own, or are unknown. Of
+        branches the costliest counts.
     """
     walk = Walk(parse(text), lengths)
     return walk.total(walk.visits(walk.program.entry))
@@ -156,8 +155,7 @@ class Walk:
                 yield from self.passes(one, times * passes, checks, loops)
             elif one.opcode == "conditional":
                 yield Visit(computation, one, times, loops)
-                for branch, share in self._branches(one):
-                    yield from self.visits(branch, times * share, loops)
+                yield from self.visits(self._costliest(one), times, loops)
             elif one.opcode in CONTROL:
                 for name in one.called("to_apply") + one.called("calls"):
                     yield from self.visits(self.program.computation(name), times, loops)
@@ -170,36 +168,31 @@ class Walk:
             for name in loop.called(attribute) if each else ():
                 yield from self.visits(self.program.computation(name), each, (*loops, loop))
 
-    def scopes(self, control: Instruction) -> list[str]:
-        """Names of the scopes around a loop or conditional, the innermost first."""
-        kind = "while" if control.opcode == "while" else "cond"
-        return _scopes(self._op_name(control, kind), kind)
+    def scopes(self, loop: Instruction) -> list[str]:
+        """Names of the scopes around a loop, the innermost first."""
+        return _scopes(self._op_name(loop))
 
-    def _op_name(self, control: Instruction, kind: str) -> str:
-        """Of a loop or conditional: its own, or else what its computations were made from."""
-        if control.op_name:
-            return control.op_name
-        inside = "/while/body/" if kind == "while" else "/cond/branch_"
-        called = control.called("body") + _branches(control)
-        names = [one.op_name for name in called for one in self.program.computation(name)]
+    def _op_name(self, loop: Instruction) -> str:
+        """Of a loop: its own, or else what its body was made from."""
+        if loop.op_name:
+            return loop.op_name
+        inside = "/while/body/"
+        (body,) = loop.called("body")
+        names = [one.op_name for one in self.program.computation(body)]
         found = Counter(name.rpartition(inside)[0] for name in names if inside in name)
-        return f"{found.most_common(1)[0][0]}/{kind}" if found else ""
+        return f"{found.most_common(1)[0][0]}/while" if found else ""
 
     def _length(self, loop: Instruction) -> float:
         for scope in self.scopes(loop):
             if scope in self.lengths:
                 return self.lengths[scope]
-        self.unknown[loop.name] = Unknown(loop.name, self._op_name(loop, "while"))
+        self.unknown[loop.name] = Unknown(loop.name, self._op_name(loop))
         return 1.0
 
-    def _branches(self, conditional: Instruction) -> list[tuple[Computation, float]]:
-        """The branches that count, and how often each is taken."""
-        branches = [self.program.computation(name) for name in _branches(conditional)]
-        for scope in self.scopes(conditional):
-            if scope in self.lengths and len(branches) == 2:
-                share = check_share(f"how often the branch {scope!r} is taken", self.lengths[scope])
-                return list(zip(branches, (1 - share, share), strict=True))
-        return [(max(branches, key=self._weight), 1.0)]
+    def _costliest(self, conditional: Instruction) -> Computation:
+        kinds = ("branch_computations", "false_computation", "true_computation")
+        names = [name for kind in kinds for name in conditional.called(kind)]
+        return max(map(self.program.computation, names), key=self._weight)
 
     def _weight(self, computation: Computation) -> float:
         apart = Walk(self.program, self.lengths)  # with unknown loops of its own
@@ -207,25 +200,19 @@ class Walk:
         return sum(counts.flops.values()) + counts.vector_flops + counts.bytes
 
 
-def _branches(conditional: Instruction) -> list[str]:
-    """Names of its computations; that of "false" comes first, as in `jax.lax.cond`."""
-    kinds = ("branch_computations", "false_computation", "true_computation")
-    return [name for kind in kinds for name in conditional.called(kind)]
-
-
-# What JAX puts between a scope's name and a loop or conditional in it.
+# What JAX puts between a scope's name and a loop in it.
 _BETWEEN = re.compile(
     r"(shard_map|checkpoint|rematted_computation|closed_call|core_call|remat2?|"
     r"custom_(jvp|vjp)_call(_jaxpr)?|)"
 )
 
 
-def _scopes(op_name: str, kind: str) -> list[str]:
+def _scopes(op_name: str) -> list[str]:
     """`a/while/body/transpose(jvp(ode0))/while` -> ["ode0"]: those within the loop around it."""
     parts = op_name.split("/")
-    if kind not in parts:
+    if "while" not in parts:
         return []
-    end = len(parts) - 1 - parts[::-1].index(kind)
+    end = len(parts) - 1 - parts[::-1].index("while")
     found = []
     for i in range(end - 1, -1, -1):
         before = parts[i - 1] if i else ""

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jfed.engine import hosts
 from jfed.engine.devices import SPREAD, put, rows_here, to_host
-from jfed.engine.memory import ClientMemory, in_threads
+from jfed.engine.memory import ClientMemory
 from jfed.engine.packing import Packing, Schedule, Work
 from jfed.errors import ConfigError, check_integer
 
@@ -111,8 +111,7 @@ class ClientRows:
         """As `keep`, of rows by client."""
         if self.memory is None:
             return latest
-        for client, row in rows.items():
-            self.memory.put(client, number, row)
+        self.memory.keep([(client, number, row) for client, row in rows.items()])
         return self._renewed(number, latest, list(rows))
 
     def _renewed(self, number: int, latest: Any, clients: list[int]) -> Any:
@@ -134,7 +133,7 @@ class ClientRows:
             for item, place in zip(work, _places(work, schedule, packing), strict=True):
                 if place in here[0]:
                     kept.append((item.client, number, [leaf[place] for leaf in here]))
-        in_threads(memory.put, kept)
+        memory.keep(kept)
 
 
 def _places(work: Sequence[Work], schedule: Schedule, packing: Packing) -> list[int]:

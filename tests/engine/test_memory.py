@@ -30,9 +30,9 @@ def test_rows_are_those_of_the_latest_rounds(folder):
     assert memory.row_bytes == 4 + 24
     latest = memory.begin(4)
     assert latest.tolist() == [NEVER] * 4
-    memory.put(2, 0, _row(20))
-    memory.put(2, 3, _row(23))
-    memory.put(0, 3, _row(3))
+    memory.keep([(2, 0, _row(20))])
+    memory.keep([(2, 3, _row(23))])
+    memory.keep([(0, 3, _row(3))])
     latest[[0, 2]] = 3
     rows = memory.rows([2, 1, 0], latest, ([4, 0, 2], 5))
     np.testing.assert_array_equal(rows["count"], [7, 0, 3, 0, 23])
@@ -46,22 +46,22 @@ def test_rows_are_those_of_the_latest_rounds(folder):
 
 def test_a_row_is_a_copy(folder):
     memory, row = ClientMemory(FIRST, 2, folder), _row(1)
-    memory.put(0, 0, row)
+    memory.keep([(0, 0, row)])
     row["drift"][:] = 9
     read = memory.rows([0], np.zeros(2, np.int32), ([0], 1))
     np.testing.assert_array_equal(read["drift"], np.ones((1, 2, 3)))
     read["drift"][:] = 9
     again = memory.rows([0], np.zeros(2, np.int32), ([0], 1))
     np.testing.assert_array_equal(again["drift"], np.ones((1, 2, 3)))
-    memory.put(0, 0, _row(5))  # the same round once more, after a run was stopped
+    memory.keep([(0, 0, _row(5))])  # the same round once more, after a run was stopped
     assert _counts(memory, [0], [0, 0]) == [5]
 
 
 def test_superseded_rows_are_forgotten(folder):
     memory = ClientMemory(FIRST, 2, folder)
     for round_ in (0, 2, 5):
-        memory.put(0, round_, _row(round_))
-    memory.put(1, 0, _row(10))
+        memory.keep([(0, round_, _row(round_))])
+    memory.keep([(1, 0, _row(10))])
     memory.forget(np.array([2, NEVER], np.int32))
     assert _counts(memory, [0, 1], [2, 0]) == [2, 10]
     assert _counts(memory, [0, 1], [5, 0]) == [5, 10]
@@ -75,8 +75,8 @@ def test_superseded_rows_are_forgotten(folder):
 def test_rows_in_a_folder_outlive_the_process(tmp_path):
     folder = epath.Path(tmp_path) / "memory"
     before = ClientMemory(FIRST, 2, folder)
-    before.put(0, 0, _row(1))
-    before.put(0, 1, _row(2))
+    before.keep([(0, 0, _row(1))])
+    before.keep([(0, 1, _row(2))])
     (folder / "1-7.partial").write_bytes(b"killed while writing")
     after = ClientMemory(FIRST, 2, folder)
     assert _counts(after, [0, 1], [1, NEVER]) == [2, 7]
@@ -88,7 +88,7 @@ def test_rows_in_a_folder_outlive_the_process(tmp_path):
 def test_a_damaged_row_is_named(tmp_path, damage):
     folder = epath.Path(tmp_path)
     memory = ClientMemory(FIRST, 30, folder)
-    memory.put(29, 4, _row(1))
+    memory.keep([(29, 4, _row(1))])
     path = folder / "29-4.row"
     content = bytearray(path.read_bytes())
     if damage == "flipped":
@@ -107,7 +107,7 @@ def test_rows_that_do_not_fit_in_ram_are_files_for_the_time_being(monkeypatch):
     monkeypatch.setattr(memory_lib, "IN_RAM", 100)
     few, many = ClientMemory(FIRST, 3), ClientMemory(FIRST, 4)
     for memory in (few, many):
-        memory.put(1, 0, _row(4))
+        memory.keep([(1, 0, _row(4))])
         assert _counts(memory, [1], [0] * 4) == [4]
     assert few._folder is None
     folder = many._folder
