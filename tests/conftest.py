@@ -6,11 +6,14 @@ import jax
 import jaxtyping
 import pytest
 
+# Most of the time of the tests goes into compiling, and half of that into XLA's newer emitters of
+# fused loops. Commands that the tests start do without those too, but optimise as always.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+
 jaxtyping.install_import_hook("jfed", "beartype.beartype")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
-# Most of the time of the tests goes into compiling; commands that they start optimise as always.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -260,9 +260,9 @@ def test_every_mapping_equals_the_debug_engine(name, engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_every_case_on_every_mapping_equals_the_debug_engine(name, engine):
+@pytest.mark.parametrize("engine", [(1, 2, "unroll"), (4, 1, "map"), (4, 2, "vmap")], ids=str)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("momentum", "memory")])
+def test_every_case_equals_the_debug_engine_on_other_mappings_and_devices(name, engine):
     _check(name, engine)
 
 

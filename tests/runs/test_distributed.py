@@ -21,20 +21,46 @@ from jfed.runs.folder import claim
 
 SMALL = (
     "--epochs 1 --train-examples 160 --eval-examples 50 --clients 6 --iterations 1 "
-    "--widths 4 --conv transposed --norm batch --seed 3 --no-cache"
+    "--widths 4 --conv transposed --norm batch --seed 3"
 ).split()
+
+
+_STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_left():
+    """Whatever a test that fails has started ends with it."""
+    yield
+    while _STARTED:
+        _STARTED.pop().kill()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(compiled):
+    """Where the processes keep what they compiled; what they run is mostly the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
+        yield
 
 
 def _start(arguments, devices, before=""):
     code = f"{before}\nimport sys; from jfed.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "run", *SMALL, *map(str, arguments)],
+    return _process([code, "run", *SMALL, *map(str, arguments)], environment)
+
+
+def _process(code, environment):
+    """A Python process; its output is to be read."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", *code],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+    _STARTED.append(process)
+    return process
 
 
 def _join():
@@ -211,9 +237,10 @@ def _begun(processes, folder):
 
 
 SMALL_FILES = """
-import resource, signal
+import os, resource, signal
+del os.environ["JAX_COMPILATION_CACHE_DIR"]  # where no half of a program should be left
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 """
 FAILS = """
 from jfed.simulation import loop
@@ -236,7 +263,7 @@ loop.check_finite = fails
     ids=["disk", "program"],
 )
 def test_an_error_in_mid_run_ends_both(tmp_path, before, message):
-    processes = _start_both([*LONG, "--workdir", tmp_path / "run"], before)
+    processes = _start_both([*LONG, "--no-cache", "--workdir", tmp_path / "run"], before)
     _end_alike(processes, message)
     assert (tmp_path / "run" / "checkpoints").exists()
 
@@ -284,13 +311,7 @@ def test_runs_in_memory_end_alike_too(seeds, fails, message):
     address = _join()[0][2]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", IN_MEMORY, address, str(host), str(seed), fails],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        _process([IN_MEMORY, address, str(host), str(seed), fails], environment)
         for host, seed in enumerate(seeds)
     ]
     _end_alike(processes, message)
