@@ -133,7 +133,7 @@ def test_a_terminated_run_saves_and_says_so(tmp_path, cache, left_alone):
     began = time.monotonic()
     output = _finish(process)
     assert process.returncode == 143, output
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 10
     saved = [path.name for path in (folder / "checkpoints").iterdir()]
     assert saved == [str(len(_rows(folder)))]
     assert f"stopped after round {saved[0]} of {ROUNDS}" in output
