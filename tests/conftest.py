@@ -1,6 +1,7 @@
 """Strict JAX settings and checked array shapes for every test; what several test files share."""
 
 import os
+import subprocess
 
 import jax
 import jaxtyping
@@ -17,6 +18,22 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running(monkeypatch):
+    """Ends the processes that a test has started, should it fail before they have ended."""
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    yield
+    for process in started:
+        process.kill()
 
 
 @pytest.fixture(scope="session")

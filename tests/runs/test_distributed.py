@@ -25,17 +25,6 @@ SMALL = (
 ).split()
 
 
-_STARTED = []
-
-
-@pytest.fixture(autouse=True)
-def nobody_is_left():
-    """Whatever a test that fails has started ends with it."""
-    yield
-    while _STARTED:
-        _STARTED.pop().kill()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def cache(compiled):
     """Where the processes keep what they compiled; what they run is mostly the same."""
@@ -52,15 +41,13 @@ def _start(arguments, devices, before=""):
 
 def _process(code, environment):
     """A Python process; its output is to be read."""
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-c", *code],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    _STARTED.append(process)
-    return process
 
 
 def _join():
@@ -238,9 +225,9 @@ def _begun(processes, folder):
 
 SMALL_FILES = """
 import os, resource, signal
-del os.environ["JAX_COMPILATION_CACHE_DIR"]  # where no half of a program should be left
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # where no half of a program should be left
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 """
 FAILS = """
 from jfed.simulation import loop
@@ -263,7 +250,7 @@ loop.check_finite = fails
     ids=["disk", "program"],
 )
 def test_an_error_in_mid_run_ends_both(tmp_path, before, message):
-    processes = _start_both([*LONG, "--no-cache", "--workdir", tmp_path / "run"], before)
+    processes = _start_both([*LONG, "--workdir", tmp_path / "run"], before)
     _end_alike(processes, message)
     assert (tmp_path / "run" / "checkpoints").exists()
 
