@@ -44,8 +44,8 @@ _PARTITIONS: dict[str, dict[str, Any]] = {
 _FIRST = {"medium": 2, "smoke": 1}  # so many of them; all at the other scales
 # At the medium scale, those that matter most first; under Dirichlet 0.5 the first six alone.
 _ORDER = (
-    *("mixed", "mixed 1+4+8", "only 1", "only 8", "ResNet-20", "no iterations"),
-    *("only 4", "exclusive", "only 2", "ResNet-56"),
+    *("mixed 1+4+8", "only 1", "ResNet-20", "only 4", "mixed", "only 8"),
+    *("exclusive", "no iterations", "only 2", "ResNet-56"),
 )
 _MORE_CLIENTS = {"clients": 40, "cohort": 10, "steps": 6, "learning_rate": 0.1}
 
