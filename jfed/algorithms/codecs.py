@@ -95,14 +95,16 @@ def quantise(bits: int, *, by_channel: bool = False) -> Codec:
 def top_k(share: float) -> Codec:
     """The share of a tensor's entries that are largest in magnitude, with error feedback.
 
-    At least one entry of each tensor. Magnitudes are told apart by 16 bits, and of those that are
-    as large as the last one that is kept, all are.
+    The share is of what is not zero, as what a tier does not own is, or a codec before it leaves
+    out; at least one entry. Magnitudes are told apart by 16 bits, and of those that are as large as
+    the last one that is kept, all are.
     """
     check_share("share of a codec", share)
 
     def one(x: Array, key: Array) -> Array:
         del key
-        return jnp.where(_largest(x, max(1, math.ceil(share * x.size))), x, 0)
+        count = jnp.ceil(share * jnp.count_nonzero(x).astype(jnp.float32))
+        return jnp.where(_largest(x, count.astype(jnp.int32)), x, 0)
 
     return Codec(_by_leaf(one), feedback=True)
 
@@ -403,8 +405,7 @@ def _rounded_up(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.lax.bitcast_convert_type((bits + 0xFFFF) & jnp.uint32(0xFFFF0000), jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _largest(x: Float[Array, "..."], count: int) -> Bool[Array, "..."]:
+def _largest(x: Float[Array, "..."], count: Int[Array, ""]) -> Bool[Array, "..."]:
     """Where the magnitude is among the `count` largest, bisected over the upper 16 bits of it.
 
     A sort of 1.6 M entries takes XLA's CPU compiler 0.4 s, this 0.01.

@@ -122,6 +122,9 @@ def test_sparse_codecs_keep_what_they_should():
     np.testing.assert_array_equal(sent[kept], array[kept])
     assert 200 <= kept.sum() < 210  # ties in 16 bits of magnitude may stay
     assert np.abs(array[~kept]).max() < np.abs(array[kept]).min()
+    half = np.where(np.arange(40)[:, None] % 2, array, 0)  # of a tier that owns every other row
+    owned = np.asarray(named(("topk:0.1",)).apply([half], jax.random.key(0))[0])
+    assert 100 <= (owned != 0).sum() < 106
     sent = np.asarray(named(("randk:0.3",)).apply([array], jax.random.key(0))[0])
     assert abs((sent != 0).mean() - 0.3) < 0.05
     sent = np.asarray(named(("sign",)).apply([array], jax.random.key(0))[0])
