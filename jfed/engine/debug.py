@@ -49,12 +49,37 @@ def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Se
     """Trains one client that remembers `memory`; returns what it sends, and its new memory."""
     memory = jax.tree.map(jnp.asarray, memory)
     tier, algorithm, variables = config.tiers[work.tier], config.algorithm, inputs.server.variables
-    sent, remembered = (
+    received, remembered = (
         map_parts(lambda v: tier.extract(v, inputs.round), variables, tree)
         for tree in (algorithm.send(inputs.server), memory)
     )
-    client = Client(
-        sent=sent,
+    client = _client(config, inputs, work, received)
+    key = jax.random.fold_in(jax.random.fold_in(inputs.key, inputs.round), work.client)
+    begin, end, fault = (jax.random.fold_in(key, np.uint32(2**32 - i)) for i in (1, 2, 4))
+    local = algorithm.client_init(client, remembered, begin)
+    local, metrics = _steps(config, inputs, work, client, local, key)
+    message, after = algorithm.client_final(client, local, end)
+    message = client.own(message)
+    if config.faults is not None and config.faults.corrupts:
+        message = corrupt(config.faults, message, jnp.int32(work.fault), fault)
+    message = client.own(message)
+    if config.clip is not None:
+        message["update"] = clip(message["update"], config.clip)
+    sent = _sent(config, inputs, client, tier, message, metrics, jax.tree.leaves(after))
+
+    def remember(old: Params, new: Params) -> Params:
+        placed = tier.embed(new, variables, inputs.round)
+        return jax.tree.map(lambda b, a, o: jnp.where(o > 0, a, b), old, placed, sent.entries)
+
+    kept = map_parts(remember, variables, memory, after, otherwise=lambda old, new: new)
+    return sent, kept if sent.counts else memory
+
+
+def _client(config: Training, inputs: Inputs, work: Work, received: Any) -> Client:
+    """What the algorithm is told of a client."""
+    tier = config.tiers[work.tier]
+    return Client(
+        sent=received,
         loss=training_loss(tier.bound()),
         number=jnp.int32(work.client),
         examples=jnp.int32(work.examples),
@@ -62,11 +87,15 @@ def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Se
         weight=jnp.float32(work.weight),
         round=inputs.round,
         learning_rate=inputs.learning_rate,
-        own=lambda message: _own(tier, algorithm, variables, message),
+        own=lambda message: _own(tier, config.algorithm, inputs.server.variables, message),
     )
-    key = jax.random.fold_in(jax.random.fold_in(inputs.key, inputs.round), work.client)
-    begin, end, fault = (jax.random.fold_in(key, np.uint32(2**32 - i)) for i in (1, 2, 4))
-    local, told = algorithm.client_init(client, remembered, begin), []
+
+
+def _steps(
+    config: Training, inputs: Inputs, work: Work, client: Client, local: Any, key: jax.Array
+) -> tuple[Any, Metrics]:
+    """A client's local state after all its batches, and their metrics in sum."""
+    told = []
     for step, batch in enumerate(work.batches):
         data_key, loss_key = jax.random.split(jax.random.fold_in(key, step))
         examples, mask = jnp.asarray(np.where(batch < 0, batch[0], batch)), jnp.float32(batch >= 0)
@@ -74,39 +103,39 @@ def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Se
         data = data._replace(round=inputs.round)
         if inputs.present is not None:
             data = data._replace(present=inputs.present[work.client])
-        local, metrics = algorithm.client_step(client, local, data, loss_key)
+        local, metrics = config.algorithm.client_step(client, local, data, loss_key)
         told.append(metrics)
-    message, after = algorithm.client_final(client, local, end)
-    message = _own(tier, algorithm, variables, message)
-    if config.faults is not None and config.faults.corrupts:
-        message = corrupt(config.faults, message, jnp.int32(work.fault), fault)
-    message = _own(tier, algorithm, variables, message)
-    if config.clip is not None:
-        message["update"] = clip(message["update"], config.clip)
-    metrics = jax.tree.map(lambda *m: sum(m[1:], start=m[0]), *told)
-    weights = {n: float(algorithm.weights.get(n, lambda c: c.weight)(client)) for n in message}
+    return local, jax.tree.map(lambda *m: sum(m[1:], start=m[0]), *told)
+
+
+def _sent(
+    config: Training,
+    inputs: Inputs,
+    client: Client,
+    tier: Tier,
+    message: dict[str, Any],
+    metrics: Metrics,
+    kept: Sequence[Any],
+) -> Sent:
+    """A client's message among the global variables; it counts if it and `kept` are finite."""
+    variables = inputs.server.variables
+    weighed = config.algorithm.weights
+    weights = {n: float(weighed.get(n, lambda c: c.weight)(client)) for n in message}
     weighted = [weights[n] * leaf for n in message for leaf in jax.tree.leaves(message[n])]
-    kept = jax.tree.leaves(after)
-    counts = all(bool(jnp.isfinite(x).all()) for x in (*weighted, metrics.loss, *kept))
     owned, shapes = tier.owned(variables, inputs.round), tier.shapes(variables)
-
-    def place(part: Params) -> Params:
-        return tier.embed(part, variables, inputs.round)
-
-    def remember(old: Params, new: Params) -> Params:
-        return jax.tree.map(lambda b, a, o: jnp.where(o > 0, a, b), old, place(new), owned)
-
-    kept = map_parts(remember, variables, memory, after, otherwise=lambda old, new: new)
     like = {name: is_like(part, shapes) for name, part in message.items()}
-    sent = Sent(
-        {n: place(part) if like[n] else part for n, part in message.items()},
+    placed = {
+        n: tier.embed(part, variables, inputs.round) if like[n] else part
+        for n, part in message.items()
+    }
+    return Sent(
+        placed,
         {n: owned if like[n] else jax.tree.map(jnp.ones_like, p) for n, p in message.items()},
         owned,
         weights,
         metrics,
-        counts,
+        all(bool(jnp.isfinite(x).all()) for x in (*weighted, metrics.loss, *kept)),
     )
-    return sent, kept if counts else memory
 
 
 def _own(
