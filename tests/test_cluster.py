@@ -76,6 +76,7 @@ SRUN = 'trap "exit $STATUS" TERM; echo $$ > "$HERE/pid"; for i in {1..600}; do s
 def test_a_slurm_job_whose_time_is_over_saves_and_queues_again(tmp_path, commands, status, queued):
     here = commands(srun=SRUN, scancel='kill $(< "$HERE/pid")', scontrol="")
     own = {"SHARED": str(tmp_path), "SLURM_JOB_ID": "17", "STATUS": str(status)}
+    own["SLURM_CPUS_PER_TASK"] = "8"  # which srun does not take over by itself
     job = subprocess.Popen(["bash", str(FOLDER / "slurm.sh"), "--seed", "3"], env=os.environ | own)
     while not (here / "pid").exists():
         assert job.poll() is None
@@ -84,6 +85,7 @@ def test_a_slurm_job_whose_time_is_over_saves_and_queues_again(tmp_path, command
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=60) == status
     calls = (here / "calls").read_text().splitlines()
+    assert calls[0].startswith("srun --kill-on-bad-exit=0 --cpus-per-task=8 ")
     assert calls[0].endswith(f"--workdir {tmp_path}/jfed-17 --seed 3")
     assert calls[1] == "scancel --signal=TERM 17"
     assert calls[2:] == ["scontrol requeue 17"] * queued
@@ -137,3 +139,20 @@ def test_a_slice_that_is_taken_away_is_requested_again(commands, ends, status, s
     assert all(run.endswith("--workdir gs://mine/runs/jfed --seed 3") for run in runs)
     assert sum("queued-resources create" in call for call in calls) == slices
     assert "queued-resources delete" in calls[-1]  # nothing that costs is left
+
+
+def test_a_slice_is_given_back_where_the_script_is_stopped(commands):
+    here = commands(
+        gcloud=GCLOUD.replace("read -r", "exec /bin/sleep 100; read -r"), sleep="exec /bin/sleep 1"
+    )
+    (here / "state").touch()
+    own = {"BUCKET": "gs://mine", "JFED": "git+https://jfed"}
+    script = ["bash", str(FOLDER / "tpu_slice.sh")]
+    job = subprocess.Popen(script, env=os.environ | own, start_new_session=True)
+    calls = here / "calls"
+    while not calls.exists() or "jfed run" not in calls.read_text():
+        assert job.poll() is None
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.wait(timeout=60) != 0
+    assert "queued-resources delete" in calls.read_text().splitlines()[-1]

@@ -20,7 +20,7 @@
 unset again
 trap 'again=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
-srun --kill-on-bad-exit=0 \
+srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     jfed run --distributed --workdir "${SHARED:?}/jfed-$SLURM_JOB_ID" "$@" &
 while wait $!; status=$?; [ "$status" = 138 ]; do :; done # 138: USR1 has ended `wait`, not srun
 

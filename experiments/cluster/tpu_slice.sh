@@ -15,21 +15,18 @@ install="pip install --quiet --user uv && ~/.local/bin/uv tool install --quiet -
     --with gcsfs 'jfed[tpu] @ $JFED' && ~/.local/bin/jfed prepare cifar10"
 run="~/.local/bin/jfed run --distributed --workdir $BUCKET/runs/$NAME $*"
 
+trap 'queued delete --force --quiet' EXIT # however this ends, nothing is left to be paid for
 failures=0
 until [ "$failures" = 5 ]; do # of a slice that was not taken away
     case $(state) in
         "") queued create --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" --spot ;;
         FAILED | SUSPENDED) queued delete --force --quiet ;;
         ACTIVE)
-            if on_all "$install" && on_all "$run"; then
-                queued delete --force --quiet
-                exit 0
-            fi
+            on_all "$install" && on_all "$run" && exit
             sleep 60 # by then a slice that is being taken away is no longer active
             [ "$(state)" = ACTIVE ] && failures=$((failures + 1))
             ;;
     esac
     sleep 30
 done
-queued delete --force --quiet
 exit 1

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from jfed import files
 from jfed.cli import flags, run_command
@@ -12,6 +12,7 @@ from jfed.engine.devices import use_cores
 from jfed.errors import ConfigError, RunFolderError, one_of
 from jfed.planning import tables
 from jfed.planning.compiling import plan_federation
+from jfed.planning.plans import ProgramPlan, RunPlan
 from jfed.planning.targets import open_target, parse
 from jfed.provenance import cores
 from jfed.runs.assembly import set_up
@@ -65,17 +66,32 @@ def execute(args: list[str]) -> None:
     target = open_target(given.plan.target)
     print("reading data ...", file=sys.stderr)
     ready = {n: set_up(c, devices=target.devices).federation for n, c in variants.items()}
-    plans = {}
-    for name, federation in ready.items():
-        print(f"compiling {name} ...", file=sys.stderr)
-        plans[name] = plan_federation(federation, target)
-    print(tables.comparison(plans) if len(plans) > 1 else tables.text(plans[name]))
-    if given.plan.json is not None:
-        try:
-            found = {name: tables.as_json(plan) for name, plan in plans.items()}
-            files.write_json(given.plan.json, found)
-        except OSError as error:
-            raise RunFolderError(f"cannot write {str(given.plan.json)!r}: {error}.") from error
+    plans: dict[str, RunPlan] = {}
+    try:
+        for name, federation in ready.items():
+            print(f"compiling {name}, which may take minutes ...", file=sys.stderr)
+            plans[name] = plan_federation(federation, target, on_program=_tell)
+            _write(given.plan.json, plans)
+    finally:  # what is done, if it is not all
+        if len(ready) > 1 and plans:
+            print(tables.comparison(plans))
+    if len(ready) == 1:
+        print(tables.text(plans[name]))
+
+
+def _tell(program: ProgramPlan) -> None:
+    done = "failed" if program.error else "compiled"
+    print(f"  {program.name}: {done} after {program.seconds:.1f} s", file=sys.stderr)
+
+
+def _write(path: pathlib.Path | None, plans: Mapping[str, RunPlan]) -> None:
+    """The plans that are done so far."""
+    if path is None:
+        return
+    try:
+        files.write_json(path, {name: tables.as_json(plan) for name, plan in plans.items()})
+    except OSError as error:
+        raise RunFolderError(f"cannot write {str(path)!r}: {error}.") from error
 
 
 def _check(plan: PlanConfig) -> None:
@@ -91,19 +107,24 @@ def _variants(run: RunConfig, compare: Sequence[str]) -> Iterator[tuple[str, Run
     for chosen in itertools.product(*axes):
         name = " ".join("=".join(pair) for pair in chosen) or "the run"
         given = [word for n, v in chosen for word in (f"--{n.replace('_', '-')}", v)]
-        found: Command = flags.parse(
-            Command(run_command.for_method(run, given), PlanConfig()),
-            given,
-            names=short_name,
-            prog="jfed plan",
-            description="",
-        )
+        try:
+            found: Command = flags.parse(
+                Command(run_command.for_method(run, given), PlanConfig()),
+                given,
+                names=short_name,
+                prog="jfed plan",
+                description="",
+            )
+        except ConfigError as error:
+            raise ConfigError(f"--compare, {name}: {error}") from error
         yield name, found.run
 
 
 def _axis(text: str) -> tuple[str, list[str]]:
     """Reads lanes=8,32 as a setting and its values."""
     name, _, values = text.partition("=")
+    if name == "target":
+        raise ConfigError("compare is of settings of the run; plan each target by itself.")
     found = [value for value in values.split(",") if value]
     if not found:
         raise ConfigError(f"compare must look like lanes=8,32, got {text!r}.")

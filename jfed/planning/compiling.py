@@ -3,22 +3,25 @@
 What programs compute, read, write and send is counted in what the target's compiler made of them,
 with loops as long as the run's own schedules have them. Seconds cannot be known from that: only
 how long the arithmetic takes at the peak of the matrix units, and the bytes at the memory's
-bandwidth. Left out: deadlines, the trainings that measure the bytes of codecs, copies for saving.
+bandwidth. Of branches that the data choose the costliest counts. Left out: deadlines, the trainings
+that measure the bytes of codecs, copies for saving.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format, Layout
 
 from jfed.errors import ConfigError
 from jfed.planning import workload
 from jfed.planning.counting import count, count_body
 from jfed.planning.findings import find
+from jfed.planning.hlo import Shape
 from jfed.planning.plans import ProgramPlan, RunPlan
 from jfed.planning.targets import Target
 from jfed.planning.workload import Lengths
@@ -35,64 +38,92 @@ from jfed.simulation.programs import (
 _ROUNDS = 20  # that lengths of loops are means over
 
 
-def plan_federation(federation: Federation, target: Target) -> RunPlan:
+def plan_federation(
+    federation: Federation,
+    target: Target,
+    on_program: Callable[[ProgramPlan], None] = lambda plan: None,
+) -> RunPlan:
     """Compiles every program of a run, and counts what they do.
 
-    A program that the compiler fails on is told with its error, and the others go on.
+    A program that cannot be traced or compiled is told with its error, and the others go on.
 
     Args:
       federation: set up on the target's devices.
       target: see `jfed.planning.targets.open_target`.
+      on_program: called with each program as it is done.
     """
     if federation.engine.mapping == "debug":
         raise ConfigError("mapping 'debug' is a plain loop: there is no program to plan.")
     arguments = federation.arguments()
     lengths, held = _lengths(federation, arguments), _held(federation, arguments)
+    programs: dict[Program, ProgramPlan] = {}
+    stored: dict[int, int] = {}  # bytes of arrays, by their id
+    for program, given in arguments.items():
+        plan = ProgramPlan(program.kind, program.title, _calls(federation, program))
+        programs[program], formats = _compiled(plan, federation, program, given, lengths[program])
+        on_program(programs[program])
+        for x, layout in zip(jax.tree.leaves(given), formats, strict=False):
+            stored[id(x)] = max(stored.get(id(x), 0), bytes_on_device(x, layout))
+
+    def size(arrays: Sequence[Any]) -> int:
+        each = {id(x): x for x in arrays}
+        return sum(stored.get(i, bytes_on_device(x)) for i, x in each.items())
+
     there = {id(x) for arrays in held.values() for x in arrays}
-    programs = []
-    for program, lowered in federation.lower(arguments).items():
-        own = [x for x in jax.tree.leaves(arguments[program]) if id(x) not in there]
-        plan = ProgramPlan(program.kind, program.title, _calls(federation, program), 0.0)
-        programs.append(
-            _compiled(plan, federation, lowered, lengths[program], bytes_on_device(own))
-        )
+    for program, given in arguments.items():
+        own = size([x for x in jax.tree.leaves(given) if id(x) not in there])
+        programs[program] = dataclasses.replace(programs[program], arguments=own)
     return RunPlan(
         target=target.name,
         chip=target.chip,
         devices=federation.engine.devices or 1,
         hosts=target.hosts,
         engine=federation.engine,
+        cohort=federation.population.cohort,
         rounds=federation.rounds,
-        held={what: bytes_on_device(arrays) for what, arrays in held.items()},
-        programs=programs,
+        held={what: size(arrays) for what, arrays in held.items()},
+        programs=list(programs.values()),
     )
 
 
 def _compiled(
     plan: ProgramPlan,
     federation: Federation,
-    lowered: jax.stages.Lowered,
+    program: Program,
+    given: tuple[Any, ...],
     lengths: Lengths,
-    arguments: int,
-) -> ProgramPlan:
-    """The plan with what the compiler made of its program."""
-    lanes, began = federation.engine.lanes or 1, time.perf_counter()
+) -> tuple[ProgramPlan, list[Format]]:
+    """The plan with what the compiler made of its program, and how that stores its arguments."""
+    began = time.perf_counter()
     try:
+        lowered = federation.lower({program: given})[program]
         compiled = lowered.compile(compiler_options(federation.platform))
-        seconds, text = time.perf_counter() - began, compiled.as_text() or ""
-        memory: Any = compiled.memory_analysis()
-        return dataclasses.replace(
+    except Exception as error:  # whatever a compiler raises
+        seconds = time.perf_counter() - began
+        return dataclasses.replace(plan, seconds=seconds, error=_told(error)), []
+    memory: Any = compiled.memory_analysis()
+    plan = dataclasses.replace(
+        plan,
+        seconds=time.perf_counter() - began,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+    )
+    is_vmapped = plan.kind == "train" and federation.engine.mapping == "vmap"
+    lanes, text = (federation.engine.lanes or 1) if is_vmapped else 1, compiled.as_text() or ""
+    try:
+        plan = dataclasses.replace(
             plan,
-            seconds=seconds,
-            arguments=arguments,
-            outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-            temporary=memory.temp_size_in_bytes,
             counts=count(text, lengths),
             step=count_body(text, "steps", lengths) if plan.kind == "train" else None,
-            findings=find(text, lengths, lanes=lanes if federation.engine.mapping == "vmap" else 1),
+            findings=find(text, lengths, lanes=lanes),
         )
-    except Exception as error:  # whatever a compiler raises
-        return dataclasses.replace(plan, seconds=time.perf_counter() - began, error=str(error))
+    except Exception as error:  # of a text such as no version of XLA has printed so far
+        plan = dataclasses.replace(plan, unread=f"{_told(error)} (JAX {jax.__version__})")
+    return plan, jax.tree.leaves(compiled.input_formats)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _lengths(federation: Federation, programs: Collection[Program]) -> dict[Program, Lengths]:
@@ -134,7 +165,10 @@ def _held(federation: Federation, arguments: Arguments) -> dict[str, list[Any]]:
     }
 
 
-def bytes_on_device(arrays: Sequence[Any]) -> int:
-    """Of arrays, or of shapes that tell where they lie; each counts once."""
-    each = {id(x): x for x in arrays}.values()
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in each)
+def bytes_on_device(x: Any, stored: Format | None = None) -> int:
+    """Of an array, or of a shape that tells where it lies; of TPUs with what fills up tiles."""
+    dims, layout = x.sharding.shard_shape(x.shape), stored and stored.layout
+    if not isinstance(layout, Layout) or len(layout.major_to_minor) != len(dims):  # unused; a key
+        return math.prod(dims) * x.dtype.itemsize
+    order, tile = tuple(reversed(layout.major_to_minor)), (layout.tiling or ((),))[0]
+    return Shape(f"u{8 * x.dtype.itemsize}", dims, order, tile, 0).bytes

@@ -20,7 +20,7 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: such as "all-reduce".
-      bytes: of a device's operands, or of its results if those are more, each time.
+      bytes: that a device sends at least, or receives if that is more, each time.
       times: that it runs.
     """
 
@@ -44,7 +44,8 @@ class Counts:
       flops: of matrix products and convolutions, by the dtype of their operands: "bfloat16",
         "float16", "float32", "float64", ... "float32" is at XLA's default precision: TF32 on GPUs
         that have it, one pass in bfloat16 on TPUs. "float32/high" and "float32/highest" are those
-        of a `jax.lax.Precision`, "tensorfloat32" where the program asks for it.
+        of a `jax.lax.Precision`, "tensorfloat32" where the program asks for it, "bfloat16/6" what
+        takes six passes.
       vector_flops: other floating-point operations, one an output element; reductions: one an
         element that is reduced.
       bytes: that kernels read and write in the device's main memory, with what fills up a TPU's
@@ -246,19 +247,36 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
         return None
     outer = computation.operands(given)
     limit = _integer(condition, bound)
+    after = body.operands(body.root)
     if limit is None and bound.opcode == "get-tuple-element":
-        limit = _integer(computation, outer[bound.number("index", 0)])
-    first = _integer(computation, outer[position])
-    following = body.operands(body.root)[position]
-    steps = [_integer(body, one) for one in body.operands(following)]
-    if limit is None or first is None or following.opcode != "add" or 1 not in steps:
+        index = bound.number("index", 0)
+        if _is_carried(body, after[index], index):
+            limit = _integer(computation, outer[index])
+    first, following = _integer(computation, outer[position]), after[position]
+    if limit is None or first is None or following.opcode != "add":
+        return None
+    parts = body.operands(following)
+    by_one = any(_integer(body, one) == 1 for one in parts)
+    if not by_one or not any(_is_carried(body, one, position) for one in parts):
         return None
     return max(0, limit - first)
 
 
+def _is_carried(body: Computation, instruction: Instruction, index: int) -> bool:
+    """Whether something in a loop's body is what the pass began with at that index."""
+    instruction = _copied(body, instruction)
+    return instruction.opcode == "get-tuple-element" and instruction.number("index", -1) == index
+
+
 def _integer(computation: Computation, instruction: Instruction) -> int | None:
     """The value of a constant, or of a copy of one."""
-    while instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-        (instruction,) = computation.operands(instruction)
+    instruction = _copied(computation, instruction)
     is_number = instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.literal)
     return int(instruction.literal) if is_number else None
+
+
+def _copied(computation: Computation, instruction: Instruction) -> Instruction:
+    """What a copy, or a row of them, is of."""
+    while instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        (instruction,) = computation.operands(instruction)
+    return instruction

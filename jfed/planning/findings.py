@@ -76,8 +76,12 @@ def _amiss(kernels: Kernels, visit: Visit, lanes: int) -> Iterator[tuple[str, In
             dtype = product_dtype(one, operands)
             if lanes > 1 and groups(one) == lanes:
                 yield f"a convolution in {lanes} groups, one a lane", one
-            if dtype.startswith("float32/"):
-                yield f"a float32 product at precision {dtype.removeprefix('float32/')}", one
+            name, _, precision = dtype.partition("/")
+            if precision:  # a jax.lax.Precision, or how many passes
+                passes = (
+                    f"in {precision} passes" if precision.isdigit() else f"at precision {precision}"
+                )
+                yield f"a {name} product {passes}", one
         if any(shape.dtype == "f64" for shape in one.shapes):
             yield "64-bit floating point", one
         if one.opcode == "gather":

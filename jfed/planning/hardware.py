@@ -44,7 +44,7 @@ class Chip:
     Attributes:
       name: by which `jfed.planning.targets.open_target` knows it.
       platform: "gpu" or "tpu".
-      memory: bytes that programs can have: of a GPU what its driver reports, of a TPU what its
+      memory: bytes that programs can have: of a GPU what its driver tells, of a TPU what its
         compiler (libtpu 0.0.42) allots, 0.25 to 1.25 GiB below the chip's HBM.
       bandwidth: bytes a second from and to that memory.
       peak: FLOP/s of matrix products without sparsity, by the type that the units multiply; a
@@ -81,6 +81,7 @@ class Chip:
 _LAUNCH = 1e-6
 _XLA = "device properties as in https://github.com/openxla/xla/tree/main/xla/backends/gpu/target_config/specs"
 _CUDA_GUIDE = "CUDA C++ Programming Guide 13.0 (2025), table of compute capabilities"
+_A100 = {"bfloat16": 312e12, "float16": 312e12, "tensorfloat32": 156e12, "float32": 19.5e12}
 _HOPPER = {
     "bfloat16": 989.4e12,
     "float16": 989.4e12,
@@ -136,22 +137,33 @@ _ALL = (
     _gpu(
         "h200",
         Cuda("NVIDIA H200 141GB HBM3e", (9, 0), 132, 128, 1.98e9, 2048, 233472, 232448, 50 * 2**20),
-        memory=151_397_597_184,
+        memory=139 * GiB,
         bandwidth=4.8e12,
         peak=_HOPPER,
         link=450e9,
         source="H200 SXM: NVIDIA H200 Tensor Core GPU, datasheet (2024), which rounds the peaks "
-        f"of the H100's whitepaper; NVLink 900 GB/s in both directions; {_XLA}/h200.txtpb",
+        f"of the H100's whitepaper; NVLink 900 GB/s in both directions; {_XLA}/h200.txtpb, but for "
+        "the memory, of whose 141 GiB programs can have 139",
     ),
     _gpu(
         "a100",
         Cuda("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41e9, 2048, 167936, 166912, 40 * 2**20),
         memory=85_100_068_864,
         bandwidth=2.039e12,
-        peak={"bfloat16": 312e12, "float16": 312e12, "tensorfloat32": 156e12, "float32": 19.5e12},
+        peak=_A100,
         link=300e9,
         source="A100 SXM4 80 GB: NVIDIA A100 Tensor Core GPU, datasheet (2021); NVLink 600 GB/s "
         f"in both directions; {_XLA}/a100_sxm_80.txtpb",
+    ),
+    _gpu(
+        "a100-40gb",
+        Cuda("NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 1.41e9, 2048, 167936, 166912, 40 * 2**20),
+        memory=42_331_013_120,
+        bandwidth=1.555e12,
+        peak=_A100,
+        link=300e9,
+        source="A100 SXM4 40 GB: NVIDIA A100 Tensor Core GPU, datasheet (2021); NVLink 600 GB/s "
+        f"in both directions; {_XLA}/a100_sxm_40.txtpb",
     ),
     _gpu(
         "l4",

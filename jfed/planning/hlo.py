@@ -197,6 +197,7 @@ def _computation(name: str, lines: Iterator[str]) -> Computation:
         unknown = [operand for operand in found.operands if operand not in instructions]
         if unknown:
             raise ConfigError(f"{found.name} in {name} uses {unknown[0]!r}, which is not above it.")
+        found = _started(found, [instructions[operand] for operand in found.operands])
         instructions[found.name] = found
         if line.lstrip().startswith("ROOT "):
             root = found
@@ -226,6 +227,27 @@ def _instruction(line: str) -> Instruction:
     return Instruction(head[1], opcode[1], shapes, operands, literal, line[close:])
 
 
+def _started(instruction: Instruction, operands: list[Instruction]) -> Instruction:
+    """Of `X-start`, the X that it starts, with its results alone.
+
+    XLA prints operands before them, and contexts or semaphores after them; but of an all-reduce
+    the results only, of a copy its result first. A copy's start stays one, for it need not wait.
+    """
+    opcode, shapes = instruction.opcode.removesuffix("-start"), instruction.shapes
+    if opcode in (instruction.opcode, "async"):
+        return instruction
+    if opcode == "copy":
+        return dataclasses.replace(instruction, shapes=shapes[:1])
+    if opcode != "all-reduce":
+        results = shapes[sum(len(operand.shapes) for operand in operands) :]
+        shapes = tuple(
+            s for s in results if s.space != _SEMAPHORES and (s.dtype, s.dims) != _CONTEXT
+        )
+    return dataclasses.replace(instruction, opcode=opcode, shapes=shapes)
+
+
+_SEMAPHORES = 2  # a TPU's memory space
+_CONTEXT = ("u32", ())
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[()\[\]{},]')
 
 

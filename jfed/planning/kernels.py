@@ -5,6 +5,8 @@ call of a library, a copy, a single operation that is in no fusion.
 """
 
 import dataclasses
+import math
+import re
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -34,7 +36,6 @@ _ELEMENTWISE = _words(
     "negate not or popcnt power remainder round-nearest-afz round-nearest-even rsqrt select sign "
     "sine sqrt subtract tan tanh xor"
 )
-_SEMAPHORES = 2  # a TPU's memory space
 _FLOATS = _words("f16 bf16 f32 f64")
 
 
@@ -102,10 +103,10 @@ class Kernels:
         elif of.opcode in ("reduce", "scatter"):
             counted = operands[0] if of.opcode == "reduce" else operands[-1]
             cost.vector_flops += counted.shapes[0].elements
-        elif (kind := of.opcode.removesuffix("-start")) in _COLLECTIVES:
-            moved = sum(shape.bytes for operand in operands for shape in operand.shapes)
-            made = sum(shape.bytes for shape in _results(of))
-            cost.collectives.append((kind, max(moved, made)))
+        elif of.opcode == "reduce-window":
+            cost.vector_flops += of.shapes[0].elements * _window(of)
+        elif of.opcode in _COLLECTIVES and (sent := _sent(of, operands)):
+            cost.collectives.append((of.opcode, sent))
 
     def _bytes(self, computation: Computation, instruction: Instruction) -> float:
         operands = computation.operands(instruction)
@@ -170,7 +171,7 @@ class Kernels:
             return ()
         made = share * sum(s.elements for s in _results(instruction))
         ratios = [made / max(1, sum(s.elements for s in operand.shapes)) for operand in operands]
-        opcode = instruction.opcode.removesuffix("-start")
+        opcode = instruction.opcode
         if opcode in ("slice", "dynamic-slice", "gather"):
             return (min(1.0, ratios[0]), *(1.0 for _ in ratios[1:]))
         if opcode == "dynamic-update-slice":
@@ -198,13 +199,37 @@ def is_kernel(instruction: Instruction) -> bool:
 
 
 def _results(instruction: Instruction) -> tuple[Shape, ...]:
-    """What an instruction makes; one that only starts it also returns operands and semaphores."""
-    opcode, shapes = instruction.opcode, instruction.shapes
-    if opcode == "copy-start":
-        return shapes[:1]
-    if opcode.endswith("-start") and opcode != "all-reduce-start":
-        return tuple(s for s in shapes[len(instruction.operands) :] if s.space != _SEMAPHORES)
+    """What an instruction makes, without the scratch memory of cuBLAS and cuDNN."""
+    shapes = instruction.shapes
+    if target(instruction).startswith(("__cublas$", "__cudnn$")):
+        return shapes[:1] + tuple(s for s in shapes[1:] if s.dtype not in ("s8", "u8"))
     return shapes
+
+
+def _window(instruction: Instruction) -> int:
+    """How many elements a window has: `window={size=1x2x2x1 stride=...}`."""
+    size = re.search(r"size=([\dx]+)", instruction.attributes.get("window", ""))
+    return math.prod(map(int, size[1].split("x"))) if size else 1
+
+
+def _sent(collective: Instruction, operands: list[Instruction]) -> int:
+    """Bytes that a device sends at least, or receives if that is more; 0 if it is alone.
+
+    The whole array, where it is reduced or sent on; of what is gathered, scattered or exchanged,
+    all but the device's own share.
+    """
+    groups = collective.attributes.get("replica_groups", "")
+    listed = re.search(r"\[\d+,(\d+)\]<=", groups) or re.search(r"\{([\d,\s]+)\}", groups)
+    size = 0  # of a group; 0: all devices
+    if listed:
+        size = int(listed[1]) if "<=" in groups else len(listed[1].split(","))
+    moved = sum(shape.bytes for operand in operands for shape in operand.shapes)
+    made = sum(shape.bytes for shape in _results(collective))
+    largest = max(moved, made)
+    if size == 1:
+        return 0
+    shared = ("all-gather", "reduce-scatter", "all-to-all")
+    return largest - largest // size if size and collective.opcode in shared else largest
 
 
 def _memory(shapes: tuple[Shape, ...] | list[Shape]) -> int:

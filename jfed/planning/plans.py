@@ -1,6 +1,7 @@
 """What a run needs of a machine: bytes, arithmetic, traffic, and the time of these at best."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from jfed.engine.devices import EngineConfig
@@ -21,6 +22,7 @@ class ProgramPlan:
       calls: of it in the whole run.
       seconds: that compiling took on this machine.
       error: what the compiler said; None if it made the program.
+      unread: why its text cannot be counted, so that `counts` are empty; None if it can.
       arguments: bytes on a device, beside those that are there for the whole run.
       outputs: likewise, of results that do not take an argument's place.
       temporary: likewise, of what is there while the program runs.
@@ -32,8 +34,9 @@ class ProgramPlan:
     kind: str
     name: str
     calls: int
-    seconds: float
+    seconds: float = 0.0
     error: str | None = None
+    unread: str | None = None
     arguments: int = 0
     outputs: int = 0
     temporary: int = 0
@@ -63,7 +66,8 @@ class Floor:
       arithmetic: products of matrices at the peak of the units that do them.
       memory: bytes at the bandwidth of the device's memory. A cache may save some of them, most of
         programs whose arrays are small.
-      links: bytes between devices at the bandwidth of a device's links.
+      links: bytes between devices at the bandwidth of a device's links; between hosts, of whose
+        network nothing is known, too.
       launches: starting kernels.
     """
 
@@ -88,6 +92,7 @@ class RunPlan:
       devices: how many.
       hosts: that they are spread over.
       engine: how clients are spread over them.
+      cohort: clients of a round.
       rounds: of the run.
       held: bytes on a device for the whole run, by what they are.
       programs: all that the run compiles.
@@ -98,6 +103,7 @@ class RunPlan:
     devices: int
     hosts: int
     engine: EngineConfig
+    cohort: int
     rounds: int
     held: Mapping[str, int]
     programs: Sequence[ProgramPlan]
@@ -125,15 +131,18 @@ class RunPlan:
 
     @property
     def most_lanes(self) -> int | None:
-        """About how many lanes a device has room for, if each takes as much as these do.
+        """About how many lanes a device has room for, up to a lane for each client of a round.
 
-        None where lanes run one after another, or a device's memory is not known.
+        As if each took its share of what all these take: what is there once, however many lanes
+        there are, counts with it. None where lanes run one after another, or a device's memory is
+        not known.
         """
         training = [p.memory for p in self.training if p.error is None]
         if self.room is None or self.engine.mapping != "vmap" or not any(training):
             return None
         each = max(training) / (self.engine.lanes or 1)
-        return max(int((self.room - sum(self.held.values())) / each), 0)
+        most = int((self.room - sum(self.held.values())) / each)
+        return min(max(most, 0), -(-self.cohort // self.devices))
 
     @property
     def training(self) -> list[ProgramPlan]:
@@ -163,7 +172,7 @@ class RunPlan:
         The host's work, compiling, reading data and saving come on top.
         """
         floors = [self.floor(p.counts) for p in programs]
-        if any(floor is None for floor in floors) or any(p.error for p in programs):
+        if any(floor is None for floor in floors) or any(p.error or p.unread for p in programs):
             return None
         times = [p.calls if calls else 1.0 for p in programs]
         seconds = [f.seconds * n for f, n in zip(floors, times, strict=True) if f is not None]
@@ -173,10 +182,12 @@ class RunPlan:
 def peak(chip: Chip, dtype: str) -> float:
     """FLOP/s of a chip's matrix units for products of a type, as `Counts.flops` names it.
 
-    What there are no units for is done in float32.
+    What there are no units for is done in float32; of a type that is not known there is no bound.
     """
     name, _, precision = dtype.partition("/")
+    if precision.isdigit():
+        return peak(chip, name) / int(precision)
     if name == "float32" and precision != "highest":
         passes = TPU_PASSES["high"] if precision == "high" and chip.platform == "tpu" else 1
         return chip.peak[chip.float32_default] / passes
-    return chip.peak.get(name, chip.peak["float32"])
+    return chip.peak.get(name, chip.peak["float32"] if "float" in name else math.inf)

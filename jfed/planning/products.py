@@ -59,11 +59,13 @@ def product_dtype(product: Instruction, operands: list[Instruction]) -> str:
     widest = max(dtypes, key=bits)
     asked = product.tail.lower()
     if algorithm := re.search(r"algorithm\W+(?:alg_)?dot_([a-z0-9]+)_\w*?(x\d)?\b", asked):
-        passes = algorithm[2] and ("float32/high" if algorithm[2] == "x3" else "float32/highest")
-        return passes or _ALGORITHMS.get(algorithm[1], algorithm[1])
-    precision = re.search(r"operand_precision\W+(high|highest)\b", asked)
+        name = _ALGORITHMS.get(algorithm[1], algorithm[1])
+        return f"{name}/{algorithm[2].removeprefix('x')}" if algorithm[2] else name
     name = _NAMES.get(widest, widest)
-    return f"{name}/{precision[1]}" if precision and widest == "f32" else name
+    found = re.search(r"operand_precision\W+([\w,\s\\\"]*)", asked)
+    precisions = re.findall(r"\w+", found[1]) if found else []
+    precision = next((one for one in ("highest", "high") if one in precisions), None)
+    return f"{name}/{precision}" if precision and widest == "f32" else name
 
 
 def groups(instruction: Instruction) -> int:

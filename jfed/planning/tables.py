@@ -1,6 +1,7 @@
 """Plans as text, and as values that JSON can hold."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +15,9 @@ _MOST_FINDINGS = 8  # that are shown of a program; the JSON has all
 
 def text(plan: RunPlan) -> str:
     """What a user should know of a plan before a machine is booked."""
-    parts = [_heading(plan), _programs(plan), _memory(plan), _round(plan)]
+    parts = [_heading(plan), _programs(plan), _memory(plan), _round(plan), _products(plan)]
     parts += [_findings(program) for program in plan.programs if program.findings]
-    parts += [f"{p.name!r} cannot be compiled: {p.error}" for p in plan.programs if p.error]
+    parts += _failures(plan)
     parts += [
         f"A loop of {p.name!r} counts as one pass, its length is not known: {loop.op_name}"
         for p in plan.programs
@@ -27,19 +28,38 @@ def text(plan: RunPlan) -> str:
 
 def comparison(plans: Mapping[str, RunPlan]) -> str:
     """Plans of one run with different settings, a line each."""
-    return tabulate([_line(name, plan) for name, plan in plans.items()], headers="keys")
+    table = tabulate([_line(name, plan) for name, plan in plans.items()], headers="keys")
+    told = [f"{name}: {failure}" for name, plan in plans.items() for failure in _failures(plan)]
+    return "\n\n".join([_machine(next(iter(plans.values()))), table, *told])
 
 
-def _heading(plan: RunPlan) -> str:
-    engine, chip = plan.engine, plan.chip
-    what = f"{plan.devices} device(s) on {plan.hosts} host(s)"
+def _failures(plan: RunPlan) -> list[str]:
+    """Programs that were not made, or cannot be counted, and why."""
+    found = [f"{p.name!r} cannot be compiled: {p.error}" for p in plan.programs if p.error]
+    return found + [
+        f"{p.name!r} is compiled, but what it does cannot be read: {p.unread}. Please report it."
+        for p in plan.programs
+        if p.unread
+    ]
+
+
+def _machine(plan: RunPlan) -> str:
+    chip, what = plan.chip, f"{plan.devices} device(s) on {plan.hosts} host(s)"
     known = "" if chip is None else f", {_bytes(chip.memory)} and {_rate(chip.bandwidth)} each"
     peaks = {} if chip is None else chip.peak
     rates = "".join(f", {name} {value / 1e12:.3g} TFLOP/s" for name, value in peaks.items())
+    return f"{plan.target}: {what}{known}{rates}"
+
+
+def _heading(plan: RunPlan) -> str:
+    engine, lanes = plan.engine, (plan.engine.lanes or 1) * plan.devices
+    idle = max(lanes - plan.cohort, 0)
+    unused = f" ({idle} of {lanes} lanes have none)" if idle else ""
     return (
-        f"{plan.target}: {what}{known}{rates}\n"
+        f"{_machine(plan)}\n"
         f"{engine.lanes} lane(s) a device, mapping {engine.mapping!r}, images on the "
-        f"{engine.images}; {plan.rounds} rounds"
+        f"{engine.images}; {plan.rounds} rounds of {plan.cohort} clients{unused}. All figures are "
+        "of one device."
     )
 
 
@@ -48,7 +68,9 @@ def _programs(plan: RunPlan) -> str:
     rows = []
     for program in plan.programs:
         row: dict[str, Any] = {"program": program.name, "compiled in": f"{program.seconds:.1f} s"}
-        row |= {"calls": f"{program.calls:,}"} | _told(plan, program.counts)
+        row["calls"] = f"{program.calls:,}"
+        if program.error is None and program.unread is None:
+            row |= _told(plan, program.counts)
         row["temporary"] = _bytes(program.temporary)
         rows.append(row if program.error is None else {**row, "compiled in": "failed"})
         if program.step is not None:
@@ -88,33 +110,42 @@ def _memory(plan: RunPlan) -> str:
     line = f"Memory of a device: about {_bytes(plan.memory)}: {', '.join(parts)}."
     if plan.room is not None:
         line += f" JAX has {_bytes(plan.room)}."
+    if plan.chip is not None and plan.chip.platform == "gpu":
+        line += " On top comes what cuDNN asks for, which is only chosen there."
     line += {True: " It fits.", False: f" {_lower(plan)}", None: ""}[plan.fits]
     if plan.most_lanes is not None:
-        line += f" In proportion, about {plan.most_lanes:,} lanes have room."
+        line += f" There is room for about {plan.most_lanes:,} lanes"
+        enough = plan.most_lanes == -(-plan.cohort // plan.devices)
+        line += ", one for each client of a round." if enough else "."
     return line
 
 
 def _lower(plan: RunPlan) -> str:
     """What to do about a run that does not fit."""
+    failed = next((p for p in plan.programs if p.is_too_large), None)
+    largest = failed or max(plan.programs, key=lambda p: p.memory)
     settings = []
-    if plan.engine.mapping == "vmap" and (plan.engine.lanes or 1) > 1:
-        settings.append(f"--lanes (now {plan.engine.lanes})")
-    settings += ["--batch-size", "--eval-batch-size", "--dtype bfloat16"]
     if plan.engine.images == "device" and plan.held["images"] > plan.memory / 4:
-        settings.insert(0, "--images host")
-    return f"It does NOT fit; lower {', '.join(settings[:-1])} or {settings[-1]}."
+        settings.append("take --images host")
+    if largest.kind == "train" and plan.engine.mapping == "vmap" and (plan.engine.lanes or 1) > 1:
+        settings.append(f"lower --lanes (now {plan.engine.lanes})")
+    is_test = largest.kind in ("evaluate", "local", "norms")
+    settings.append(f"lower {'--eval-batch-size' if is_test else '--batch-size'}")
+    if not largest.counts.flops or largest.counts.flops.keys() - {"bfloat16"}:
+        settings.append("take --dtype bfloat16")
+    return f"It does NOT fit: {', or '.join(settings)}."
 
 
 def _round(plan: RunPlan) -> str:
     """What a round, and the run, take at best."""
     one = plan.least_seconds(plan.of_round, calls=False)
     whole = plan.least_seconds(plan.programs, calls=True)
-    if one is None or whole is None:
+    if one is None:
         return ""
     floors = [floor for p in plan.of_round if (floor := plan.floor(p.counts)) is not None]
     launches = sum(floor.launches for floor in floors)
-    line = f"A round takes {_seconds(one)} on the devices at best, "
-    line += f"the run with its evaluations {_seconds(whole)}."
+    line = f"A round takes {_seconds(one)} on the devices at best"
+    line += "." if whole is None else f", the run with its evaluations {_seconds(whole)}."
     if launches:
         line += f" Launching a round's kernels one by one takes {_seconds(launches)}."
     waits = sum(p.counts.host_waits for p in plan.of_round)
@@ -123,14 +154,35 @@ def _round(plan: RunPlan) -> str:
     return f"{line} What it takes beyond that, no compiler tells."
 
 
+def _products(plan: RunPlan) -> str:
+    """Types of the products of a round, and in which the units of the chip multiply float32."""
+    flops: dict[str, float] = {}
+    for dtype, n in (pair for p in plan.of_round for pair in p.counts.flops.items()):
+        flops[dtype] = flops.get(dtype, 0.0) + n
+    total = sum(flops.values())
+    if not total:
+        return ""
+    shares = ", ".join(f"{n / total:.0%} in {dtype}" for dtype, n in flops.items())
+    line = f"FLOPs are of matrix products and convolutions, of a round {shares}."
+    chip = plan.chip
+    if chip is not None and "float32" in flops and chip.float32_default != "float32":
+        line += (
+            f" JAX's default precision multiplies float32 as {chip.float32_default} here; "
+            "JAX_DEFAULT_MATMUL_PRECISION=highest keeps it float32."
+        )
+    return line
+
+
 def _findings(program: ProgramPlan) -> str:
     rows = [
         {
             "amiss": finding.what,
             "times": f"{finding.times:,.0f}",
             "moves": _bytes(finding.bytes),
-            "where": finding.op_name[-60:],
-            "line": finding.source,
+            "where": finding.op_name
+            if len(finding.op_name) <= 60
+            else f"...{finding.op_name[-57:]}",
+            "line": "/".join(finding.source.split("/")[-2:]),
         }
         for finding in program.findings[:_MOST_FINDINGS]
     ]
@@ -141,8 +193,8 @@ def _findings(program: ProgramPlan) -> str:
 
 
 def _line(name: str, plan: RunPlan) -> dict[str, Any]:
-    steps = [p.step for p in plan.training if p.step is not None]
     one = plan.least_seconds(plan.of_round, calls=False)
+    whole = plan.least_seconds(plan.programs, calls=True)
     amiss = {f.what for p in plan.programs for f in p.findings}
     return {
         "settings": name,
@@ -151,10 +203,11 @@ def _line(name: str, plan: RunPlan) -> dict[str, Any]:
         "FLOPs a round": _amount(sum(sum(p.counts.flops.values()) for p in plan.of_round)),
         "moved": _bytes(sum(p.counts.bytes for p in plan.of_round)),
         "sent": _bytes(sum(p.counts.sent for p in plan.of_round) if plan.devices > 1 else 0),
-        "kernels a step": _amount(sum(step.kernels for step in steps)),
+        "kernels a round": _amount(sum(p.counts.kernels for p in plan.of_round)),
         "a round at best": "" if one is None else _seconds(one),
+        "the run": "" if whole is None else _seconds(whole),
+        "lanes at most": "" if plan.most_lanes is None else plan.most_lanes,
         "grouped convolutions": "yes" if any("groups" in what for what in amiss) else "no",
-        "failed": ", ".join(p.name for p in plan.programs if p.error),
     }
 
 
@@ -172,7 +225,8 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
         floor = plan.floor(program.counts)
         told["floor"] = None if floor is None else dataclasses.asdict(floor)
         if plan.chip is not None:
-            told["peaks"] = {d: peak(plan.chip, d) for d in program.counts.flops}
+            peaks = {dtype: peak(plan.chip, dtype) for dtype in program.counts.flops}
+            told["peaks"] = {d: p if math.isfinite(p) else None for d, p in peaks.items()}
     return found
 
 

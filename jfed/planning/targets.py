@@ -62,7 +62,8 @@ def open_target(text: str) -> Target:
       text: a chip of `jfed.planning.hardware.CHIPS`, alone for the least that can be had of it,
         or with a shape: "h100:8" and "h100:1x2x8" (slices x hosts of a slice x GPUs of a host;
         leading ones may be left out), "v5e:4x4" and "v4:2x2x1" (chips), or a TPU type of Google's
-        cloud, "v5e-16" (chips) and "v4-8" (TensorCores, two a chip). "cpu": this machine's.
+        cloud, "v5e-16" or "v5litepod-16" (chips) and "v4-8" (TensorCores, two a chip). "cpu": this
+        machine's.
 
     Raises:
       ConfigError: there is no such target, or its compiler is not installed.
@@ -85,7 +86,9 @@ def parse(text: str) -> tuple[Chip | None, tuple[int, ...]]:
       ConfigError: no target is called so.
     """
     check_type("target", text, str)
-    name = re.split("[:-]", text, maxsplit=1)[0]
+    text = re.sub("^v5litepod-", "v5e-", text)  # as Google's cloud calls them
+    named = [chip for chip in CHIPS if re.match(rf"{chip}([:-]|$)", text)]
+    name = max(named, key=len, default=re.split("[:-]", text, maxsplit=1)[0])
     separator, rest = text[len(name) : len(name) + 1], text[len(name) + 1 :]
     one_of("target", name, ("cpu", *CHIPS))
     if name == "cpu":
@@ -120,7 +123,12 @@ def _shape(text: str, chip: Chip, written: str) -> tuple[int, ...]:
 
 def _slice_of_type(text: str, chip: Chip) -> tuple[int, ...]:
     if chip.platform == "gpu":
-        raise ConfigError(f"target {text!r}: write '{chip.name}:8' for a host of eight GPUs.")
+        raise ConfigError(
+            f"target {text!r}: write '{chip.name}:8' for a host of eight GPUs; one with 40 GB is "
+            "an 'a100-40gb'."
+            if chip.name == "a100"
+            else f"target {text!r}: write '{chip.name}:8' for a host of eight GPUs."
+        )
     slices = _SLICES[len(chip.smallest)]
     types = {f"{chip.name}-{chip.cores * math.prod(shape)}": shape for shape in slices}
     return types[one_of("target", text, tuple(types))]
@@ -143,9 +151,8 @@ def _gpus(text: str, chip: Chip, shape: tuple[int, ...]) -> list[Any]:
     except NotImplementedError as error:
         raise ConfigError(
             f"target {text!r} needs XLA's compiler for NVIDIA GPUs, which itself needs none: pip "
-            "install 'jfed[plan-gpu]'. Where it is installed, JAX opened devices before the "
-            "target and gave it up for want of a GPU: open the target first, or set "
-            f"JAX_PLATFORMS=cpu ({error})."
+            "install 'jfed[plan-gpu]'. (In Python, where it is installed: open the target before "
+            f"JAX has opened other devices, or set JAX_PLATFORMS=cpu; {error}.)"
         ) from error
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"target {text!r}: XLA refuses it: {error}") from error
@@ -155,8 +162,9 @@ def _tpus(text: str, chip: Chip, shape: tuple[int, ...]) -> list[Any]:
     options: dict[str, Any] = {}
     if chip.cores == 2:  # one device a chip, as on the cloud's machines
         options["chip_config_name"] = "megacore"
-    if math.prod(shape) == 1:  # a machine with one chip; else libtpu counts four a host
-        options["chips_per_host_bounds"] = (1, 1, 1)
+    # Machines with one chip, or with eight; else libtpu counts four a host.
+    if shape in ((1, 1), (2, 4)):
+        options["chips_per_host_bounds"] = (*shape, 1)
     name = f"{chip.name}:{'x'.join(map(str, shape))}"
     try:
         with _defaults(_LIBTPU):

@@ -8,7 +8,8 @@ import jfed
 from jfed.data import Dataset, Split
 from jfed.engine.devices import EngineConfig
 from jfed.models.flops import forward_flops, training_flops
-from jfed.planning.compiling import plan_federation
+from jfed.planning import compiling
+from jfed.planning.compiling import bytes_on_device, plan_federation
 from jfed.planning.targets import open_target
 from jfed.simulation.federation import Federation
 
@@ -108,6 +109,38 @@ def test_lanes_in_lockstep_do_the_steps_of_the_longest(cpu):
     assert sum(training.counts.flops.values()) == pytest.approx(
         6 * sum(training.step.flops.values()), rel=1e-3
     )
+
+
+def test_what_fails_is_told_by_program_and_the_others_go_on(cpu, monkeypatch):
+    federation = _federation(NETWORKS["CNN"](), lanes=1, mapping="map")
+    lower = type(federation).lower
+
+    def failing(self, arguments):
+        if any(program.kind == "server" for program in arguments):
+            raise NotImplementedError("no lowering")
+        return lower(self, arguments)
+
+    monkeypatch.setattr(type(federation), "lower", failing)
+    monkeypatch.setattr(compiling, "count_body", lambda *_: {}["operand"])
+    found = {p.kind: p for p in plan_federation(federation, cpu).programs}
+    assert found["server"].error == "NotImplementedError: no lowering"
+    assert found["train"].error is None
+    assert found["train"].unread == f"KeyError: 'operand' (JAX {jax.__version__})"
+    assert found["train"].temporary > 0
+    assert found["evaluate"].error is None
+    assert found["evaluate"].counts.flops
+
+
+@pytest.mark.usefixtures("needs_tpu_compiler")
+def test_arrays_fill_up_the_tiles_of_a_tpu():
+    there = jax.sharding.SingleDeviceSharding(open_target("v5e").devices[0])
+    shapes = [((3, 3, 16, 16), np.float32), ((10,), np.float32), ((5, 7), jax.numpy.bfloat16)]
+    given = [jax.ShapeDtypeStruct(shape, dtype, sharding=there) for shape, dtype in shapes]
+    compiled = jax.jit(lambda *xs: [x.sum() for x in xs]).lower(*given).compile()
+    formats = jax.tree.leaves(compiled.input_formats)
+    found = sum(bytes_on_device(x, one) for x, one in zip(given, formats, strict=True))
+    assert found == compiled.memory_analysis().argument_size_in_bytes
+    assert found > 5 * sum(map(bytes_on_device, given))
 
 
 @pytest.mark.slow

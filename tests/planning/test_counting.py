@@ -361,3 +361,101 @@ def test_training_steps_compiled_for_accelerators(target, compiler, dtype, reque
     )
     waits = 2 * (3 + 6)  # both loops forward and backward
     assert count_body(text, "steps", LENGTHS).host_waits == waits
+
+
+@pytest.mark.parametrize(
+    "started",
+    [
+        "((f32[16,32], f32[32,64]), f32[16,64], u32[]) fusion-start(%x, %w), kind=kCustom, "
+        "calls=%gemm",
+        "((f32[16,32], f32[32,64]), f32[16,64], u32[]) dot-start(%x, %w), "
+        "lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+        "((f32[16,32], f32[32,64]), f32[16,64], u32[]) call-start(%x, %w), to_apply=%gemm",
+        "((f32[16,32], f32[32,64]), (f32[16,64], s8[4096])) custom-call-start(%x, %w), "
+        'custom_call_target="__cublas$gemm", '
+        'backend_config={"lhs_contracting_dimensions":["1"],"x":1}',
+        "((f32[16,32], f32[32,64]), f32[16,64], u32[]) async-start(%x, %w), calls=%gemm",
+    ],
+)
+def test_asynchronous_operations_as_xla_prints_them(started):
+    counts = count(
+        f"""HloModule m
+
+%gemm (a: f32[16,32], b: f32[32,64]) -> f32[16,64] {{
+  %a = f32[16,32] parameter(0)
+  %b = f32[32,64] parameter(1)
+  ROOT %d = f32[16,64] dot(%a, %b), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+}}
+
+ENTRY %main (x: f32[16,32], w: f32[32,64]) -> f32[16,64] {{
+  %x = f32[16,32] parameter(0)
+  %w = f32[32,64] parameter(1)
+  %s = {started}
+  ROOT %r = f32[16,64] {started.partition("-start")[0].split()[-1]}-done(%s)
+}}
+""",
+        {},
+    )
+    assert counts.flops == {"float32": 2 * 16 * 32 * 64}
+    assert counts.bytes == 4 * (16 * 32 + 32 * 64 + 16 * 64)
+    assert counts.kernels == 1
+
+
+@pytest.mark.parametrize("library", ["__cublas$lt$matmul", "__cudnn$convForward"])
+def test_scratch_memory_of_libraries_is_not_moved(library):
+    counts = count(
+        f"""HloModule m
+
+ENTRY %main (x: f32[1,1,8,32], w: f32[1,1,32,64]) -> f32[1,1,8,64] {{
+  %x = f32[1,1,8,32] parameter(0)
+  %w = f32[1,1,32,64] parameter(1)
+  %c = (f32[1,1,8,64], s8[4194304]) custom-call(%x, %w), custom_call_target="{library}", \
+window={{size=1x1}}, dim_labels=b01f_01io->b01f
+  ROOT %r = f32[1,1,8,64] get-tuple-element(%c), index=0
+}}
+""",
+        {},
+    )
+    assert counts.bytes == 4 * (8 * 32 + 32 * 64 + 8 * 64)
+
+
+@pytest.mark.parametrize(
+    ("operation", "sent"),
+    [
+        ("f32[8] all-reduce(%x), replica_groups={{0,1}}", 32),
+        ("f32[8] all-reduce(%x), replica_groups={{0},{1}}", 0),
+        ("f32[8] all-reduce(%x), replica_groups=[4,2]<=[8]", 32),
+        ("f32[16] all-gather(%x), replica_groups={{0,1}}, dimensions={0}", 32),
+        ("f32[32] all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}", 96),
+        ("(f32[8], f32[8], u32[], u32[]) collective-permute-start(%x), "
+         "source_target_pairs={{0,1},{1,0}}", 32),
+    ],
+)  # fmt: skip
+def test_what_a_device_sends(operation, sent):
+    counts = count(
+        "HloModule m\n\nENTRY %main (x: f32[8]) -> f32[8] {\n  %x = f32[8] parameter(0)\n"
+        f"  ROOT %r = {operation}\n}}\n",
+        {},
+    )
+    assert counts.sent == sent
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("tuple(%next, %y, %n)", "tuple(%next, %y, %grown)"),  # the limit grows as well
+        ("add(%copy.1, %one)", "add(%n, %one)"),  # not the counter, and one
+    ],
+)
+def test_a_loop_whose_length_only_looks_constant_is_not_taken_for_one(before, after):
+    assert before in TPU
+    text = TPU.replace(before, after)
+    n = "  %n = s32[]{:T(128)} get-tuple-element(%p), index=2\n"
+    grown = "  %grown = s32[]{:T(128)} add(%n, %one)\n"
+    text = (
+        text.replace(n, "")
+        .replace("  %one =", n + "  %one =")
+        .replace("  %next =", grown + "  %next =")
+    )
+    assert not count(text, {"ten": 7}).unknown
+    assert [one.name for one in count(text, {}).unknown] == ["w"]

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from jfed.cli import main
+from jfed.cli import main, plan_command
+from jfed.planning.compiling import plan_federation
 
 SMOKE = ["plan", "--preset", "smoke"]
 
@@ -27,8 +28,11 @@ def test_a_plan_is_printed_and_written(tmp_path, capsys):
 def test_settings_are_lined_up(capsys):
     args = ["--target", "cpu", "--compare", "mapping=map,vmap", "lanes=1,2", "--iterations", "1"]
     assert main([*SMOKE, *args]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [" ".join(line.split()[:2]) for line in lines[2:]] == [
+    told = capsys.readouterr()
+    lines = told.out.splitlines()
+    assert lines[0].startswith("cpu: ")
+    assert told.err.count("train 1: compiled after") == 4
+    assert [" ".join(line.split()[:2]) for line in lines[4:]] == [
         "mapping=map lanes=1",
         "mapping=map lanes=2",
         "mapping=vmap lanes=1",
@@ -47,9 +51,30 @@ def test_settings_are_lined_up(capsys):
         ),
         (["--target", "cpu", "--compare", "lanes"], "must look like lanes=8,32, got 'lanes'"),
         (["--target", "cpu", "--compare", "lanes=0"], "lanes must be 1 or more, got 0"),
+        (["--target", "cpu", "--compare", "lanes=2,a"], "--compare, lanes=a: --lanes: "),
+        (["--target", "cpu", "--compare", "target=t4,l4"], "plan each target by itself"),
         (["--target", "cpu", "--devices", "99"], "devices must be at most the"),
     ],
 )
 def test_bad_input_is_told_before_anything_compiles(args, message, capsys):
     assert main([*SMOKE, *args]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_done_is_kept_where_a_comparison_is_stopped(tmp_path, capsys, monkeypatch):
+    done = []
+
+    def stopped(federation, target, on_program):
+        if done:
+            raise KeyboardInterrupt
+        done.append(plan_federation(federation, target, on_program))
+        return done[0]
+
+    monkeypatch.setattr(plan_command, "plan_federation", stopped)
+    path = tmp_path / "plan.json"
+    args = ["--target", "cpu", "--compare", "lanes=1,2", "--iterations", "1", "--json", str(path)]
+    assert main([*SMOKE, *args]) != 0
+    told = capsys.readouterr().out
+    assert "lanes=1" in told
+    assert "lanes=2" not in told
+    assert list(json.loads(path.read_text())) == ["lanes=1"]

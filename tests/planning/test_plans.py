@@ -1,6 +1,7 @@
 """What a plan tells, against sums done by hand."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -18,16 +19,21 @@ COUNTS = Counts(
     collectives=[Collective("all-reduce", 450 * GB, 4.0)],
 )
 TRAIN = ProgramPlan(
-    "train", "train 1, 2", 10, 1.0, None, 1 * GB, 1 * GB, 18 * GB, COUNTS, step=Counts(kernels=7.0)
+    *("train", "train 1, 2", 10, 1.0),
+    arguments=1 * GB,
+    outputs=1 * GB,
+    temporary=18 * GB,
+    counts=COUNTS,
+    step=Counts(kernels=7.0),
 )
 SERVER = ProgramPlan("server", "server", 10, 1.0, temporary=GB)
 TEST = ProgramPlan("evaluate", "evaluate 1, 2", 4, 1.0, counts=Counts(bytes=3.352e12))
 
 
-def _plan(*programs, chip="h100", devices=2, lanes=4):
+def _plan(*programs, chip="h100", devices=2, lanes=4, cohort=100):
     engine = EngineConfig(devices, lanes, "vmap")
     held = {"images": 2 * GB, "variables": GB}
-    return RunPlan(chip, CHIPS[chip], devices, 1, engine, 10, held, programs)
+    return RunPlan(chip, CHIPS[chip], devices, 1, engine, cohort, 10, held, programs)
 
 
 def test_what_takes_longest_counts():
@@ -51,9 +57,24 @@ def test_memory_and_the_lanes_that_have_room():
     assert plan.fits is True
     assert plan.most_lanes == int((plan.room - 3 * GB) / (5 * GB))
     assert "It fits." in tables.text(plan)
+    assert "room for about 12 lanes." in tables.text(plan)
+    few = _plan(TRAIN, SERVER, TEST, cohort=9)  # on two devices
+    assert few.most_lanes == 5
+    assert "room for about 5 lanes, one for each client of a round." in tables.text(few)
     small = _plan(TRAIN, SERVER, TEST, chip="t4")
     assert small.fits is False
-    assert "It does NOT fit; lower --lanes (now 4)" in tables.text(small)
+    advice = (
+        "It does NOT fit: lower --lanes (now 4), or lower --batch-size, or take --dtype bfloat16."
+    )
+    assert advice in tables.text(small)
+    large = dataclasses.replace(TEST, temporary=99 * GB, counts=Counts(flops={"bfloat16": 1.0}))
+    assert "It does NOT fit: lower --eval-batch-size.\n" in (
+        tables.text(_plan(TRAIN, SERVER, large))
+        .replace(" There is room", "\n")
+        .replace(" On top", "\n")
+    )
+    assert "10 rounds of 9 clients. All" in tables.text(few)
+    assert "of 3 clients (5 of 8 lanes have none)" in tables.text(_plan(TRAIN, TEST, cohort=3))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +91,28 @@ def test_a_program_that_cannot_be_compiled_is_told_and_the_others_go_on(error, f
     assert "train 1, 2" in tables.comparison({"a": plan, "b": _plan(TRAIN, SERVER)})
     tables.text(_plan(failed))  # nothing compiled
     assert tables.as_json(plan)["fits"] is fits
+
+
+def test_a_test_that_cannot_be_compiled_leaves_the_round_told():
+    told = tables.text(_plan(TRAIN, SERVER, dataclasses.replace(TEST, error="INTERNAL: x")))
+    assert "A round takes 4 s on the devices at best." in told
+    unread = dataclasses.replace(TRAIN, unread="KeyError: 'x' (JAX 1.0)")
+    plan = _plan(unread, SERVER, TEST)
+    assert "'train 1, 2' is compiled, but what it does cannot be read: KeyError" in (
+        tables.text(plan)
+    )
+    assert plan.fits is True
+    assert plan.least_seconds(plan.of_round, calls=False) is None
+    assert "KeyError" in tables.comparison({"a": plan, "b": _plan(TRAIN, SERVER)})
+
+
+def test_precisions_of_products_are_told():
+    told = tables.text(_plan(TRAIN, SERVER, TEST))
+    assert "of a round 94% in bfloat16, 6% in float32/highest." in told
+    assert "default precision" not in told
+    counts = Counts(flops={"float32": 1e12})
+    plan = _plan(dataclasses.replace(TRAIN, counts=counts), SERVER, TEST)
+    assert "JAX's default precision multiplies float32 as tensorfloat32 here" in tables.text(plan)
 
 
 def test_a_loop_of_unknown_length_is_told():
@@ -91,6 +134,9 @@ def test_a_loop_of_unknown_length_is_told():
         ("v5e", "float32", 197e12),
         ("v5e", "float32/high", 197e12 / 3),
         ("v5e", "float32/highest", 197e12 / 6),
+        ("h100", "bfloat16/6", 989.4e12 / 6),
+        ("h100", "tensorfloat32/3", 494.7e12 / 3),
+        ("h100", "f8e4m3fn", math.inf),
     ],
 )
 def test_peaks_by_type_and_precision(chip, dtype, expected):

@@ -77,10 +77,11 @@ def test_matrix_products_of_cublas():
         ("f32", "bf16", "", "float32"),
         ("f32", "f32", ", operand_precision={high,high}", "float32/high"),
         ("f32", "f32", ", operand_precision={default,default}", "float32"),
+        ("f32", "f32", ", operand_precision={default,highest}", "float32/highest"),
         ("f32", "f32", ", algorithm=dot_tf32_tf32_f32", "tensorfloat32"),
-        ("f32", "f32", ", algorithm=dot_tf32_tf32_f32_x3", "float32/high"),
+        ("f32", "f32", ", algorithm=dot_tf32_tf32_f32_x3", "tensorfloat32/3"),
         ("f32", "f32", ", algorithm=dot_bf16_bf16_f32", "bfloat16"),
-        ("f32", "f32", ", algorithm=dot_bf16_bf16_f32_x6", "float32/highest"),
+        ("f32", "f32", ", algorithm=dot_bf16_bf16_f32_x6", "bfloat16/6"),
         ("f32", "f32", ", algorithm=dot_f32_f32_f32", "float32/highest"),
     ],
 )

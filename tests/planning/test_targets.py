@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -33,13 +34,17 @@ SHAPES = {
     "v5p-16": (2, 2, 2),
     "v5e-8": (2, 4),
     "v6e-256": (16, 16),
+    "v5litepod-16": (4, 4),
+    "a100-40gb": (1, 1, 1),
+    "a100-40gb:8": (1, 1, 8),
 }
 
 
 @pytest.mark.parametrize(("text", "shape"), SHAPES.items())
 def test_names(text, shape):
     chip, found = parse(text)
-    assert (chip, found) == (CHIPS[text.replace("-", ":").partition(":")[0]], shape)
+    name = re.match("a100-40gb|[a-z0-9]+", text.replace("v5litepod", "v5e"))[0]
+    assert (chip, found) == (CHIPS[name], shape)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +65,7 @@ def test_names(text, shape):
         ("h100:1x1x1x8", "must have 1 to 3 numbers"),
         ("h100:99999999", "'h100:99999999' must have 8960 devices or fewer"),
         ("h100-8", "write 'h100:8'"),
+        ("a100-40", "'a100-40gb'"),
         ("v5e:2x2x1", "must have 2 numbers, such as 'v5e:4x4'"),
         ("v4:8", "must have 3 numbers, such as 'v4:2x4x4'"),
         ("v4-4", "unknown target 'v4-4'.*Did you mean .*'v4-8'"),
@@ -121,7 +127,10 @@ def _check(text, hosts, kind):
 @pytest.mark.usefixtures("needs_gpu_compiler")
 @pytest.mark.parametrize(
     ("text", "hosts"),
-    [("h100", 1), ("h200", 1), ("a100", 1), ("l4", 1), ("t4", 1), ("h100:8", 1), ("h100:2x8", 2)],
+    [
+        *((name, 1) for name in ("h100", "h200", "a100", "a100-40gb", "l4", "t4", "h100:8")),
+        ("h100:2x8", 2),
+    ],
 )
 def test_gpus(text, hosts):
     cuda = parse(text)[0].cuda
@@ -139,6 +148,7 @@ def test_gpus(text, hosts):
         ("v4-8", 1, "TPU v4"),
         ("v5e", 1, "TPU v5 lite"),
         ("v5e:2x2", 1, "TPU v5 lite"),
+        ("v5e:2x4", 1, "TPU v5 lite"),
         ("v5e:4x4", 4, "TPU v5 lite"),
         ("v5p:2x2x1", 1, "TPU v5"),
         ("v6e", 1, "TPU v6 lite"),
