@@ -3,7 +3,7 @@ from . import algorithms as algorithms, data as data, models as models, tiers as
 from .algorithms.clients import ClientConfig as ClientConfig
 from .algorithms.servers import ServerConfig as ServerConfig
 from .data.preprocessing import Augmentation as Augmentation
-from .engine.devices import EngineConfig as EngineConfig
+from .engine.devices import EngineConfig as EngineConfig, use_cores as use_cores
 from .engine.faults import FaultConfig as FaultConfig
 from .errors import (
     CallbackError as CallbackError,

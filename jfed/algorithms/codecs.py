@@ -81,7 +81,7 @@ def quantise(bits: int, *, by_channel: bool = False) -> Codec:
 
     def one(x: Array, key: Array) -> Array:
         axes = tuple(range(x.ndim - 1)) if by_channel and x.ndim > 1 else None
-        step = _rounded_up(jnp.abs(x).max(axes, keepdims=True) / levels)
+        step = _rounded_up(jnp.abs(x).max(axes, keepdims=True, initial=0) / levels)
         unit = x / jnp.where(step > 0, step, 1)
         chance = _uniform(key, x.shape)
         if bits == 1:

@@ -13,7 +13,9 @@ def length(tree: Any) -> Float[Array, ""]:
 
     Relative to the largest entry, whose square may not be representable.
     """
-    leaves = jax.tree.leaves(tree)
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
+    if not leaves:
+        return jnp.zeros(())
     largest = jnp.stack([jnp.abs(u).max() for u in leaves]).max()
     unit = jnp.where(largest > 0, largest, 1)
     squares = [jnp.square(u / unit).sum() for u in leaves]

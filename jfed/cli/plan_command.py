@@ -14,7 +14,6 @@ from jfed.planning import tables
 from jfed.planning.compiling import plan_federation
 from jfed.planning.plans import ProgramPlan, RunPlan
 from jfed.planning.targets import open_target, parse
-from jfed.provenance import cores
 from jfed.runs.assembly import set_up
 from jfed.runs.config import RUN_PRESETS, RunConfig, settings, short_name
 
@@ -62,7 +61,7 @@ def execute(args: list[str]) -> None:
     )
     _check(given.plan)
     variants = dict(_variants(given.run, given.plan.compare))
-    use_cores(len(cores()))
+    use_cores()
     target = open_target(given.plan.target)
     print("reading data ...", file=sys.stderr)
     ready = {n: set_up(c, devices=target.devices).federation for n, c in variants.items()}

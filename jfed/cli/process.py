@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from jfed.engine import hosts
 from jfed.engine.devices import use_cores
 from jfed.engine.hosts import HostsConfig
-from jfed.provenance import cores
 
 
 def start_devices(together: HostsConfig) -> None:
@@ -18,7 +17,7 @@ def start_devices(together: HostsConfig) -> None:
     Raises:
       ConfigError: the others cannot be joined, or there are none.
     """
-    use_cores(len(cores()))
+    use_cores()
     hosts.join(together)
 
 

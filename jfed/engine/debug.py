@@ -16,7 +16,7 @@ from jfed.algorithms.aggregators import Aggregator, Stack
 from jfed.algorithms.algorithm import Algorithm, Client
 from jfed.data.preprocessing import gather
 from jfed.engine.faults import corrupt
-from jfed.engine.lanes import Inputs, Training, only_own
+from jfed.engine.lanes import BEGIN, END, FAULT, Inputs, Training, only_own
 from jfed.engine.merging import Report, clip
 from jfed.engine.packing import Work
 from jfed.models.losses import Metrics, training_loss
@@ -55,7 +55,7 @@ def train(config: Training, inputs: Inputs, work: Work, memory: Any) -> tuple[Se
     )
     client = _client(config, inputs, work, received)
     key = jax.random.fold_in(jax.random.fold_in(inputs.key, inputs.round), work.client)
-    begin, end, fault = (jax.random.fold_in(key, np.uint32(2**32 - i)) for i in (1, 2, 4))
+    begin, end, fault = (jax.random.fold_in(key, number) for number in (BEGIN, END, FAULT))
     local = algorithm.client_init(client, remembered, begin)
     local, metrics = _steps(config, inputs, work, client, local, key)
     message, after = algorithm.client_final(client, local, end)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jfed.errors import ConfigError, check_integer, one_of
+from jfed.provenance import cores
 from jfed.seeds import is_key
 
 MAPPINGS = ("auto", "vmap", "map", "unroll", "debug")
@@ -19,16 +21,26 @@ IMAGES = ("device", "host")
 AXIS = "clients"  # the mesh axis that lanes and evaluation batches are spread over
 EVERYWHERE = PartitionSpec()
 SPREAD = PartitionSpec(AXIS)
+_PATIENCE, _MONTH = "xla_cpu_collective_call_terminate_timeout_seconds", 30 * 86400
 _MOST_CPU_DEVICES = 8  # each holds a copy of the images
 
 
-def use_cores(count: int) -> None:
+def use_cores(count: int | None = None) -> None:
     """Makes a device of each core of a CPU, up to 8; to be called before JAX starts.
 
-    Where JAX was told how many devices a CPU has, or has started, nothing happens.
+    Where JAX was told how many devices a CPU has, or has started, nothing happens. XLA would end
+    a process in which one device waits for another for a minute; in a round of few, long clients
+    they do, and wait as long as it takes from then on.
+
+    Args:
+      count: of devices, by default of the cores that this process may use.
     """
+    given = os.environ.get("XLA_FLAGS", "")
+    if _PATIENCE not in given:
+        os.environ["XLA_FLAGS"] = f"{given} --{_PATIENCE}={_MONTH}".strip()
     if jax.config.values["jax_num_cpu_devices"] < 0:
         with contextlib.suppress(RuntimeError):
+            count = len(cores()) if count is None else count
             jax.config.update("jax_num_cpu_devices", min(count, _MOST_CPU_DEVICES))
 
 
@@ -41,7 +53,7 @@ class EngineConfig:
 
     Attributes:
       devices: how many; None takes all that JAX sees. On a CPU one for each core is as fast or
-        faster: `jax.config.update("jax_num_cpu_devices", cores)` before anything else, as
+        faster: `jfed.use_cores()` before anything else, as
         `jfed run` does.
       lanes: on each device. More lanes are more clients at the same time, and more memory. None:
         one on a CPU; on an accelerator as many as `useful_lanes` tells, and the cohort has.

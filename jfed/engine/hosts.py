@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -247,8 +247,13 @@ def _end_if_stuck() -> None:
             found = client.key_value_dir_get(_PREFIX) if client is not None else []
         except jax.errors.JaxRuntimeError:  # the service has gone, and JAX ends the process
             return
-        failed = [json.loads(text)["error"] for _, text in found if '"error"' in text]
-        if failed:
+        if failure := _failure([text for _, text in found]):
             time.sleep(_GRACE + _LAST * is_first())
-            print(f"\njfed: error: {failed[0][1]}", file=sys.stderr, flush=True)
+            print(f"\njfed: error: {failure}", file=sys.stderr, flush=True)
             os._exit(2)
+
+
+def _failure(outcomes: Sequence[str]) -> str | None:
+    """What the first of the hosts that failed tells; the outcomes as JSON."""
+    told = [json.loads(text) for text in outcomes]
+    return next((str(outcome["error"][1]) for outcome in told if "error" in outcome), None)

@@ -32,7 +32,7 @@ from jfed.tiers.parts import is_like, map_parts
 from jfed.tiers.tier import Tier, settings_of
 
 # What else than a step's number is folded into a client's key.
-_BEGIN, _END, _FAULT = (np.uint32(2**32 - i) for i in (1, 2, 4))
+BEGIN, END, FAULT = (np.uint32(2**32 - i) for i in (1, 2, 4))
 
 
 _PLAIN = jax.tree.structure(Metrics(*[0.0] * 3))  # type: ignore[arg-type]  # of the cross-entropy
@@ -156,7 +156,7 @@ class _Trainer:
         client, key = self.client(slot)
         row = jax.tree.map(lambda rows: rows[self.cohort.row[slot]], memory)
         cut = map_parts(self._cut, self.inputs.server.variables, row)
-        return _arrays(self.algorithm.client_init(client, cut, jax.random.fold_in(key, _BEGIN)))
+        return _arrays(self.algorithm.client_init(client, cut, jax.random.fold_in(key, BEGIN)))
 
     def step(self, slot: Array, now: Lanes, local: Any, largest: Any) -> tuple[Any, Metrics]:
         """One batch of one client."""
@@ -177,7 +177,7 @@ class _Trainer:
           The parts of its message, their weights, whether they are finite, and its new memory.
         """
         client, key = self.client(slot)
-        end_key = jax.random.fold_in(key, _END)
+        end_key = jax.random.fold_in(key, END)
         message, remembered = _arrays(self.algorithm.client_final(client, local, end_key))
         message = self._as_sent(message, slot, key)
         weights = {
@@ -199,7 +199,7 @@ class _Trainer:
         """A message as the server gets it: corrupted, clipped."""
         faults, message = self.config.faults, self._own(message, slot)
         if faults is not None and faults.corrupts:
-            fault_key = jax.random.fold_in(key, _FAULT)
+            fault_key = jax.random.fold_in(key, FAULT)
             message = corrupt(faults, message, self.cohort.fault[slot], fault_key)
         message = self._own(message, slot)  # again, as noise is everywhere
         if self.config.clip is not None:

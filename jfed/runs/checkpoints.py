@@ -113,6 +113,8 @@ class Checkpoints:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             place, args = self._folder / str(len(history)), ocp.args.PyTreeSave(content)
+            if place.exists() and len(history) not in self._rounds():  # a process was killed
+                place.rmtree()
             self._orbax.save(place, args=args, custom_metadata=about)
             self._saving = True
         except Exception as error:
@@ -167,7 +169,10 @@ class Checkpoints:
             for bad, why in damaged:
                 warnings.warn(f"{self._folder}: damaged checkpoint set aside, {why}", stacklevel=2)
                 if repair:
-                    (self._folder / str(bad)).rename(self._folder / f"damaged-{bad}")
+                    aside = self._folder / f"damaged-{bad}"
+                    if aside.exists():  # of the last time
+                        aside.rmtree()
+                    (self._folder / str(bad)).rename(aside)
             return checkpoint
         if damaged:
             raise RunFolderError(

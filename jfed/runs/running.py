@@ -267,6 +267,8 @@ def _rounds(
                             writer.flush()
                 preempted = preempted or multihost_utils.reached_preemption_sync_point(record.round)
         except ConfigError as error:  # of a sampler or a schedule of the user's own
+            if last is None:  # another host's, in the middle of the rounds
+                raise
             failure = error
         assert last is not None  # the last one always is
 

@@ -422,7 +422,7 @@ class Federation:
     def round(self, state: State, number: int) -> tuple[State, UnderWay]:
         """Starts round `number` (from 0) on the devices and returns without waiting for it.
 
-        Where clients remember, the round before is waited for, whose rows this one may need.
+        Where clients remember, it waits for the round, whose rows the next one may need.
         """
         rate = learning_rate(self.client, number, self.rounds)
         cohort = self.population.sample(number)

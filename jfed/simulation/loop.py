@@ -294,6 +294,8 @@ def _in_flight(
         try:
             state, started = federation.round(state, number)
         except ConfigError as error:
+            if _is_gone(state):  # another host's: there is no state any more
+                raise
             failure = error
             break
         under_way.append((federation.copy(state) if keep(number + 1) else None, started))
@@ -305,6 +307,12 @@ def _in_flight(
         yield state, under_way.popleft()[1]
     if failure is not None:
         raise failure
+
+
+def _is_gone(state: State) -> bool:
+    """Whether the state was given to a program that may write where it was."""
+    arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+    return any(array.is_deleted() for array in arrays)
 
 
 def _wait(started: UnderWay, stop: Callable[[], bool]) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Shaped
 from jfed.data.preprocessing import ModelInputs
 from jfed.errors import ConfigError, DataError, check_integer, one_of
 from jfed.models.losses import tested_logits
-from jfed.models.model import Model, Params, Statistics
+from jfed.models.model import Params, Statistics
 from jfed.tiers import Iterations, Tier, Tiers
 
 
@@ -65,7 +65,7 @@ class Predictor(NamedTuple):
         check_integer("batch_size", batch_size, least=1)
         size = min(batch_size, max(len(images), 1))
         params, norms = tier.extract(self.variables, 0), self.norms.get(tier.name)
-        classify, found = _classifier(tier.bound()), []
+        classify, found = _classifier(tier), []
         for start in range(0, len(images), size):
             batch = self.inputs.standardise(images[start : start + size])
             padded = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), 0)])
@@ -74,8 +74,9 @@ class Predictor(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _classifier(model: Model) -> Callable[..., Array]:
-    """The jitted `(params, statistics, images) -> probabilities` of a model."""
+def _classifier(tier: Tier) -> Callable[..., Array]:
+    """The jitted `(params, statistics, images) -> probabilities` of a tier."""
+    model = tier.bound()
 
     def classify(params: Params, norms: Statistics | None, images: Array) -> Array:
         return jax.nn.softmax(tested_logits(model, params, images, norms), -1)

@@ -96,11 +96,13 @@ class Testing:
         found: list[tuple[Sequence[int], Metrics]] = []
         for testing in self._spec.local:
             norms, program = None, Program("local", testing.tiers)
+            remembers = testing.algorithm.personalise is not None
             if testing.has_common_norms:
                 given = start.inputs.server.variables, self._calibration
                 norms = compiled(Program("norms", testing.tiers))(*given)
             for chunk in self.calls[program]:
-                if testing.streamed and len(found) > 1:  # no more images than of two calls
+                # No more images, and rows of client memory, than of two calls.
+                if (testing.streamed or remembers) and len(found) > 1:
                     jax.block_until_ready(found[-2][1])
                 given = self._of_chunk(testing, chunk, start)
                 found.append((chunk.clients, compiled(program)(*given, norms)))

@@ -21,6 +21,7 @@ from jfed.algorithms import (
 )
 from jfed.algorithms.catalogue import make_algorithm
 from jfed.algorithms.codecs import named
+from jfed.algorithms.lengths import length
 from jfed.algorithms.messages import from_bytes, to_bytes
 from jfed.errors import DataError
 from jfed.simulation.federation import Federation
@@ -132,6 +133,15 @@ def test_sparse_codecs_keep_what_they_should():
     left = np.where(kept, array, 0)  # as by a codec before, or by a tier that owns no more
     sent = np.asarray(named(("topk:0.1", "sign")).apply([array], jax.random.key(0))[0])
     np.testing.assert_allclose(sent, np.sign(left) * np.abs(array[kept]).mean(), rtol=1e-6)
+
+
+def test_arrays_without_entries():
+    """As learned steps are of a stage that nobody iterates."""
+    tree = [np.zeros((0, 3), np.float32), np.float32([3.0, -4.0])]
+    for name in ("int8", "int4:channel", "topk:0.5", "randk:0.5", "sign", "bfloat16"):
+        assert named((name,)).apply(tree, jax.random.key(0))[0].shape == (0, 3)
+    assert float(length(tree)) == 5.0
+    assert float(length(tree[:1])) == 0.0
 
 
 def test_float16_saturates():

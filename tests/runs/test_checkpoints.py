@@ -125,6 +125,22 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path):
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
 
 
+def test_a_remote_save_that_a_kill_cut_short_is_made_anew(tmp_path, monkeypatch):
+    """A remote folder has its final name from the beginning, and a mark once it is complete."""
+    monkeypatch.setattr("jfed.runs.checkpoints.is_local", lambda path: False)
+    (tmp_path / "c" / "2" / "d").mkdir(parents=True)
+    _saved(tmp_path / "c", (1, 2))
+    _check(_latest(tmp_path / "c"), 2)
+
+
+def test_a_round_that_is_damaged_twice_is_set_aside_twice(tmp_path):
+    for rounds in ((1, 2), (2,)):
+        _saved(tmp_path, rounds)
+        _flip(max(_files(tmp_path / "2"), key=lambda path: path.stat().st_size))
+        with pytest.warns(UserWarning, match="that of round 2"):
+            _check(_latest(tmp_path), 1)
+
+
 def _files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 

@@ -10,6 +10,7 @@ import pytest
 import jfed
 from jfed.cli import main
 from jfed.errors import ConfigError, DataError, RunFolderError
+from jfed.simulation import prediction
 
 DATA = jfed.data.load("digits", train_examples=300, test_examples=150)
 CLIENTS = jfed.data.iid(DATA.train.labels, 4, seed=0)
@@ -52,6 +53,14 @@ def test_every_tested_tier_is_as_accurate_as_the_run_recorded(finished, source):
             assert found.accuracy == pytest.approx(recorded.accuracy)
             assert found.loss == pytest.approx(recorded.loss, rel=1e-4)
     assert result.evaluate(DATA.test).accuracy == pytest.approx(last["2"].accuracy)
+
+
+def test_predictions_of_a_tier_compile_once(finished):
+    result = finished[2]
+    result.predict(DATA.test.images[:7], iterations=2)
+    made = prediction._classifier.cache_info().misses
+    result.predict(DATA.test.images[7:14], iterations=2)
+    assert prediction._classifier.cache_info().misses == made
 
 
 def test_predictions_need_no_other_images(finished):

@@ -8,11 +8,13 @@ import pytest
 from etils import epath
 
 import jfed
+from jfed.engine import hosts
 from jfed.runs import running
 from jfed.runs.assembly import set_up
-from jfed.runs.checkpoints import stored
+from jfed.runs.checkpoints import CheckpointConfig, stored
 from jfed.runs.config import run_preset
 from jfed.settings import as_json
+from jfed.simulation import loop
 
 
 def test_a_run_tells_what_made_it_and_warns_when_another_goes_on(tmp_path):
@@ -45,6 +47,42 @@ def test_a_run_tells_what_made_it_and_warns_when_another_goes_on(tmp_path):
     with pytest.warns(UserWarning, match=rf"jax is '0.1.2' there, '{jax.__version__}' here"):
         result, _ = run()
     assert len(result.history) == 4
+
+
+def test_an_error_of_another_host_in_the_middle_of_the_rounds_is_raised(tmp_path, monkeypatch):
+    """Also where no state was kept so far."""
+    config = run_preset("smoke").replace(rounds=8, iterations=(1,), widths=(4,), devices=1)
+    looks = []
+
+    def check(phase):
+        looks.append(phase)
+        if len(looks) > 20:
+            raise jfed.ConfigError("another host's sampler")
+
+    monkeypatch.setattr(hosts.Phase, "check", check)
+    prepare, every = functools.partial(set_up, config), CheckpointConfig(every=50)
+    with pytest.raises(jfed.ConfigError, match="another host's sampler"):
+        running.run(tmp_path / "run", as_json(config), prepare, checkpoints=every)
+    assert len(looks) > 20
+
+
+def test_a_state_that_was_given_away_is_not_given_to_be_saved(monkeypatch):
+    config = run_preset("smoke").replace(rounds=4, iterations=(1,), widths=(4,), devices=1)
+    federation = set_up(config).federation
+    train = federation.round
+
+    def fail(state, number):
+        if number < 2:
+            return train(state, number)
+        jax.tree.map(lambda x: x.delete(), state.server)
+        raise jfed.ConfigError("another host's disk is full")
+
+    monkeypatch.setattr(federation, "round", fail)
+    given = []
+    with pytest.raises(jfed.ConfigError, match="another host's"):
+        given.extend(loop.iterate(federation))
+    states = [leaf for state, _ in given for leaf in jax.tree.leaves(state)]
+    assert not any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in states)
 
 
 def test_a_run_that_another_saved_last_warns_too(tmp_path, monkeypatch):
