@@ -12,7 +12,8 @@ Dirichlet 0.1 has a protocol of its own, so compare within a partition only: wit
 five clients a round, of one or two classes each, models ended at chance; instead 10 of 40 clients
 train 6 batches each at twice the learning rate. `--scale medium` is the preset `cifar10-medium`,
 with counts to 8, ResNet-56, and a federation that leaves out the clients who cannot afford 4
-iterations; `--scale full` is `cifar10-flexible`, for an accelerator. Neither has been run yet.
+iterations, of which `experiments/results/flexible_medium.csv` has the first arms and seed; `--scale
+full` is `cifar10-flexible`, for an accelerator, and has not been run yet.
 """
 
 from typing import Any
