@@ -153,6 +153,6 @@ def test_a_slice_is_given_back_where_the_script_is_stopped(commands):
     while not calls.exists() or "jfed run" not in calls.read_text():
         assert job.poll() is None
         time.sleep(0.05)
-    os.killpg(job.pid, signal.SIGINT)
+    os.killpg(job.pid, signal.SIGTERM)  # as Ctrl-C, which a test may have been told to ignore
     assert job.wait(timeout=60) != 0
     assert "queued-resources delete" in calls.read_text().splitlines()[-1]
