@@ -61,6 +61,7 @@ def test_bad_input_is_told_before_anything_compiles(args, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_done_is_kept_where_a_comparison_is_stopped(tmp_path, capsys, monkeypatch):
     done = []
 
