@@ -405,6 +405,7 @@ def _rounded_up(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.lax.bitcast_convert_type((bits + 0xFFFF) & jnp.uint32(0xFFFF0000), jnp.float32)
 
 
+@jax.jit
 def _largest(x: Float[Array, "..."], count: Int[Array, ""]) -> Bool[Array, "..."]:
     """Where the magnitude is among the `count` largest, bisected over the upper 16 bits of it.
 

@@ -75,7 +75,8 @@ def execute(args: list[str]) -> None:
         if len(ready) > 1 and plans:
             print(tables.comparison(plans))
     if len(ready) == 1:
-        print(tables.text(plans[name]))
+        (plan,) = plans.values()
+        print(tables.text(plan))
 
 
 def _tell(program: ProgramPlan) -> None:

@@ -28,8 +28,8 @@ _MOST_CPU_DEVICES = 8  # each holds a copy of the images
 def use_cores(count: int | None = None) -> None:
     """Makes a device of each core of a CPU, up to 8; to be called before JAX starts.
 
-    Where JAX was told how many devices a CPU has, or has started, nothing happens. XLA would end
-    a process in which one device waits for another for a minute; in a round of few, long clients
+    Where JAX was told how many devices a CPU has, or has started, that stays. XLA would end a
+    process in which one device waits for another for a minute; in a round of few, long clients
     they do, and wait as long as it takes from then on.
 
     Args:

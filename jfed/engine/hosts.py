@@ -200,9 +200,13 @@ def _outcomes(client: Any, key: str) -> dict[int, dict[str, Any]]:
 
 def _raise_failure(outcomes: Mapping[int, Mapping[str, Any]]) -> None:
     """Raises the error of the first host that failed, if any did."""
-    failed = [outcomes[host]["error"] for host in sorted(outcomes) if "error" in outcomes[host]]
-    if failed:
-        raise _error(*failed[0])
+    if failure := _failure([outcomes[host] for host in sorted(outcomes)]):
+        raise _error(*failure)
+
+
+def _failure(outcomes: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
+    """The class and the text of the first error, if there is one."""
+    return next((tuple(one["error"]) for one in outcomes if "error" in one), None)
 
 
 def _as_seen(error: BaseException, what: str) -> JfedError:
@@ -247,13 +251,7 @@ def _end_if_stuck() -> None:
             found = client.key_value_dir_get(_PREFIX) if client is not None else []
         except jax.errors.JaxRuntimeError:  # the service has gone, and JAX ends the process
             return
-        if failure := _failure([text for _, text in found]):
+        if failure := _failure([json.loads(text) for _, text in found]):
             time.sleep(_GRACE + _LAST * is_first())
-            print(f"\njfed: error: {failure}", file=sys.stderr, flush=True)
+            print(f"\njfed: error: {failure[1]}", file=sys.stderr, flush=True)
             os._exit(2)
-
-
-def _failure(outcomes: Sequence[str]) -> str | None:
-    """What the first of the hosts that failed tells; the outcomes as JSON."""
-    told = [json.loads(text) for text in outcomes]
-    return next((str(outcome["error"][1]) for outcome in told if "error" in outcome), None)

@@ -109,8 +109,9 @@ def _compiled(
         temporary=memory.temp_size_in_bytes,
     )
     is_vmapped = plan.kind == "train" and federation.engine.mapping == "vmap"
-    lanes, text = (federation.engine.lanes or 1) if is_vmapped else 1, compiled.as_text() or ""
+    lanes = (federation.engine.lanes or 1) if is_vmapped else 1
     try:
+        text = compiled.as_text() or ""
         plan = dataclasses.replace(
             plan,
             counts=count(text, lengths),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from jfed.errors import ConfigError, check_number
 from jfed.planning.hlo import Computation, Instruction, Program, parse
-from jfed.planning.kernels import CONTROL, Kernels, is_kernel
+from jfed.planning.kernels import CONTROL, Kernels, add, is_kernel
 
 
 class Collective(NamedTuple):
@@ -131,8 +131,7 @@ class Walk:
                 counts.host_waits += times * (instruction.opcode in ("while", "conditional"))
                 continue
             cost = self.kernels.cost(computation, instruction)
-            for dtype, flops in cost.flops.items():
-                counts.flops[dtype] = counts.flops.get(dtype, 0.0) + times * flops
+            add(counts.flops, cost.flops, times)
             counts.vector_flops += times * cost.vector_flops
             counts.bytes += times * cost.bytes
             counts.kernels += times

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from jfed.planning.hlo import Computation, Instruction, Program, Shape
@@ -93,11 +94,11 @@ class Kernels:
         operands = computation.operands(of)
         if of.opcode == "fusion":
             inside = self._inside(self.fused(of))
-            _add(cost.flops, inside.flops)
+            add(cost.flops, inside.flops)
             cost.vector_flops += inside.vector_flops
             cost.collectives += inside.collectives
         elif flops := product_flops(of, operands):
-            _add(cost.flops, {product_dtype(of, operands): flops})
+            add(cost.flops, {product_dtype(of, operands): flops})
         elif of.opcode in _ELEMENTWISE and of.shapes[0].dtype in _FLOATS:
             cost.vector_flops += of.shapes[0].elements
         elif of.opcode in ("reduce", "scatter"):
@@ -185,9 +186,10 @@ class Kernels:
         return tuple(min(1.0, ratio) if ratio >= share else 1.0 for ratio in ratios)
 
 
-def _add(total: dict[str, float], more: dict[str, float]) -> None:
+def add(total: dict[str, float], more: Mapping[str, float], times: float = 1.0) -> None:
+    """Adds numbers to those of the same name."""
     for key, value in more.items():
-        total[key] = total.get(key, 0.0) + value
+        total[key] = total.get(key, 0.0) + times * value
 
 
 def is_kernel(instruction: Instruction) -> bool:

@@ -130,6 +130,11 @@ class RunPlan:
         return self.memory <= self.room
 
     @property
+    def lanes_in_use(self) -> int:
+        """Lanes of a device that a round has clients for."""
+        return -(-self.cohort // self.devices)
+
+    @property
     def most_lanes(self) -> int | None:
         """About how many lanes a device has room for, up to a lane for each client of a round.
 
@@ -142,7 +147,7 @@ class RunPlan:
             return None
         each = max(training) / (self.engine.lanes or 1)
         most = int((self.room - sum(self.held.values())) / each)
-        return min(max(most, 0), -(-self.cohort // self.devices))
+        return min(max(most, 0), self.lanes_in_use)
 
     @property
     def training(self) -> list[ProgramPlan]:

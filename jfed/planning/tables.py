@@ -8,6 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from jfed.planning.counting import Counts
+from jfed.planning.kernels import add
 from jfed.planning.plans import Floor, ProgramPlan, RunPlan, peak
 
 _MOST_FINDINGS = 8  # that are shown of a program; the JSON has all
@@ -115,7 +116,7 @@ def _memory(plan: RunPlan) -> str:
     line += {True: " It fits.", False: f" {_lower(plan)}", None: ""}[plan.fits]
     if plan.most_lanes is not None:
         line += f" There is room for about {plan.most_lanes:,} lanes"
-        enough = plan.most_lanes == -(-plan.cohort // plan.devices)
+        enough = plan.most_lanes == plan.lanes_in_use
         line += ", one for each client of a round." if enough else "."
     return line
 
@@ -157,8 +158,8 @@ def _round(plan: RunPlan) -> str:
 def _products(plan: RunPlan) -> str:
     """Types of the products of a round, and in which the units of the chip multiply float32."""
     flops: dict[str, float] = {}
-    for dtype, n in (pair for p in plan.of_round for pair in p.counts.flops.items()):
-        flops[dtype] = flops.get(dtype, 0.0) + n
+    for program in plan.of_round:
+        add(flops, program.counts.flops)
     total = sum(flops.values())
     if not total:
         return ""
@@ -179,9 +180,7 @@ def _findings(program: ProgramPlan) -> str:
             "amiss": finding.what,
             "times": f"{finding.times:,.0f}",
             "moves": _bytes(finding.bytes),
-            "where": finding.op_name
-            if len(finding.op_name) <= 60
-            else f"...{finding.op_name[-57:]}",
+            "where": _end(finding.op_name),
             "line": "/".join(finding.source.split("/")[-2:]),
         }
         for finding in program.findings[:_MOST_FINDINGS]
@@ -190,6 +189,10 @@ def _findings(program: ProgramPlan) -> str:
     more = f"\n... and {rest} more, see --json." if rest > 0 else ""
     table = tabulate(rows, headers="keys", disable_numparse=True)
     return f"What is amiss in {program.name!r}, in a call:\n{table}{more}"
+
+
+def _end(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"...{text[3 - most :]}"
 
 
 def _line(name: str, plan: RunPlan) -> dict[str, Any]:

@@ -87,8 +87,9 @@ def parse(text: str) -> tuple[Chip | None, tuple[int, ...]]:
     """
     check_type("target", text, str)
     text = re.sub("^v5litepod-", "v5e-", text)  # as Google's cloud calls them
-    named = [chip for chip in CHIPS if re.match(rf"{chip}([:-]|$)", text)]
-    name = max(named, key=len, default=re.split("[:-]", text, maxsplit=1)[0])
+    name = text.partition(":")[0]
+    if name not in CHIPS:
+        name = name.partition("-")[0]
     separator, rest = text[len(name) : len(name) + 1], text[len(name) + 1 :]
     one_of("target", name, ("cpu", *CHIPS))
     if name == "cpu":
@@ -123,11 +124,9 @@ def _shape(text: str, chip: Chip, written: str) -> tuple[int, ...]:
 
 def _slice_of_type(text: str, chip: Chip) -> tuple[int, ...]:
     if chip.platform == "gpu":
+        smaller = "; one with 40 GB is an 'a100-40gb'" if chip.name == "a100" else ""
         raise ConfigError(
-            f"target {text!r}: write '{chip.name}:8' for a host of eight GPUs; one with 40 GB is "
-            "an 'a100-40gb'."
-            if chip.name == "a100"
-            else f"target {text!r}: write '{chip.name}:8' for a host of eight GPUs."
+            f"target {text!r}: write '{chip.name}:8' for a host of eight GPUs{smaller}."
         )
     slices = _SLICES[len(chip.smallest)]
     types = {f"{chip.name}-{chip.cores * math.prod(shape)}": shape for shape in slices}

@@ -113,8 +113,8 @@ class Checkpoints:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             place, args = self._folder / str(len(history)), ocp.args.PyTreeSave(content)
-            if place.exists() and len(history) not in self._rounds():  # a process was killed
-                place.rmtree()
+            for left in self._unfinished():
+                left.rmtree()
             self._orbax.save(place, args=args, custom_metadata=about)
             self._saving = True
         except Exception as error:
@@ -129,9 +129,6 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             for old in self._rounds()[: -self._config.keep]:
                 (self._folder / str(old)).rmtree()
-            for path in self._folder.iterdir():
-                if _UNFINISHED in path.name:  # of a process that was killed
-                    path.rmtree()
         except Exception as error:
             raise RunFolderError(self._cannot_save(error)) from error
 
@@ -201,6 +198,15 @@ class Checkpoints:
             for path in found
             if path.name.isdigit() and (is_local(path) or (path / _FINISHED).exists())
         )
+
+    def _unfinished(self) -> list[epath.Path]:
+        """What a process left that was killed while it saved; while nothing is being saved."""
+        done = set(map(str, self._rounds()))
+        return [
+            path
+            for path in self._folder.iterdir()
+            if _UNFINISHED in path.name or (path.name.isdigit() and path.name not in done)
+        ]
 
     def _cannot_save(self, error: Exception) -> str:
         return (
