@@ -30,19 +30,16 @@ from jfed.models.model import Model, Params, by_name, initialise
 from jfed.seeds import check_seed
 from jfed.simulation import local_tests
 from jfed.simulation.checks import (
-    Exchange,
     check_aggregator,
-    check_algorithm,
     check_init,
     check_measure,
     check_model,
-    check_parts,
     check_training,
-    check_weights,
 )
 from jfed.simulation.client_rows import ClientRows
 from jfed.simulation.cohort_training import CohortTraining, Outcome
 from jfed.simulation.evaluation import EvaluationConfig, Tested, evaluated_tiers
+from jfed.simulation.exchanges import Exchange, check_algorithm, check_parts, check_weights
 from jfed.simulation.groups import group_tiers, make_groups
 from jfed.simulation.local_tests import Chunk, LocalTesting
 from jfed.simulation.measured_traffic import Sizes, as_sizes, measure, round_traffic
@@ -89,6 +86,16 @@ _KINDS = {
 }
 
 
+def _check_kinds(given: Mapping[str, Any]) -> None:
+    if isinstance(algorithm := given["algorithm"], str):
+        raise ConfigError(
+            "algorithm must be an Algorithm, such as jfed.algorithms.scaffold(client, server), "
+            f"got {algorithm!r}."
+        )
+    for name, value in given.items():
+        check_type(name, value, _KINDS[name], type(None))
+
+
 class Federation:
     """A federation: settings checked, data on the devices, programs ready to be compiled.
 
@@ -124,19 +131,14 @@ class Federation:
         devices: Sequence[jax.Device] | None = None,
     ) -> None:
         check_type("data", data, Dataset)
-        if isinstance(algorithm, str):
-            raise ConfigError(
-                "algorithm must be an Algorithm, such as jfed.algorithms.scaffold(client, server), "
-                f"got {algorithm!r}."
-            )
         given = algorithm, client, server, evaluation, augmentation, engine, faults, privacy, time
-        for (name, kind), value in zip(_KINDS.items(), given, strict=True):
-            check_type(name, value, kind, type(None))
+        _check_kinds(dict(zip(_KINDS, given, strict=True)))
         self.rounds = check_integer("rounds", rounds, least=1)
         self.compile_seconds = 0.0
         self.client = client or ClientConfig()
         self.server = server or ServerConfig()
         self.evaluation = evaluation or EvaluationConfig()
+        self.time = time or TimeConfig()
         self.augmentation = augmentation or Augmentation()
         if self.augmentation and len(data.image_shape) != 3:
             raise ConfigError(
@@ -159,7 +161,6 @@ class Federation:
         self._tested: Any = None  # what each client is tested on, if anything
         if share := self.evaluation.local_test:
             examples, self._tested = local_tests.split(examples, share, seed=seed)
-        self.time = time or TimeConfig()
         self.noise: float | None = None
         self._spent: Callable[[int], float] | None = None
         attacks = faults is not None and max(faults.exploding, faults.hostile) > 0
@@ -181,31 +182,8 @@ class Federation:
             faults=faults,
         )
         self.client_names = data.names_of(examples)
-        self.server.check_cohort(self.population.cohort)
-        self.evaluated = evaluated_tiers(self.tiers, self.evaluation)
-        like = check_init(self.tiers, self.key)
-        for tier in self.evaluated:
-            check_model(tier, like, data, self.evaluation.batch_size)
-        self._check(data, like)
-        self._costs = TrainingCosts(
-            self.tiers.members, like, self._exchanges, data.image_shape, self.client.batch_size
-        )
-        self.clock = self._make_clock() if self.time.devices_of_clients else None
-        self.engine = (engine or EngineConfig()).resolve(
-            self.population.cohort, devices, self._costs.useful_lanes
-        )
-        self._mesh = make_mesh(self.engine.devices, devices)
-        self._rows = ClientRows(
-            jax.eval_shape(self.algorithm.memory_init, like),
-            lambda: jax.tree.map(jnp.asarray, self.algorithm.memory_init(self._variables)),
-            len(examples),
-            memory_folder,
-            self._mesh,
-        )
-        self._groups = make_groups(
-            self.tiers.members, like, self.population, self.engine, data, self._rows.remember
-        )
-        self.norms: dict[str, Any] = {}  # statistics of each evaluated tier, as last measured
+        like = self._check(data)
+        self._choose_devices(engine or EngineConfig(), devices, data, like, memory_folder)
         self._place(data)
 
     def _be_private(
@@ -232,8 +210,17 @@ class Federation:
             return found.cohort, None
         return found.cohort, lambda number, rng: draw(clients, rng)
 
-    def _check(self, data: Dataset, like: Params) -> None:
-        """Checks what clients and server do, and tells what travels and what is recorded."""
+    def _check(self, data: Dataset) -> Params:
+        """Checks what clients and server do, and tells what travels and what is recorded.
+
+        Returns:
+          Shapes and dtypes of the global variables.
+        """
+        self.server.check_cohort(self.population.cohort)
+        self.evaluated = evaluated_tiers(self.tiers, self.evaluation)
+        like = check_init(self.tiers, self.key)
+        for tier in self.evaluated:
+            check_model(tier, like, data, self.evaluation.batch_size)
         self.traffic: dict[str, Traffic] = {}
         self._exchanges: dict[int, Exchange] = {}  # by tier
         trained: dict[str, None] = {}
@@ -265,6 +252,33 @@ class Federation:
         self.population.sample(0)
         for number in (0, self.rounds - 1):
             learning_rate(self.client, number, self.rounds)
+        return like
+
+    def _choose_devices(
+        self,
+        engine: EngineConfig,
+        devices: Sequence[jax.Device] | None,
+        data: Dataset,
+        like: Params,
+        memory_folder: epath.Path | None,
+    ) -> None:
+        """Chooses devices and lanes by what training costs, and what each program trains there."""
+        self._costs = TrainingCosts(
+            self.tiers.members, like, self._exchanges, data.image_shape, self.client.batch_size
+        )
+        self.clock = self._make_clock() if self.time.devices_of_clients else None
+        self.engine = engine.resolve(self.population.cohort, devices, self._costs.useful_lanes)
+        self._mesh = make_mesh(self.engine.devices, devices)
+        self._rows = ClientRows(
+            jax.eval_shape(self.algorithm.memory_init, like),
+            lambda: jax.tree.map(jnp.asarray, self.algorithm.memory_init(self._variables)),
+            len(self.population.partition),
+            memory_folder,
+            self._mesh,
+        )
+        self._groups = make_groups(
+            self.tiers.members, like, self.population, self.engine, data, self._rows.remember
+        )
 
     def _make_clock(self) -> Clock:
         clock = Clock(
@@ -337,6 +351,7 @@ class Federation:
             for config, group in zip(self._spec.local, self._groups, strict=False)
         }
         placed = self._spec, self._images, self._rows
+        self.norms: dict[str, Any] = {}  # statistics of each evaluated tier, as last measured
         self._testing = Testing(*placed, calls, self.evaluation, data, self.inputs, self.seed)
         self._training = CohortTraining(*placed, self._groups, self._exchanges[0].message)
 

@@ -14,7 +14,7 @@ from jfed.models.flops import training_flops
 from jfed.models.losses import batch_shapes
 from jfed.models.model import Params
 from jfed.models.residuals import residual_bytes
-from jfed.simulation.checks import Exchange
+from jfed.simulation.exchanges import Exchange
 from jfed.simulation.population import Population
 from jfed.tiers.communication import tree_bytes
 from jfed.tiers.tier import Tier
