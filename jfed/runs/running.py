@@ -223,6 +223,48 @@ def _restore(
     return phase("restoring", lambda _: place())
 
 
+class _Progress:
+    """How far a run on disk is, and what of it is saved.
+
+    Attributes:
+      history: records of the rounds done.
+      state: after the last of them; None where it was given to the next round.
+    """
+
+    def __init__(
+        self, federation: Federation, saved: Checkpoint | None, checkpoints: Checkpoints
+    ) -> None:
+        self.history = list(saved.history) if saved else []
+        self.state: State | None = saved.state if saved else federation.start
+        self._saved, self._checkpoints = len(self.history), checkpoints
+        self._memory, self._superseded = federation.memory, collections.deque[Any]()
+
+    def is_due(self, round_: int) -> bool:
+        """Whether the state after a round is to be saved."""
+        return round_ % self._checkpoints.every == 0
+
+    def add(self, state: State | None, record: Record) -> None:
+        self.state = state
+        self.history.append(record)
+
+    def save(self) -> None:
+        """Begins to save; drops the rows of client memory that no checkpoint needs any more."""
+        assert self.state is not None  # `is_due` asked for it, and the last one always is
+        if hosts.is_first():
+            self._checkpoints.save(self.state, self.history)
+        self._saved = len(self.history)
+        if self._memory is not None:
+            self._superseded.append(self.state.latest)
+            if len(self._superseded) > self._checkpoints.keep:
+                self._memory.forget(self._superseded.popleft())
+
+    def finish(self) -> None:
+        """Saves what is not saved yet, and waits until all is."""
+        if self._saved < len(self.history):
+            self.save()
+        self._checkpoints.wait()
+
+
 def _rounds(
     federation: Federation,
     path: epath.Path,
@@ -234,9 +276,7 @@ def _rounds(
     check: Callable[[], None],
 ) -> Result:
     """Runs what is left of a run; `check` raises if another host has failed."""
-    history = list(saved.history) if saved else []
-    last: State | None = saved.state if saved else federation.start
-    reached, superseded = len(history), collections.deque[Any]()
+    done = _Progress(federation, saved, checkpoints)
     failure: CallbackError | ConfigError | None = None
     preempted = False
 
@@ -244,68 +284,43 @@ def _rounds(
         check()
         return preempted or failure is not None or stop()
 
-    kept, every = reached, checkpoints.every
-    with _writers(federation, path, history, make_writers) as writers:
+    with _writers(federation, path, done.history, make_writers) as writers:
         rounds = simulation.iterate(
-            federation, tuple(history), last, stopped, keep=lambda n: n % every == 0
+            federation, tuple(done.history), done.state, stopped, keep=done.is_due
         )
         try:
             for state, record in rounds:
-                history.append(record)
-                last, reached = state, record.round
+                done.add(state, record)
                 for writer in writers:
                     writer.write(record)
                 if failure is None:
                     failure = _failure(callbacks, record)
-                if record.round % every == 0:
-                    assert state is not None  # `keep` asked for it
-                    _save(checkpoints, state, history)
-                    kept = record.round
-                    _forget(federation, state, superseded, checkpoints)
+                if done.is_due(record.round):
+                    done.save()
                     for writer in writers:
                         if isinstance(writer, CsvWriter):
                             writer.flush()
                 preempted = preempted or multihost_utils.reached_preemption_sync_point(record.round)
         except ConfigError as error:  # of a sampler or a schedule of the user's own
-            if last is None:  # another host's, in the middle of the rounds
+            if done.state is None:  # another host's, in the middle of the rounds
                 raise
             failure = error
-        assert last is not None  # the last one always is
-
-        def save() -> None:
-            if kept < reached:
-                _save(checkpoints, last, history)
-            checkpoints.wait()
-
         if failure is None:  # else other hosts, which do not stop here, hear of it
-            hosts.agree("saving", save)  # so that no host leaves before the first one has
+            hosts.agree("saving", done.finish)  # so that no host leaves before the first one has
         else:
-            save()
-    saved_now = f"round {len(history)} of {federation.rounds}, which is saved in {str(path)!r}"
+            done.finish()
+    rounds_done = len(done.history)
+    saved_now = f"round {rounds_done} of {federation.rounds}, which is saved in {str(path)!r}"
     if failure is not None:
         raise type(failure)(
             f"{failure} Stopped after {saved_now}; the same call goes on from there."
         ) from failure.__cause__
-    if len(history) < federation.rounds:
+    if rounds_done < federation.rounds:
         raise PreemptedError(f"stopped after {saved_now}; the same command goes on from there.")
+    assert done.state is not None
     if not federation.norms and growth.rounds_done(path) < federation.rounds:
-        federation.evaluate(last)  # it was stopped between its last round and its end
-    return simulation.make_result(federation, last, history)
-
-
-def _save(checkpoints: Checkpoints, state: State, history: Sequence[Record]) -> None:
-    if hosts.is_first():
-        checkpoints.save(state, history)
-
-
-def _forget(
-    federation: Federation, state: State, saved: collections.deque[Any], checkpoints: Any
-) -> None:
-    """Drops the rows of client memory that no checkpoint that is kept needs any more."""
-    if federation.memory is not None:
-        saved.append(state.latest)
-        if len(saved) > checkpoints.keep:
-            federation.memory.forget(saved.popleft())
+        federation.evaluate(done.state)  # it was stopped between its last round and its end
+    return simulation.make_result(federation, done.state, done.history)
 
 
 def _failure(callbacks: Sequence[Callback], record: Record) -> CallbackError | None:
