@@ -2,10 +2,12 @@
 
 A collective, or a barrier, waits for ever for a host that does not come. So hosts go through phases
 instead, the same ones in the same order, and tell each other how each phase ended through the
-key-value store of JAX's coordination service, where nobody waits who does not want to. JAX notices
-by itself when a whole process is gone.
+key-value store of JAX's coordination service, where nobody waits who does not want to. A process
+that ends tells that too; JAX notices by itself when one is gone without a word.
 """
 
+import atexit
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -26,6 +28,7 @@ from jfed.settings import flat
 
 _T = TypeVar("_T")
 _PREFIX = "jfed/phases"
+_ENDED = "jfed/ended"  # hosts whose process ends
 _PHASES = itertools.count()  # every host counts alike
 _OPEN: list[str] = []  # the phases that this host is in, the outermost first
 _POLL = 1.0  # seconds between two looks at how the others do
@@ -186,6 +189,8 @@ class Phase:
             self._looked = now
             for key in dict.fromkeys((*_OPEN, self._key)):
                 _raise_failure(_outcomes(client, key))
+                for host in _left(client, key):
+                    raise HostError(f"host {host} has ended, before {self._what}.")
 
     def _tell(self, client: Any, outcome: dict[str, Any]) -> None:
         key = f"{self._key}/{distributed.global_state.process_id}"
@@ -196,6 +201,12 @@ def _outcomes(client: Any, key: str) -> dict[int, dict[str, Any]]:
     """How the phase has ended so far, by host."""
     found = client.key_value_dir_get(key)
     return {int(name.rpartition("/")[2]): json.loads(text) for name, text in found}
+
+
+def _left(client: Any, key: str) -> list[int]:
+    """The hosts whose process ends, and that never told how the phase did on them."""
+    ended = {int(name.rpartition("/")[2]) for name, _ in client.key_value_dir_get(_ENDED)}
+    return sorted(ended - _outcomes(client, key).keys()) if ended else []
 
 
 def _raise_failure(outcomes: Mapping[int, Mapping[str, Any]]) -> None:
@@ -242,16 +253,31 @@ def _watch() -> None:
     threading.Thread(target=_end_if_stuck, daemon=True).start()
 
 
+@atexit.register
+def _tell_end() -> None:
+    """Tells the other hosts, which may wait for this one in a phase that it never comes to."""
+    client = distributed.global_state.client
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service has gone
+        if client is not None:
+            key = f"{_ENDED}/{distributed.global_state.process_id}"
+            client.key_value_set(key, "", allow_overwrite=True)
+
+
 def _end_if_stuck() -> None:
     """Ends this process some time after any host has failed, if it has not ended by itself."""
     while True:
         time.sleep(_POLL)
         client = distributed.global_state.client
+        if client is None:
+            continue
         try:
-            found = client.key_value_dir_get(_PREFIX) if client is not None else []
+            found = client.key_value_dir_get(_PREFIX)
+            left = [host for key in tuple(_OPEN) for host in _left(client, key)]
         except jax.errors.JaxRuntimeError:  # the service has gone, and JAX ends the process
             return
-        if failure := _failure([json.loads(text) for _, text in found]):
+        failure = _failure([json.loads(text) for _, text in found])
+        if failure or left:
             time.sleep(_GRACE + _LAST * is_first())
-            print(f"\njfed: error: {failure[1]}", file=sys.stderr, flush=True)
+            told = failure[1] if failure else f"host {left[0]} has ended."
+            print(f"\njfed: error: {told}", file=sys.stderr, flush=True)
             os._exit(2)

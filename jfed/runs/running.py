@@ -73,22 +73,12 @@ def run(
     path = files.absolute(workdir)
     hosts.same("versions and settings", lambda: {**_versions(), **settings})
     _inspect(path, settings)
-    where = hardware()  # before anything on the disk can change
+    where = hosts.agree("finding devices", hardware)  # before anything on the disk can change
     federation, data, twin = hosts.agree("setting up", prepare)
-    inputs = fingerprints.inputs(data, federation)
+    inputs = hosts.agree("reading the data", lambda: fingerprints.inputs(data, federation))
     hosts.same("what they train on", lambda: inputs)
     settings = {**settings, "inputs": inputs}
-
-    def phase(what: str, function: Callable[[Callable[[], None]], _T]) -> _T:
-        """A phase of all hosts, which the function may ask how the others do."""
-        begun = hosts.Phase(what)
-
-        def explained() -> _T:
-            with folder.explain_disk(path), simulation.explain_memory(federation):
-                return function(begun.check)
-
-        return begun.run(explained)
-
+    phase = functools.partial(_phase, path, federation)
     config, made = checkpoints or CheckpointConfig(), made_with(where)
     saves = Checkpoints(path / "checkpoints", config, made)
     with contextlib.closing(saves), contextlib.ExitStack() as stack:
@@ -103,20 +93,23 @@ def run(
         if saved is None or len(saved.history) < federation.rounds:
             # What a model cannot do shows while it is traced.
             phase("compiling", lambda _: federation.compile())
-        if found == "begun" and hosts.is_first():
-            folder.warn_of_others(path, made, saved.made_with if saved else None)
-            growth.grow(path, settings)
+        if found == "begun":
+            was = saved.made_with if saved else None
+            phase("going on", lambda _: _go_on(path, settings, made, was))
         if found == "nothing":
-            begin = functools.partial(_begin, path, settings, federation, data)
-            phase("beginning", lambda _: begin(made))
+            phase("beginning", lambda _: _begin(path, settings, federation, data, made))
         start = functools.partial(_rounds, federation, path, saved, saves, callbacks, writers, stop)
         result = phase("the rounds", lambda check: start(check))
+
         if found == "finished":
-            result = _with_norms(path, settings, result)
-        table = summarise(federation, result, data.image_shape, twin)
+            before = result
+            result = phase("reading norms", lambda _: _with_norms(path, settings, before))
+        table = phase(
+            "the summary", lambda _: summarise(federation, result, data.image_shape, twin)
+        )
         if found != "finished":
-            text = to_json(data, result, table, seed=federation.seed, hardware=where)
-            phase("writing the summary", lambda _: _finish(path, result, table, text))
+            about = functools.partial(to_json, data, seed=federation.seed, hardware=where)
+            phase("writing the summary", lambda _: _finish(path, result, table, about))
     return result, table
 
 
@@ -142,6 +135,22 @@ def _versions() -> dict[str, str]:
     return {"jfed": importlib.metadata.version("jfed"), "jax": jax.__version__}
 
 
+def _phase(
+    path: epath.Path,
+    federation: Federation,
+    what: str,
+    function: Callable[[Callable[[], None]], _T],
+) -> _T:
+    """A phase of all hosts, which the function may ask how the others do."""
+    begun = hosts.Phase(what)
+
+    def explained() -> _T:
+        with folder.explain_disk(path), simulation.explain_memory(federation):
+            return function(begun.check)
+
+    return begun.run(explained)
+
+
 def _inspect(path: epath.Path, settings: Mapping[str, Any]) -> tuple[str, bool]:
     """What `folder.inspect` finds, and whether there are checkpoints, as the first host sees it."""
 
@@ -156,6 +165,15 @@ def _inspect(path: epath.Path, settings: Mapping[str, Any]) -> tuple[str, bool]:
 
 def _alone(path: epath.Path) -> contextlib.AbstractContextManager[None]:
     return folder.claim(path) if hosts.is_first() else contextlib.nullcontext()
+
+
+def _go_on(
+    path: epath.Path, settings: Mapping[str, Any], made: Mapping[str, Any], was: Any
+) -> None:
+    """Tells what made the folder, where that differs; writes down settings that have grown."""
+    if hosts.is_first():
+        folder.warn_of_others(path, made, was)
+        growth.grow(path, settings)
 
 
 def _begin(
@@ -183,14 +201,17 @@ def _with_norms(path: epath.Path, settings: Mapping[str, Any], result: Result) -
 
 
 def _finish(
-    path: epath.Path, result: Result, table: Sequence[TierSummary], summary: dict[str, Any]
+    path: epath.Path,
+    result: Result,
+    table: Sequence[TierSummary],
+    about: Callable[..., dict[str, Any]],
 ) -> None:
     """Writes what a run ends with; `summary.json` last, which makes it a finished one."""
     if hosts.is_first():
         save_figures(path, result, table)
         assert result.inputs is not None
         trained.write(path, result.inputs, result.norms)
-        files.write_json(path / "summary.json", summary)
+        files.write_json(path / "summary.json", about(result, table))
 
 
 def _restore(

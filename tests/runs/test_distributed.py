@@ -255,6 +255,22 @@ def test_an_error_in_mid_run_ends_both(tmp_path, before, message):
     assert (tmp_path / "run" / "checkpoints").exists()
 
 
+FAILS_AT_THE_END = """
+from jfed.runs import running
+def fails(*_):
+    raise ValueError("a cosmic ray")
+running.summarise = fails
+"""
+
+
+@pytest.mark.slow
+def test_a_summary_that_one_host_cannot_make_ends_both(tmp_path):
+    flags = ["--rounds", 1, "--workdir", tmp_path / "run"]
+    processes = _start_both(flags, ("", FAILS_AT_THE_END))
+    _end_alike(processes, "host 1: the summary failed with ValueError: a cosmic ray")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 STUCK = FAILS.replace('raise ValueError("a cosmic ray")', "import time; time.sleep(1000)")
 SLOW_TO_LEAVE = "from jfed.engine import hosts; hosts._POLL = 5.0"
 
@@ -302,6 +318,29 @@ def test_runs_in_memory_end_alike_too(seeds, fails, message):
         for host, seed in enumerate(seeds)
     ]
     _end_alike(processes, message)
+
+
+LEAVES = IN_MEMORY.replace(  # as after a run that both did
+    "    clients =", "    import jfed.engine.hosts\n    sys.exit(2)\n    clients ="
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", [0, 1])
+def test_a_host_that_ends_too_early_ends_the_other(host):
+    address = _join()[0][2]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    code = [LEAVES if i == host else IN_MEMORY for i in range(2)]
+    processes = [
+        _process([text, address, str(i), "0", str(host)], environment)
+        for i, text in enumerate(code)
+    ]
+    began = time.monotonic()
+    output = processes[1 - host].communicate(timeout=300)[0]
+    assert f"jfed: error: host {host} has ended, before versions and settings" in output
+    assert processes[1 - host].returncode == 2
+    assert processes[host].wait(timeout=60) == 2
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.slow
