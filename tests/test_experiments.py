@@ -144,6 +144,20 @@ def test_convolution_forms(tmp_path, compiled):
     assert all(float(line[form]) > 0 for form in forms)
 
 
+@pytest.mark.slow
+def test_plan_check(tmp_path, compiled):
+    table = tmp_path / "table.csv"
+    command = [sys.executable, str(SCRIPTS / "plan_check.py"), "--scale", "smoke"]
+    _run([*command, "--output", str(table), "--repeats", "1"], compiled)
+    with table.open() as file:
+        lines = list(csv.DictReader(file))
+    flops = [float(line["FLOPs"]) for line in lines]
+    assert flops[1] == pytest.approx(flops[0])
+    assert flops[2] == pytest.approx(2 * flops[0], rel=0.01)  # two clients on four lanes
+    for name in ("arithmetic", "moving", "round", "temporary MB"):
+        assert all(float(line[name]) > 0 for line in lines)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -1,0 +1,159 @@
+"""What `jfed plan` counts beside what a device does: seconds, FLOPs and bytes of a round.
+
+    python experiments/plan_check.py
+
+Rounds of equal clients with random images, on one device of this machine, a CPU or an accelerator.
+Its peak and its bandwidth are measured in turns with the rounds: products of large matrices in the
+dtype of the network, and a large array read and written. "arithmetic" and "moving" are the seconds
+that the counted FLOPs and bytes take at these rates, "round" the median of the measured ones, and
+"of floor" what that is of the longer of both. Caches may keep what is counted as moved: where
+arrays fit into them a round can be faster than "moving". "FLOPs" is the count in the compiled
+program over the model's own. "temporary" is what the compiler says that the training program needs
+while it runs, and how much memory in use grew at most in a round. It writes
+`experiments/results/plan_check_cpu.csv`.
+"""
+
+import ctypes
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from script import table_of
+from tabulate import tabulate
+
+from jfed import files, provenance
+from jfed.benchmark.matmul import XlaProducts, product_flops
+from jfed.benchmark.tasks import Task
+from jfed.benchmark.timing import interleaved, timed
+from jfed.engine.devices import EngineConfig
+from jfed.models.ode_nets import ODENetConfig
+from jfed.planning.compiling import plan_federation
+from jfed.planning.targets import Target
+
+CNN = Task(100, 50, 8, size=32, batch_size=10)
+ODE = Task(
+    8, 64, 8, size=32, batch_size=32, network=ODENetConfig(widths=(16, 32, 64)), iterations=(1, 4)
+)
+WIDE = dataclasses.replace(ODE, network=ODENetConfig(widths=(64, 128, 256)), iterations=(4,))
+SMOKE = Task(4, 10, 2, size=8, batch_size=10, conv="transposed")
+# Networks by name; and how a device runs its lanes.
+TASKS = {"small CNN": CNN, "ODENet 16/32/64": ODE, "ODENet 64/128/256": WIDE}
+ENGINES = {"1 lane": ("map", 1), "4 lanes, map": ("map", 4), "4 lanes, vmap": ("vmap", 4)}
+
+
+def measure(task: Task, engine: EngineConfig, repeats: int, *, small: bool) -> dict[str, Any]:
+    """What is counted of a task's rounds, and what they take."""
+    federation = task.federation(engine)
+    device = jax.devices()[0]
+    plan = plan_federation(federation, Target(device.device_kind, None, (1,), (device,), 1))
+    for program in plan.programs:
+        assert (program.error, program.unread) == (None, None), program
+    federation.compile()
+    state, number = federation.start, 0
+
+    def round_() -> None:
+        nonlocal state, number
+        state, _ = federation.round(state, number)
+        jax.block_until_ready(state.server)
+        number += 1
+
+    round_()
+    grown = growth(device, round_)
+    size, count = (128, 2**18) if small else (2048, 2**26)
+    if device.platform != "cpu" and not small:
+        size, count = 8192, 2**29
+    products, stream = XlaProducts(size, task.dtype), Stream(count)
+    runs: dict[str, Callable[[], object]] = {"round": round_}
+    runs |= {"products": lambda: products.round(0), "stream": stream.pass_}
+    for run in runs.values():
+        run()
+    found = interleaved({name: timed(run) for name, run in runs.items()}, repeats)
+    seconds = statistics.median(found["round"])
+    flops = sum(sum(program.counts.flops.values()) for program in plan.of_round)
+    moved = sum(program.counts.bytes for program in plan.of_round)
+    peak = product_flops(size) / min(found["products"])
+    bandwidth = stream.bytes / min(found["stream"])
+    (training,) = plan.training
+    return {
+        "FLOPs": round(flops / task.work().flops, 3),
+        "GFLOP/s": round(peak / 1e9, 1),
+        "GB/s": round(bandwidth / 1e9, 1),
+        "arithmetic": float(f"{flops / peak:.3g}"),
+        "moving": float(f"{moved / bandwidth:.3g}"),
+        "round": float(f"{seconds:.3g}"),
+        "of floor": float(f"{seconds / max(flops / peak, moved / bandwidth):.3g}"),
+        "temporary MB": float(f"{training.temporary / 1e6:.3g}"),
+        "grew MB": float(f"{grown / 1e6:.3g}"),
+    }
+
+
+class Stream:
+    """An array of so many numbers that is read and written in place."""
+
+    def __init__(self, count: int) -> None:
+        self._x = jnp.zeros(count)
+        self._add = jax.jit(lambda x: x + 1, donate_argnums=0)
+        self.bytes = 2 * self._x.nbytes
+
+    def pass_(self) -> None:
+        """Reads and writes it once."""
+        self._x = jax.block_until_ready(self._add(self._x))
+
+
+def growth(device: jax.Device, run: Callable[[], None]) -> int:
+    """By how many bytes memory in use grows at most while something runs."""
+    if (stats := device.memory_stats()) is not None:  # whose peak is that of the whole process
+        before = stats["bytes_in_use"]
+        run()
+        return device.memory_stats()["peak_bytes_in_use"] - before
+    ctypes.CDLL(None).malloc_trim(0)  # what the program before has given back
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def main(
+    scale: Literal["cpu", "smoke"] = "cpu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    repeats: int = 5,
+    output: pathlib.Path | None = None,
+) -> None:
+    """Plans and runs every network with every engine.
+
+    Args:
+      scale: cpu (five minutes on two cores) or smoke (one small network).
+      dtype: that the networks compute in.
+      repeats: timed rounds.
+      output: of the CSV; experiments/results/plan_check_cpu.csv where not given, but nowhere for
+        smoke.
+    """
+    output = table_of(__file__, scale, output)
+    hardware = provenance.hardware()
+    about = {name: hardware[name] for name in ("machine", "jax", "commit")}
+    about["command"] = f"python experiments/plan_check.py --scale {scale} --dtype {dtype}"
+    rows: list[dict[str, Any]] = []
+    small = scale == "smoke"
+    for name, task in ({"smoke": SMOKE} if small else TASKS).items():
+        for lanes, (mapping, count) in ENGINES.items():
+            engine = EngineConfig(devices=1, lanes=count, mapping=mapping)
+            found = measure(dataclasses.replace(task, dtype=dtype), engine, repeats, small=small)
+            rows.append({"network": name, "lanes": lanes, **found})
+            print(" ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
+    print(tabulate(rows, headers="keys"))
+    if output:
+        files.write_csv([row | about for row in rows], output)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
