@@ -4,10 +4,13 @@ import contextlib
 import difflib
 import functools
 import importlib
+import inspect
 import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+_SHOWN = 300  # characters of a value that errors quote
 
 
 class JfedError(Exception):
@@ -63,7 +66,14 @@ def one_of(kind: str, value: str, allowed: Sequence[str]) -> str:
     if isinstance(value, str) and value in allowed:
         return value
     told = ", ".join(map(repr, allowed))
-    raise ConfigError(f"unknown {kind} {value!r}.{did_you_mean(value, allowed)} Allowed: {told}.")
+    asked = did_you_mean(value, allowed)
+    raise ConfigError(f"unknown {kind} {shown(value)}.{asked} Allowed: {told}.")
+
+
+def shown(value: Any) -> str:
+    """A value as errors quote it: as it is written, but not for pages."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 20]} ... {text[-15:]}"
 
 
 def did_you_mean(value: Any, allowed: Sequence[str]) -> str:
@@ -80,24 +90,28 @@ def check_integer(name: str, value: Any, *, least: int, most: int | None = None)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
-        raise ConfigError(f"{name} must be an integer, {bound}, got {value!r}.")
+        raise ConfigError(f"{name} must be an integer, {bound}, got {shown(value)}.")
     if number < least or (most is not None and number > most):
-        raise ConfigError(f"{name} must be {bound}, got {value!r}.")
+        raise ConfigError(f"{name} must be {bound}, got {shown(value)}.")
     return number
 
 
 def check_type(name: str, value: Any, *kinds: type) -> Any:
     """Returns `value`; ConfigError unless it is an instance of one of the types."""
     if not isinstance(value, kinds):
-        allowed = " or ".join(kind.__name__ for kind in kinds)
-        raise ConfigError(f"{name} must be a {allowed}, got {value!r}.")
+        names = ["None" if kind is type(None) else kind.__name__ for kind in kinds]
+        article = "an" if names[0][0] in "AEIOU" else "a"
+        call = " Call it?" if inspect.isfunction(value) else ""
+        raise ConfigError(
+            f"{name} must be {article} {' or '.join(names)}, got {shown(value)}.{call}"
+        )
     return value
 
 
 def check_sequence(name: str, value: Any) -> tuple[Any, ...]:
     """Returns a sequence other than text as a tuple; ConfigError if it is none."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise ConfigError(f"{name} must be a sequence, got {value!r}.")
+        raise ConfigError(f"{name} must be a sequence, got {shown(value)}.")
     return tuple(value)
 
 
@@ -108,7 +122,7 @@ def check_share(name: str, value: Any) -> float:
     except ConfigError:
         number = math.inf
     if number > 1:
-        raise ConfigError(f"{name} must be a number from 0 to 1, got {value!r}.")
+        raise ConfigError(f"{name} must be a number from 0 to 1, got {shown(value)}.")
     return number
 
 
@@ -127,7 +141,7 @@ def check_number(
     wrong_type = isinstance(value, str | bytes | bool) or getattr(value, "ndim", 0) > 0
     wrong_type |= getattr(value, "dtype", None) == "bool"
     if wrong_type or not math.isfinite(number) or number <= above or number < least:
-        raise ConfigError(f"{name} must be a number, {bound}, got {value!r}.")
+        raise ConfigError(f"{name} must be a number, {bound}, got {shown(value)}.")
     return number
 
 
@@ -169,6 +183,7 @@ def calling(what: str, **given: Any) -> Iterator[None]:
     except Exception as error:
         told = ", ".join(f"{name} {_told(value)}" for name, value in given.items())
         reason = str(error).strip() or type(error).__name__
+        reason = f"there is no {reason}" if isinstance(error, KeyError) else reason
         on = f" on {told}" if told else ""
         raise ConfigError(f"{what} cannot be used{on}: {reason}") from error
 

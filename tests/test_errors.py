@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from jfed.errors import ConfigError, check_integer, check_number, one_of
+from jfed.errors import ConfigError, check_integer, check_number, check_type, one_of
 
 # Each line raises an error of jfed's own that quotes the value; run in a process of its own because
 # beartype, in this one, would refuse these types before jfed sees them.
@@ -45,6 +45,8 @@ jfed.simulate(data, parts, jfed.models.ODENetConfig(), rounds=1)
 jfed.simulate(data, parts, [], rounds=1)
 jfed.simulate(data, [["a"]], model, rounds=1)
 jfed.simulate(data, parts, model, rounds=1.0)
+jfed.simulate(data, parts, model, rounds=1, algorithm=jfed.algorithms.fedavg)
+jfed.simulate(data, parts, model, rounds=1, server=jfed.ServerConfig(weights=[1.0, 2.0]))
 jfed.simulate(data, parts, model, rounds=1, seed=2**40)
 jfed.simulate(data, parts, model, rounds=1, cohort="all")
 """
@@ -95,5 +97,9 @@ def test_checks_quote_the_value_and_the_bound():
         check_number("x", 0.0, above=0.0)
     with pytest.raises(ConfigError, match="got inf"):
         check_number("x", float("inf"))
+    with pytest.raises(ConfigError, match=r"^n must be an OSError or None, got .* Call it\?$"):
+        check_type("n", lambda: 3, OSError, type(None))
+    with pytest.raises(ConfigError, match=r"^.{40,400}$"):
+        check_integer("n", list(range(10_000)), least=1)
     with pytest.raises(ConfigError, match=r"unknown thing 'aple'\. Did you mean 'apple'"):
         one_of("thing", "aple", ("apple", "pear"))

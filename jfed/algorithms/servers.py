@@ -43,7 +43,7 @@ class ServerConfig(Aggregation):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.weights is not None and not callable(self.weights):
-            one_of("weights", self.weights, WEIGHTS)
+            one_of("weights (no function, so a name)", self.weights, WEIGHTS)
         rate = check_number("server learning_rate", self.learning_rate, above=0.0)
         object.__setattr__(self, "learning_rate", rate)  # which may be given as an array
         arguments = check_arguments("server optimizer_args", self.optimizer_args)

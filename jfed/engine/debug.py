@@ -1,10 +1,12 @@
-"""The debug engine: a plain Python loop over clients and batches, nothing packed, nothing jitted.
+"""The debug engine: a plain Python loop over clients and batches, nothing packed.
 
 Of the lanes it shares the functions of the algorithm, the tiers and the faults, and what is done to
 one batch or one update (`gather`, `clip`, `map_parts`), so that each engine can be compared with
-the other; and a debugger or a `print` in a user's loss just works.
+the other; and a debugger or a `print` in an algorithm's functions just works. Only the loss is
+compiled, as the loop of an ODE solver takes seconds without; under `jax.disable_jit()` nothing is.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from jfed.engine.faults import corrupt
 from jfed.engine.lanes import BEGIN, END, FAULT, Inputs, Training, only_own
 from jfed.engine.merging import Report, clip
 from jfed.engine.packing import Work
-from jfed.models.losses import Metrics, training_loss
+from jfed.models.losses import Loss, Metrics, training_loss
 from jfed.models.model import Params
 from jfed.tiers.parts import is_like, map_parts
 from jfed.tiers.tier import Tier
@@ -80,7 +82,7 @@ def _client(config: Training, inputs: Inputs, work: Work, received: Any) -> Clie
     tier = config.tiers[work.tier]
     return Client(
         sent=received,
-        loss=training_loss(tier.bound()),
+        loss=_loss(tier),
         number=jnp.int32(work.client),
         examples=jnp.int32(work.examples),
         steps=jnp.int32(len(work.batches)),
@@ -89,6 +91,11 @@ def _client(config: Training, inputs: Inputs, work: Work, received: Any) -> Clie
         learning_rate=inputs.learning_rate,
         own=lambda message: _own(tier, config.algorithm, inputs.server.variables, message),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _loss(tier: Tier) -> Loss:
+    return jax.jit(training_loss(tier.bound()))
 
 
 def _steps(

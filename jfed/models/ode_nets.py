@@ -110,9 +110,13 @@ class ODENetConfig:
 
 def per_stage(iterations: Iterations, stages: int) -> tuple[int, ...]:
     """Iterations of each stage; raises ConfigError if they do not fit `stages` or are negative."""
-    counts = iterations if isinstance(iterations, Sequence) else (iterations,) * stages
+    is_one = isinstance(iterations, str) or not isinstance(iterations, Sequence)
+    counts: Any = (iterations,) * stages if is_one else iterations
     if len(counts) != stages:
-        raise ConfigError(f"iterations {iterations!r} do not fit a network of {stages} stages.")
+        raise ConfigError(
+            f"iterations {iterations!r} do not fit a network of {stages} stages: give one number "
+            "for all, or one for each."
+        )
     return tuple(check_integer("iterations", count, least=0) for count in counts)
 
 

@@ -79,7 +79,8 @@ def simulate(
       tiers: what clients train, see `jfed.tiers`; a `Model` makes one tier.
       rounds: how many.
       cohort: clients that train in a round, drawn without replacement; all by default.
-      sampler: `(round, rng) -> numbers of clients`, at most `cohort`, in place of that draw.
+      sampler: `(round, rng) -> numbers of clients`, at most `cohort`, in place of that draw; rounds
+        from 0.
       shares: of the clients, for each tier, summing to 1; equal by default.
       draw_tiers: each sampled client draws its tier anew in each round among those at most so many
         places from its own in `tiers.members`, with `shares` as probabilities (NeFL, arXiv

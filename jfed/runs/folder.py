@@ -16,6 +16,7 @@ from jfed.runs import growth
 from jfed.settings import CONFIG, differences, read_settings
 
 _LOCK = ".lock"
+_TOLD = 8  # settings that differ
 # What writing to an open file may end with, of which the error names no file.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 FOUND = ("nothing", "begun", "finished")
@@ -33,11 +34,12 @@ def inspect(folder: epath.Path, settings: Mapping[str, Any]) -> str:
         run folder, or cannot be read.
     """
     try:
-        if folder.exists() and not folder.is_dir():
-            raise RunFolderError(f"the run folder {str(folder)!r} is a file; choose another one.")
-        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        is_file = folder.exists() and not folder.is_dir()
+        names = {p.name for p in folder.iterdir()} if folder.exists() and not is_file else set()
     except OSError as error:
         raise RunFolderError(f"cannot read the run folder {str(folder)!r}: {error}.") from error
+    if is_file:
+        raise RunFolderError(f"the run folder {str(folder)!r} is a file; choose another one.")
     if not names - {_LOCK, "config.json.partial", "clients.png"}:  # what comes before config.json
         return "nothing"
     if CONFIG not in names:
@@ -46,13 +48,21 @@ def inspect(folder: epath.Path, settings: Mapping[str, Any]) -> str:
             f"{sorted(names)[:5]}; choose another one."
         )
     there, _ = read_settings(folder)
+    makers = [found.get("made_by", "jfed run") for found in (there, settings)]
+    if makers[0] != makers[1]:
+        raise RunFolderError(
+            f"the run in {str(folder)!r} was made by {makers[0]}, this one is of {makers[1]}; "
+            "choose another folder."
+        )
     if "inputs" not in settings:  # they are known only once the data are read
         there.pop("inputs", None)
     found = growth.differing(folder, there, settings)
     if found:
+        more = f"; and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
         raise RunFolderError(
             f"the run folder {str(folder)!r} belongs to a run with other settings: "
-            f"{'; '.join(found)}. Choose another folder, or give the same settings to go on."
+            f"{'; '.join(found[:_TOLD])}{more}. Choose another folder, or give the same settings "
+            "to go on."
         )
     return "finished" if growth.rounds_done(folder) == settings["rounds"] else "begun"
 

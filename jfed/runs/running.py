@@ -333,9 +333,13 @@ def _rounds(
     rounds_done = len(done.history)
     saved_now = f"round {rounds_done} of {federation.rounds}, which is saved in {str(path)!r}"
     if failure is not None:
-        raise type(failure)(
-            f"{failure} Stopped after {saved_now}; the same call goes on from there."
-        ) from failure.__cause__
+        again = "the same call goes on from there"
+        if isinstance(failure, ConfigError):  # which the same function would raise again
+            again += (
+                ". With another function it is another run, in another folder, which can begin "
+                "with these variables: jfed.tiers.start_from(tiers, jfed.load(folder).variables)"
+            )
+        raise type(failure)(f"{failure} Stopped after {saved_now}; {again}.") from failure.__cause__
     if rounds_done < federation.rounds:
         raise PreemptedError(f"stopped after {saved_now}; the same command goes on from there.")
     assert done.state is not None

@@ -18,6 +18,8 @@ from jfed.simulation.scores import METRICS, column
 from jfed.tiers.parts import is_like
 from jfed.tiers.tier import Tier, Tiers, check_extract
 
+_TOLD = 5  # leaves that differ
+
 
 def check_init(tiers: Tiers, key: Array) -> Params:
     """Shapes and dtypes of the global variables; ConfigError if `init` cannot make them."""
@@ -168,11 +170,32 @@ def check_pair(title: str, found: Any) -> Any:
 
 def check_same(title: str, what: str, found: Any, expected: Any) -> None:
     """Raises ConfigError unless two pytrees have one structure, and the same shapes and dtypes."""
-    if (structure_of(found), shapes_of(found)) != (structure_of(expected), shapes_of(expected)):
+    if found_other := difference(found, expected):
         raise ConfigError(
-            f"{title} must keep the {what} as it is in tree, shapes and dtypes: got "
-            f"{shapes_of(found)}, expected {shapes_of(expected)}."
+            f"{title} must keep the {what} as it is in tree, shapes and dtypes: {found_other}."
         )
+
+
+def difference(found: Any, expected: Any) -> str:
+    """In which leaves two pytrees of arrays, or of shapes, differ; "" if in none."""
+    here, there = _leaves(found), _leaves(expected)
+    lines = [
+        f"{name} is {here.get(name, 'missing')}, expected {there.get(name, 'nothing')}"
+        for name in dict.fromkeys((*there, *here))
+        if here.get(name) != there.get(name)
+    ]
+    if not lines and structure_of(found) != structure_of(expected):
+        return f"its tree is {structure_of(found)}, expected {structure_of(expected)}"
+    more = f"; and {len(lines) - _TOLD} more leaves" if len(lines) > _TOLD else ""
+    return "; ".join(lines[:_TOLD]) + more
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """Shapes and dtypes by path."""
+    return {
+        jax.tree_util.keystr(path) or "it": f"{x.dtype}{list(x.shape)}"
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def structure_of(tree: Any) -> Any:
@@ -181,10 +204,10 @@ def structure_of(tree: Any) -> Any:
 
 
 def _check_tree(what: str, made: Any, params: Params, tier: Tier) -> None:
-    if shapes_of(made) != shapes_of(params):
+    if found_other := difference(made, params):
         raise ConfigError(
-            f"{what} in tier {tier.name!r} makes {shapes_of(made)} of {shapes_of(params)}; the "
-            "tree, the shapes and the dtypes must stay."
+            f"the tree, the shapes and the dtypes must stay in {what} in tier {tier.name!r}: "
+            f"{found_other}."
         )
 
 

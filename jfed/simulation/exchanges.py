@@ -21,6 +21,7 @@ from jfed.simulation.checks import (
     check_metrics,
     check_pair,
     check_same,
+    difference,
     key_shape,
     shapes_of,
     structure_of,
@@ -180,8 +181,8 @@ def _check_message(functions: _Functions, message: Any) -> dict[str, Any]:
         own = is_like(part, shapes)
         if several and not own and structure_of(part) == structure_of(shapes):
             raise ConfigError(
-                f"part {name!r} of {title} does not match what tier {tier.name!r} owns: it has "
-                f"{shapes_of(part)}, the tier {shapes_of(shapes)}."
+                f"part {name!r} of {title} does not match what tier {tier.name!r} owns: "
+                f"{difference(part, shapes)}."
             )
         merged[name] = functions.like if own else part
     return merged
@@ -191,6 +192,11 @@ def _check_weights(functions: _Functions, sent: Any, message: Mapping[str, Any])
     weights = functions.algorithm.weights
     if unknown := sorted(set(weights) - set(message)):
         raise ConfigError(f"weights of parts {unknown}, but the message has {sorted(message)}.")
+    parts = functions.algorithm.parts
+    if parts != Algorithm.parts and (unknown := sorted(set(parts) - set(message))):
+        raise ConfigError(
+            f"parts {unknown} of the algorithm, but the message has {sorted(message)}."
+        )
     for name, weigh in weights.items():
         title = _weight_title(name, weigh)
         weight = functions.of_client(title, lambda c, f=weigh: jnp.asarray(f(c)), sent)

@@ -165,10 +165,15 @@ class Result:
 
     def predictor(self) -> Predictor:
         """What predictions and exports are made of; ConfigError if the result lacks some of it."""
-        if self.tiers is None or self.inputs is None:
+        if self.tiers is None:
             raise ConfigError(
                 "the result does not know its tiers: load it with those that it was trained with, "
-                "jfed.load(workdir, tiers), from a run that has finished."
+                "jfed.load(workdir, tiers)."
+            )
+        if self.inputs is None:
+            raise ConfigError(
+                f"the run has not finished: {len(self.history)} rounds are done. What its norms "
+                "and images are normalised with is known at its end."
             )
         return Predictor(self.tiers, self.evaluated, self.variables, self.norms, self.inputs)
 

@@ -19,7 +19,7 @@ from jfed.engine.packing import Work, client_batches, client_steps
 from jfed.errors import ConfigError, calling, check_integer, name_of
 from jfed.seeds import generator
 
-# From the round and a generator of its own to the numbers of the clients that train.
+# From the round (from 0) and a generator of its own to the numbers of the clients that train.
 Sampler = Callable[[int, np.random.Generator], Any]
 
 
@@ -65,7 +65,7 @@ class Population:
         else:
             with calling(f"sampler {name_of(self.sampler)}", round=number):
                 drawn = self.sampler(number, rng)
-            cohort = check_sample(self.sampler, drawn, len(self.partition), self.cohort)
+            cohort = check_sample(self.sampler, number, drawn, len(self.partition), self.cohort)
         tier = np.array([self._tier(number, client) for client in cohort.tolist()], int)
         return [np.sort(cohort[tier == i]) for i in range(len(self.shares) - 1)]
 
@@ -135,10 +135,10 @@ class Population:
 
 
 def check_sample(
-    sampler: Sampler, drawn: Any, clients: int, cohort: int
+    sampler: Sampler, number: int, drawn: Any, clients: int, cohort: int
 ) -> Int[np.ndarray, " cohort"]:
     """A sampler's clients as an array; ConfigError if one is not there, or drawn twice."""
-    title = f"sampler {name_of(sampler)}"
+    title = f"sampler {name_of(sampler)}, asked for round {number} (from 0),"
     try:
         found = np.asarray(drawn)
     except ValueError as error:  # lists of different lengths

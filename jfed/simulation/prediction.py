@@ -62,6 +62,12 @@ class Predictor(NamedTuple):
                 f"images have shape {images.shape} and type {images.dtype}; the model takes "
                 f"[N, {', '.join(map(str, self.inputs.shape))}] numbers."
             )
+        whole = np.dtype(self.inputs.pixels).kind in "ui"
+        if whole and images.dtype.kind == "f" and 0 < np.abs(images).max(initial=0) <= 1:
+            raise DataError(
+                f"images are {images.dtype} of at most 1 in size, but the model was trained on "
+                f"{self.inputs.pixels} pixels; give it such, or floats in the same units."
+            )
         check_integer("batch_size", batch_size, least=1)
         size = min(batch_size, max(len(images), 1))
         params, norms = tier.extract(self.variables, 0), self.norms.get(tier.name)

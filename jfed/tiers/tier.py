@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jfed.errors import ConfigError, check_integer, check_number, check_sequence, one_of
+from jfed.errors import ConfigError, check_integer, check_number, check_sequence, one_of, shown
 from jfed.models.model import Model, Params
 from jfed.seeds import generator
 
@@ -154,8 +154,9 @@ def as_tiers(tiers: Tiers | Model) -> Tiers:
         return single(tiers)
     if not isinstance(tiers, Tiers):
         raise ConfigError(
-            f"tiers must be a Model, or Tiers as jfed.tiers.ode(config, ...) makes them, got "
-            f"{tiers!r}."
+            "tiers must be a Model, as jfed.models.from_nnx makes of an NNX module and "
+            "jfed.models.Model of any two functions, or Tiers, as jfed.tiers.ode(config, ...) "
+            f"makes them, got {shown(tiers)}."
         )
     return tiers
 

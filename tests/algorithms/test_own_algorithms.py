@@ -213,7 +213,12 @@ def _broken(**changes):
         (_broken(client_step=lambda *_: 3), r"client_step .* must return a pair"),
         (
             _broken(client_final=lambda client, local, key: ({"control": local.memory}, ())),
-            r"client_final .* must keep the memory",
+            r"client_final .* must keep the memory .*: \['b'\] is missing, expected float32\[3\]",
+        ),
+        (_broken(parts=("updaet", "control")), r"parts \['updaet'\] of the algorithm, but"),
+        (
+            _broken(server_step=lambda server, merged: merged.message["updat"]),
+            r"server_step .* there is no 'updat'",
         ),
         (
             _broken(client_final=lambda c, local, key: ({"w": local.memory["w"]}, local.memory)),
@@ -243,7 +248,7 @@ def test_functions_that_do_not_fit_are_named_before_anything_compiles(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": lambda number, rng: [1, 1]}, "returned client 1 twice"),
+        ({"sampler": lambda number, rng: [1, 1]}, r"round 0 \(from 0\), returned client 1 twice"),
         ({"sampler": lambda number, rng: [4]}, "returned client 4, of clients 0 to 3"),
         ({"sampler": lambda number, rng: [0, 1, 2, 3]}, "returned 4 clients, of a cohort of 3"),
         ({"sampler": lambda number: [0]}, "sampler .* cannot be used on round 0"),

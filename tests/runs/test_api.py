@@ -331,7 +331,8 @@ def test_a_function_that_fails_in_a_later_round_loses_nothing(kind, tmp_path, in
         "schedule": {"client": jfed.ClientConfig(schedule=schedule)},
     }[kind]
     message = {"sampler": "returned client 1 twice", "schedule": "of round 3 must be"}[kind]
-    with pytest.raises(jfed.ConfigError, match=rf"{kind} .*{message}.* Stopped after round 3 of 6"):
+    stopped = r"Stopped after round 3 of 6.*With another function .* jfed\.tiers\.start_from"
+    with pytest.raises(jfed.ConfigError, match=rf"{kind} .*{message}.* {stopped}"):
         _simulate(tmp_path / "run", **given)
     kept = jfed.load(tmp_path / "run", MODEL).history
     assert _without_seconds(kept) == _without_seconds(in_memory.history[:3])
@@ -413,6 +414,10 @@ def test_a_run_of_the_command_is_loaded_without_more(tmp_path):
     shapes = jax.eval_shape(result.tiers.init, jax.random.key(0))
     assert jax.tree.map(np.shape, result.variables) == jax.tree.map(lambda x: x.shape, shapes)
     assert result.compile_seconds == summary["compile_seconds"]
+    with pytest.raises(
+        jfed.RunFolderError, match=r"made by jfed run, this one is of jfed\.simulate"
+    ):
+        _simulate(folder)
     with pytest.raises(jfed.ConfigError, match=r"made with other tiers: .*variables is"):
         jfed.load(folder, MODEL)
 

@@ -139,7 +139,9 @@ def test_what_is_no_run_folder_is_refused(tmp_path, folder):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(RunFolderError, match=r"holds no run but \['thesis.tex'\]"):
         inspect(epath.Path(tmp_path), CONFIG)
-    with pytest.raises(RunFolderError, match="is a file"):
+    with pytest.raises(
+        RunFolderError, match=r"^the run folder \S+ is a file; choose another one\.$"
+    ):
         inspect(epath.Path(tmp_path / "thesis.tex"), CONFIG)
 
 

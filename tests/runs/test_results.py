@@ -112,6 +112,8 @@ def test_images_that_do_not_fit_are_refused(finished):
     folder, tiers, result = finished
     with pytest.raises(DataError, match=r"shape \(2, 9, 8, 1\).* takes \[N, 8, 8, 1\]"):
         result.predict(np.zeros((2, 9, 8, 1)))
+    with pytest.raises(DataError, match=r"float64 of at most 1 in size, .* on uint8 pixels"):
+        result.predict(DATA.test.images / 255)
     with pytest.raises(ConfigError, match="load it with those that it was trained with"):
         jfed.load(folder).predict(DATA.test.images)
     damaged = folder.parent / "damaged"
@@ -122,6 +124,11 @@ def test_images_that_do_not_fit_are_refused(finished):
     (damaged / "norms.safetensors").write_bytes(b"x" * 40)
     with pytest.raises(RunFolderError, match=r"norms\.safetensors' is damaged"):
         jfed.load(damaged, tiers)
+
+
+def test_the_command_says_why_it_cannot_use_a_run(finished, capsys):
+    assert main(["predict", str(finished[0]), "picture.png"]) == 2
+    assert "whose tiers its folder does not hold" in capsys.readouterr().err
 
 
 def test_the_command_classifies_pictures(tmp_path, capsys):
