@@ -1,15 +1,23 @@
-"""The progress bar of a run."""
+"""How a run tells how far it is."""
+
+import sys
+import time
 
 from tqdm import tqdm
 
 from jfed.simulation.records import Record
 
+_EVERY = 30.0  # seconds between two lines of a log
+
 
 class Progress:
-    """A progress bar of rounds, with the latest loss and accuracies: a `records.Writer`."""
+    """A bar of rounds, with the latest loss and accuracies: a `records.Writer`.
+
+    Where no terminal shows it, as in the log of a batch job, a line every half a minute.
+    """
 
     def __init__(self, rounds: int) -> None:
-        self._rounds, self._tested = rounds, ""
+        self._rounds, self._tested, self._told = rounds, "", time.monotonic()
         self._bar: tqdm | None = None
 
     @property
@@ -20,7 +28,12 @@ class Progress:
     def begin(self, done: int) -> "Progress":
         """Shows the bar, some rounds done already."""
         self._bar = tqdm(
-            total=self._rounds, initial=done, unit="round", dynamic_ncols=True, smoothing=0.1
+            total=self._rounds,
+            initial=done,
+            unit="round",
+            dynamic_ncols=True,
+            smoothing=0.1,
+            disable=None,  # where there is no terminal
         )
         return self
 
@@ -32,9 +45,13 @@ class Progress:
             tested = [f"{name}: {e.accuracy:.1%}" for name, e in record.evaluations.items()]
             self._tested = "test " + " ".join(tested)
         parts += [self._tested] if self._tested else []
+        told, now = ", ".join(parts), time.monotonic()
         assert self._bar is not None
-        self._bar.set_postfix_str(", ".join(parts), refresh=False)
+        self._bar.set_postfix_str(told, refresh=False)
         self._bar.update()
+        if self._bar.disable and (now - self._told > _EVERY or record.round == self._rounds):
+            self._told = now
+            print(f"round {record.round} of {self._rounds}: {told}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

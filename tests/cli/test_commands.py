@@ -52,7 +52,8 @@ def test_an_algorithm_codecs_privacy_and_tests_of_clients_go_together(tmp_path, 
     flags += " --local-test 0.2 --codec-up topk:0.5 int8 --codec-down bfloat16 --weights count"
     flags += " --dp-clip 0.5 --dp-noise 2 --dp-delta 0.01 --seed 1 --workdir"
     assert main(["run", *flags.split(), str(tmp_path / "run")]) == 0
-    said = capsys.readouterr().out
+    said, log = capsys.readouterr()
+    assert re.search(r"^round 2 of 2: loss \S+, train \S+, test 1: \S+$", log, re.MULTILINE)
     assert re.search(r"Clients are \([0-9.]+, 0.01\)-differentially private", said)
     assert re.search(r"Accuracy of clients on examples of their own: mean [0-9.]+%", said)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -137,7 +137,7 @@ def _check(x: Array, kernel: Array, stride: int, padding: str, groups: int) -> N
     if inputs != channels // groups:
         raise ConfigError(
             f"a kernel for x {x.shape} with groups={groups} needs {channels // groups} input "
-            f"channels; got kernel {kernel.shape}."
+            f"channels; got kernel {kernel.shape}. (`channels` of a network is that of the images.)"
         )
     if groups > 1 and outputs != channels:
         raise ConfigError(
