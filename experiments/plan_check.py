@@ -4,19 +4,18 @@
 
 Rounds of equal clients with random images, on one device of this machine, a CPU or an accelerator.
 Its peak and its bandwidth are measured in turns with the rounds: products of large matrices in the
-dtype of the network, and a large array read and written. "arithmetic" and "moving" are the seconds
-that the counted FLOPs and bytes take at these rates, "round" the median of the measured ones, and
-"of floor" what that is of the longer of both. Caches may keep what is counted as moved: where
-arrays fit into them a round can be faster than "moving". "FLOPs" is the count in the compiled
-program over the model's own. "temporary" is what the compiler says that the training program needs
-while it runs, and how much memory in use grew at most in a round. It writes
-`experiments/results/plan_check_cpu.csv`.
+dtype of the network, and a large array read and written; of each the fastest turn counts.
+"arithmetic" and "moving" are the seconds that the counted FLOPs and bytes take at these rates, and
+"of floor" is what a round takes, over the longer of both. Caches may keep what is counted as moved:
+where arrays fit into them a round can be faster than "moving". "FLOPs" is the count in the compiled
+program over the model's own, of ordinary convolutions. "temporary" is what the compiler says that
+the training program needs while it runs, "grew" by how much the process's memory grew at most in a
+round (on a CPU). It writes `experiments/results/plan_check_PLATFORM.csv`.
 """
 
 import ctypes
 import dataclasses
 import pathlib
-import statistics
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -63,7 +62,7 @@ def measure(task: Task, engine: EngineConfig, repeats: int, *, small: bool) -> d
         number += 1
 
     round_()
-    grown = growth(device, round_)
+    grown = growth(round_)
     size, count = (128, 2**18) if small else (2048, 2**26)
     if device.platform != "cpu" and not small:
         size, count = 8192, 2**29
@@ -73,7 +72,7 @@ def measure(task: Task, engine: EngineConfig, repeats: int, *, small: bool) -> d
     for run in runs.values():
         run()
     found = interleaved({name: timed(run) for name, run in runs.items()}, repeats)
-    seconds = statistics.median(found["round"])
+    seconds = min(found["round"])
     flops = sum(sum(program.counts.flops.values()) for program in plan.of_round)
     moved = sum(program.counts.bytes for program in plan.of_round)
     peak = product_flops(size) / min(found["products"])
@@ -88,7 +87,7 @@ def measure(task: Task, engine: EngineConfig, repeats: int, *, small: bool) -> d
         "round": float(f"{seconds:.3g}"),
         "of floor": float(f"{seconds / max(flops / peak, moved / bandwidth):.3g}"),
         "temporary MB": float(f"{training.temporary / 1e6:.3g}"),
-        "grew MB": float(f"{grown / 1e6:.3g}"),
+        "grew MB": "" if grown is None else float(f"{grown / 1e6:.3g}"),
     }
 
 
@@ -105,12 +104,10 @@ class Stream:
         self._x = jax.block_until_ready(self._add(self._x))
 
 
-def growth(device: jax.Device, run: Callable[[], None]) -> int:
-    """By how many bytes memory in use grows at most while something runs."""
-    if (stats := device.memory_stats()) is not None:  # whose peak is that of the whole process
-        before = stats["bytes_in_use"]
-        run()
-        return device.memory_stats()["peak_bytes_in_use"] - before
+def growth(run: Callable[[], None]) -> int | None:
+    """By how many bytes the process grows at most while something runs on a CPU."""
+    if jax.default_backend() != "cpu":  # whose peaks never begin anew
+        return None
     ctypes.CDLL(None).malloc_trim(0)  # what the program before has given back
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _resident("VmRSS")
@@ -124,7 +121,7 @@ def _resident(name: str) -> int:
 
 
 def main(
-    scale: Literal["cpu", "smoke"] = "cpu",
+    scale: Literal["all", "smoke"] = "all",
     dtype: Literal["float32", "bfloat16"] = "float32",
     repeats: int = 5,
     output: pathlib.Path | None = None,
@@ -132,18 +129,18 @@ def main(
     """Plans and runs every network with every engine.
 
     Args:
-      scale: cpu (five minutes on two cores) or smoke (one small network).
+      scale: all (ten minutes on two cores) or smoke (one small network).
       dtype: that the networks compute in.
       repeats: timed rounds.
-      output: of the CSV; experiments/results/plan_check_cpu.csv where not given, but nowhere for
-        smoke.
+      output: of the CSV; experiments/results/plan_check_PLATFORM.csv where not given, but nowhere
+        for smoke.
     """
-    output = table_of(__file__, scale, output)
+    small = scale == "smoke"
+    output = table_of(__file__, "smoke" if small else jax.default_backend(), output)
     hardware = provenance.hardware()
     about = {name: hardware[name] for name in ("machine", "jax", "commit")}
-    about["command"] = f"python experiments/plan_check.py --scale {scale} --dtype {dtype}"
+    about["command"] = f"python experiments/plan_check.py --dtype {dtype} --repeats {repeats}"
     rows: list[dict[str, Any]] = []
-    small = scale == "smoke"
     for name, task in ({"smoke": SMOKE} if small else TASKS).items():
         for lanes, (mapping, count) in ENGINES.items():
             engine = EngineConfig(devices=1, lanes=count, mapping=mapping)

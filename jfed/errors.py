@@ -183,11 +183,11 @@ def calling(what: str, **given: Any) -> Iterator[None]:
     except Exception as error:
         told = ", ".join(f"{name} {_told(value)}" for name, value in given.items())
         reason = str(error).strip() or type(error).__name__
-        reason = f"there is no {reason}" if isinstance(error, KeyError) else reason
+        reason = f"KeyError: {reason}" if isinstance(error, KeyError) else reason
         on = f" on {told}" if told else ""
         raise ConfigError(f"{what} cannot be used{on}: {reason}") from error
 
 
 def _told(value: Any) -> str:
     shape = getattr(value, "shape", None)
-    return repr(value) if shape is None else f"of shape {tuple(shape)} {value.dtype}"
+    return shown(value) if shape is None else f"of shape {tuple(shape)} {value.dtype}"

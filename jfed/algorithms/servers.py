@@ -14,7 +14,7 @@ from jfed.algorithms.optimizers import (
     optimizer_from,
     try_optimizer,
 )
-from jfed.errors import ConfigError, calling, check_number, name_of, one_of
+from jfed.errors import ConfigError, calling, check_number, name_of, one_of, shown
 from jfed.tiers.tier import WEIGHTS
 
 
@@ -43,7 +43,12 @@ class ServerConfig(Aggregation):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.weights is not None and not callable(self.weights):
-            one_of("weights (no function, so a name)", self.weights, WEIGHTS)
+            if not isinstance(self.weights, str):
+                raise ConfigError(
+                    f"weights must be a function of client and examples, or one of "
+                    f"{', '.join(map(repr, WEIGHTS))}, got {shown(self.weights)}."
+                )
+            one_of("weights", self.weights, WEIGHTS)
         rate = check_number("server learning_rate", self.learning_rate, above=0.0)
         object.__setattr__(self, "learning_rate", rate)  # which may be given as an array
         arguments = check_arguments("server optimizer_args", self.optimizer_args)

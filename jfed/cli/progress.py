@@ -13,12 +13,14 @@ _EVERY = 30.0  # seconds between two lines of a log
 class Progress:
     """A bar of rounds, with the latest loss and accuracies: a `records.Writer`.
 
-    Where no terminal shows it, as in the log of a batch job, a line every half a minute.
+    Where no terminal shows it, as in the log of a batch job, a line at most every half a minute,
+    and of the last round.
     """
 
     def __init__(self, rounds: int) -> None:
         self._rounds, self._tested, self._told = rounds, "", time.monotonic()
         self._bar: tqdm | None = None
+        self._line = ""  # of the last round, while it is not written
 
     @property
     def began(self) -> bool:
@@ -49,10 +51,17 @@ class Progress:
         assert self._bar is not None
         self._bar.set_postfix_str(told, refresh=False)
         self._bar.update()
-        if self._bar.disable and (now - self._told > _EVERY or record.round == self._rounds):
+        self._line = f"round {record.round} of {self._rounds}: {told}"
+        if now - self._told > _EVERY:
+            self._tell()
             self._told = now
-            print(f"round {record.round} of {self._rounds}: {told}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._bar is not None and self._bar.disable and self._line:
+            print(self._line, file=sys.stderr, flush=True)
+            self._line = ""

@@ -3,7 +3,8 @@
 Of the lanes it shares the functions of the algorithm, the tiers and the faults, and what is done to
 one batch or one update (`gather`, `clip`, `map_parts`), so that each engine can be compared with
 the other; and a debugger or a `print` in an algorithm's functions just works. Only the loss is
-compiled, as the loop of an ODE solver takes seconds without; under `jax.disable_jit()` nothing is.
+compiled, and so traced once, as the loop of an ODE solver takes seconds without; under
+`jax.disable_jit()` nothing is.
 """
 
 import functools

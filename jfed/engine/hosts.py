@@ -3,7 +3,8 @@
 A collective, or a barrier, waits for ever for a host that does not come. So hosts go through phases
 instead, the same ones in the same order, and tell each other how each phase ended through the
 key-value store of JAX's coordination service, where nobody waits who does not want to. A process
-that ends tells that too; JAX notices by itself when one is gone without a word.
+that ends tells that too, if it has got as far as this module; without a word, JAX notices by itself
+that it is gone, in half a minute to five.
 """
 
 import atexit
@@ -189,8 +190,8 @@ class Phase:
             self._looked = now
             for key in dict.fromkeys((*_OPEN, self._key)):
                 _raise_failure(_outcomes(client, key))
-                for host in _left(client, key):
-                    raise HostError(f"host {host} has ended, before {self._what}.")
+            for host in _missing(client):
+                raise HostError(f"host {host} has ended, before {self._what}.")
 
     def _tell(self, client: Any, outcome: dict[str, Any]) -> None:
         key = f"{self._key}/{distributed.global_state.process_id}"
@@ -203,10 +204,11 @@ def _outcomes(client: Any, key: str) -> dict[int, dict[str, Any]]:
     return {int(name.rpartition("/")[2]): json.loads(text) for name, text in found}
 
 
-def _left(client: Any, key: str) -> list[int]:
-    """The hosts whose process ends, and that never told how the phase did on them."""
+def _missing(client: Any) -> list[int]:
+    """The hosts whose process ends, and that never told how a phase ended that this one is in."""
     ended = {int(name.rpartition("/")[2]) for name, _ in client.key_value_dir_get(_ENDED)}
-    return sorted(ended - _outcomes(client, key).keys()) if ended else []
+    open_ = tuple(_OPEN) if ended else ()
+    return sorted({host for key in open_ for host in ended - _outcomes(client, key).keys()})
 
 
 def _raise_failure(outcomes: Mapping[int, Mapping[str, Any]]) -> None:
@@ -267,17 +269,25 @@ def _end_if_stuck() -> None:
     """Ends this process some time after any host has failed, if it has not ended by itself."""
     while True:
         time.sleep(_POLL)
-        client = distributed.global_state.client
-        if client is None:
+        if (client := distributed.global_state.client) is None:
             continue
         try:
-            found = client.key_value_dir_get(_PREFIX)
-            left = [host for key in tuple(_OPEN) for host in _left(client, key)]
+            told = _trouble(client)
         except jax.errors.JaxRuntimeError:  # the service has gone, and JAX ends the process
             return
-        failure = _failure([json.loads(text) for _, text in found])
-        if failure or left:
-            time.sleep(_GRACE + _LAST * is_first())
-            told = failure[1] if failure else f"host {left[0]} has ended."
+        if told is None:
+            continue
+        time.sleep(_GRACE + _LAST * is_first())
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            told = _trouble(client)
+        if told is not None:
             print(f"\njfed: error: {told}", file=sys.stderr, flush=True)
             os._exit(2)
+
+
+def _trouble(client: Any) -> str | None:
+    """What a host has failed by, or that one has ended on which this one waits."""
+    found = client.key_value_dir_get(_PREFIX)
+    if failure := _failure([json.loads(text) for _, text in found]):
+        return failure[1]
+    return next((f"host {host} has ended." for host in _missing(client)), None)

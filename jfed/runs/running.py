@@ -335,9 +335,11 @@ def _rounds(
     if failure is not None:
         again = "the same call goes on from there"
         if isinstance(failure, ConfigError):  # which the same function would raise again
-            again += (
-                ". With another function it is another run, in another folder, which can begin "
-                "with these variables: jfed.tiers.start_from(tiers, jfed.load(folder).variables)"
+            again = (
+                "with the function mended the same call goes on from there, unless it was made "
+                "inside of another one, whose code settings have, too. That is another run, in "
+                "another folder, which may begin with these variables: "
+                "jfed.tiers.start_from(tiers, jfed.load(folder).variables)"
             )
         raise type(failure)(f"{failure} Stopped after {saved_now}; {again}.") from failure.__cause__
     if rounds_done < federation.rounds:

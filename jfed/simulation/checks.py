@@ -10,7 +10,7 @@ from jfed.algorithms.aggregators import Aggregator, Stack
 from jfed.algorithms.clients import ClientConfig, make_optimizer
 from jfed.algorithms.optimizers import MakeOptimizer
 from jfed.data import Dataset
-from jfed.errors import ConfigError, calling, name_of
+from jfed.errors import ConfigError, calling, name_of, shown
 from jfed.models.losses import Metrics, batch_shapes, training_loss
 from jfed.models.model import Params, by_name
 from jfed.simulation.evaluation import EvaluationConfig
@@ -53,8 +53,8 @@ def check_model(tier: Tier, like: Params, data: Dataset, batch_size: int) -> Non
             mask = jax.eval_shape(lambda v: tier.mask(v, tier.setting), params)  # type: ignore[misc]
         if not is_like(mask, params):
             raise ConfigError(
-                f"mask of tier {tier.name!r} must be like the tier's variables, "
-                f"{shapes_of(params)}, got {shapes_of(mask)}."
+                f"mask of tier {tier.name!r} must be like the tier's variables: "
+                f"{difference(mask, params)}."
             )
     title = f"the model of tier {tier.name!r}"
     with calling(title, setting=tier.setting):
@@ -93,7 +93,8 @@ def check_training(tier: Tier, like: Params, config: ClientConfig, data: Dataset
     _check_scalars(title, value)
     check_metrics(title, metrics)
     with calling(
-        f"optimizer {name_of(config.optimizer)} of tier {tier.name!r}", gradient=shapes_of(params)
+        f"optimizer {name_of(config.optimizer)} of tier {tier.name!r}",
+        gradient=shapes_of(params),
     ):
         trained = jax.eval_shape(_optimizer_step(make_optimizer(config)), params, params)
     _check_tree("a step of training", trained, params, tier)
@@ -179,23 +180,25 @@ def check_same(title: str, what: str, found: Any, expected: Any) -> None:
 def difference(found: Any, expected: Any) -> str:
     """In which leaves two pytrees of arrays, or of shapes, differ; "" if in none."""
     here, there = _leaves(found), _leaves(expected)
-    lines = [
-        f"{name} is {here.get(name, 'missing')}, expected {there.get(name, 'nothing')}"
-        for name in dict.fromkeys((*there, *here))
-        if here.get(name) != there.get(name)
-    ]
+    if structure_of(found) == structure_of(expected):
+        pairs = [(name, a, b) for (name, a), (_, b) in zip(here, there, strict=True)]
+    else:
+        own, other = dict(here), dict(there)
+        names = dict.fromkeys((*other, *own))
+        pairs = [(n, own.get(n, "missing"), other.get(n, "nothing")) for n in names]
+    lines = [f"{name} is {a}, expected {b}" for name, a, b in pairs if a != b]
     if not lines and structure_of(found) != structure_of(expected):
-        return f"its tree is {structure_of(found)}, expected {structure_of(expected)}"
+        return f"its tree is {shown(structure_of(found))}, not {shown(structure_of(expected))}"
     more = f"; and {len(lines) - _TOLD} more leaves" if len(lines) > _TOLD else ""
     return "; ".join(lines[:_TOLD]) + more
 
 
-def _leaves(tree: Any) -> dict[str, str]:
-    """Shapes and dtypes by path."""
-    return {
-        jax.tree_util.keystr(path) or "it": f"{x.dtype}{list(x.shape)}"
+def _leaves(tree: Any) -> list[tuple[str, str]]:
+    """Path, and type and shape, of each leaf."""
+    return [
+        (jax.tree_util.keystr(path) or "it", f"{x.dtype}{list(x.shape)}")
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    ]
 
 
 def structure_of(tree: Any) -> Any:

@@ -13,7 +13,7 @@ from jfed.algorithms.algorithm import Algorithm, Client, Merged, Server
 from jfed.algorithms.clients import ClientConfig
 from jfed.algorithms.servers import ServerConfig
 from jfed.data import Dataset
-from jfed.errors import ConfigError, calling, name_of
+from jfed.errors import ConfigError, calling, name_of, shown
 from jfed.models.losses import Metrics, training_loss
 from jfed.models.model import Params, by_name
 from jfed.seeds import is_key
@@ -171,7 +171,7 @@ def _check_message(functions: _Functions, message: Any) -> dict[str, Any]:
     """Shapes of the merged message; ConfigError unless it is a dict of parts that can be merged."""
     title, tier = functions.title("client_final"), functions.tier
     if not isinstance(message, dict) or not message:
-        raise ConfigError(f"{title} must return a dict of parts, got {message!r}.")
+        raise ConfigError(f"{title} must return a dict of parts, got {shown(message)}.")
     shapes, merged = tier.shapes(functions.like), {}
     several = len(jax.tree.leaves(shapes)) > 1
     for name, part in message.items():

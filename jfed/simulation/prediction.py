@@ -1,6 +1,7 @@
 """Using a trained model: predictions."""
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -62,11 +63,11 @@ class Predictor(NamedTuple):
                 f"images have shape {images.shape} and type {images.dtype}; the model takes "
                 f"[N, {', '.join(map(str, self.inputs.shape))}] numbers."
             )
-        whole = np.dtype(self.inputs.pixels).kind in "ui"
-        if whole and images.dtype.kind == "f" and 0 < np.abs(images).max(initial=0) <= 1:
-            raise DataError(
-                f"images are {images.dtype} of at most 1 in size, but the model was trained on "
-                f"{self.inputs.pixels} pixels; give it such, or floats in the same units."
+        if images.dtype.kind == "f" and images.max(initial=0) <= 1 < np.min(self.inputs.mean):
+            warnings.warn(
+                f"images are {images.dtype} of at most 1, but those that the model was trained on "
+                f"have the mean {np.min(self.inputs.mean):.3g}; give it the same units",
+                stacklevel=4,
             )
         check_integer("batch_size", batch_size, least=1)
         size = min(batch_size, max(len(images), 1))

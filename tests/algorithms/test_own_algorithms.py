@@ -218,7 +218,7 @@ def _broken(**changes):
         (_broken(parts=("updaet", "control")), r"parts \['updaet'\] of the algorithm, but"),
         (
             _broken(server_step=lambda server, merged: merged.message["updat"]),
-            r"server_step .* there is no 'updat'",
+            r"server_step .* KeyError: 'updat'",
         ),
         (
             _broken(client_final=lambda c, local, key: ({"w": local.memory["w"]}, local.memory)),

@@ -331,7 +331,7 @@ def test_a_function_that_fails_in_a_later_round_loses_nothing(kind, tmp_path, in
         "schedule": {"client": jfed.ClientConfig(schedule=schedule)},
     }[kind]
     message = {"sampler": "returned client 1 twice", "schedule": "of round 3 must be"}[kind]
-    stopped = r"Stopped after round 3 of 6.*With another function .* jfed\.tiers\.start_from"
+    stopped = r"Stopped after round 3 of 6.*with the function mended .* jfed\.tiers\.start_from"
     with pytest.raises(jfed.ConfigError, match=rf"{kind} .*{message}.* {stopped}"):
         _simulate(tmp_path / "run", **given)
     kept = jfed.load(tmp_path / "run", MODEL).history

@@ -112,7 +112,7 @@ def test_images_that_do_not_fit_are_refused(finished):
     folder, tiers, result = finished
     with pytest.raises(DataError, match=r"shape \(2, 9, 8, 1\).* takes \[N, 8, 8, 1\]"):
         result.predict(np.zeros((2, 9, 8, 1)))
-    with pytest.raises(DataError, match=r"float64 of at most 1 in size, .* on uint8 pixels"):
+    with pytest.warns(UserWarning, match=r"float64 of at most 1, .* the same units"):
         result.predict(DATA.test.images / 255)
     with pytest.raises(ConfigError, match="load it with those that it was trained with"):
         jfed.load(folder).predict(DATA.test.images)

@@ -85,7 +85,10 @@ def nothing_compiles(monkeypatch):
         (_model(loss=_for_two(_loss)), r"loss of tier 'full' .* images of shape \(3, 4, 4, 1\)"),
         (_model(measure=_raise), "measure of the model of tier 'full' cannot be used on images"),
         (_measured(_for_two(lambda logits, batch: {})), r"on logits of shape \(250, 3\)"),
-        (_tier(extract=_raise), "extract of tier 'a' cannot be used on round 0: 'nobody'"),
+        (
+            _tier(extract=_raise),
+            "extract of tier 'a' cannot be used on round 0: KeyError: 'nobody'",
+        ),
         (_tier(mask=_raise), "mask of tier 'a' cannot be used on setting"),
         (_tier(mask=lambda like, _: {"w": 1}), "mask of tier 'a' must be like the tier's variab"),
         (_tier(model=_raise), "model of tier 'a' cannot be used on setting"),
