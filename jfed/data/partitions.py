@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from jfed.data.dirichlet_counts import Draw, balanced, draw_counts, mixed, shared
-from jfed.errors import ConfigError, DataError, check_integer, check_number, check_sequence, one_of
+from jfed.errors import (
+    ConfigError,
+    DataError,
+    check_integer,
+    check_number,
+    check_sequence,
+    one_of,
+    shown,
+)
 from jfed.seeds import generator
 
 SCHEMES = (
@@ -383,7 +391,7 @@ def check(
 
 def _check_counts(labels: np.ndarray, clients: int, min_examples: int = 1) -> None:
     if not isinstance(labels, np.ndarray):
-        raise DataError(f"labels must be a NumPy array, got {labels!r}.")
+        raise DataError(f"labels must be a NumPy array, got {shown(labels)}.")
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
             f"labels have shape {labels.shape} and type {labels.dtype}; expected [N] integers."

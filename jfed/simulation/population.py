@@ -16,7 +16,7 @@ from jfed.engine.faults import (
     straggler_batches,
 )
 from jfed.engine.packing import Work, client_batches, client_steps
-from jfed.errors import ConfigError, calling, check_integer, name_of
+from jfed.errors import ConfigError, calling, check_integer, name_of, shown
 from jfed.seeds import generator
 
 # From the round (from 0) and a generator of its own to the numbers of the clients that train.
@@ -142,9 +142,9 @@ def check_sample(
     try:
         found = np.asarray(drawn)
     except ValueError as error:  # lists of different lengths
-        raise ConfigError(f"{title} must return numbers of clients, got {drawn!r}.") from error
+        raise ConfigError(f"{title} must return numbers of clients, got {shown(drawn)}.") from error
     if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
-        raise ConfigError(f"{title} must return numbers of clients, got {drawn!r}.")
+        raise ConfigError(f"{title} must return numbers of clients, got {shown(drawn)}.")
     for client in found.tolist():
         if not 0 <= client < clients:
             raise ConfigError(f"{title} returned client {client}, of clients 0 to {clients - 1}.")
