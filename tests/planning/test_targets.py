@@ -1,5 +1,6 @@
 """Names of targets, and that each of them compiles here."""
 
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -171,9 +172,13 @@ def test_the_memory_of_a_tpu_is_what_its_compiler_allots(name):
     device = open_target(name).devices[0]
     alone = jax.sharding.SingleDeviceSharding(device)
     huge = jax.ShapeDtypeStruct((64, 2**30), jnp.float32, sharding=alone)
-    allotted = CHIPS[name].memory / 2**30
-    with pytest.raises(jax.errors.JaxRuntimeError, match=f"HBM .{allotted:.2f}G"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"HBM .[0-9.]+G") as error:
         jax.jit(jnp.cos).lower(huge).compile()
+    found = re.search(r"HBM .([0-9.]+)G", str(error.value))[1]
+    # The table's are of libtpu 0.0.42; those of 0.0.50 are up to 10 MB less.
+    exact = importlib.metadata.version("libtpu").startswith("0.0.42")
+    allotted = CHIPS[name].memory / 2**30
+    assert float(found) == pytest.approx(allotted, abs=0.005 if exact else 0.02)
 
 
 _FRESH = """
