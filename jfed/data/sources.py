@@ -1,6 +1,7 @@
 """Image classification data sets as NumPy arrays in memory."""
 
 import dataclasses
+import importlib.util
 import io
 import os
 import pathlib
@@ -23,6 +24,7 @@ from jfed.errors import (
 from jfed.seeds import generator
 
 _SYNTHETIC_EXAMPLES = {"train": 2000, "test": 500}
+_DIGITS_ORDER = pathlib.Path(__file__).parent / "digits_split.npy"  # training examples first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,17 +186,19 @@ def _decode(source: Any, indices: np.ndarray, shape: tuple[int, int, int]) -> Sp
 
 
 def _digits(wanted: dict[str, int | None], seed: int) -> Dataset:
-    """Returns the 1797 handwritten digits of 8x8 pixels that come with scikit-learn."""
-    from sklearn import datasets, model_selection  # slow to import
+    """Returns the 1797 handwritten digits of 8x8 pixels that come with scikit-learn.
 
-    digits = datasets.load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    labels = digits.target.astype(np.int32)
-    parts = model_selection.train_test_split(
-        np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0
-    )
+    Split as its `train_test_split(..., test_size=0.2, stratify=labels, random_state=0)` does, whose
+    order is in a file beside this one: importing scikit-learn takes seconds.
+    """
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None  # it is a dependency
+    file = pathlib.Path(package.origin or "").parent / "datasets/data/digits.csv.gz"
+    table = np.loadtxt(file, int, delimiter=",")
+    images = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    labels, order = table[:, -1].astype(np.int32), np.load(_DIGITS_ORDER).astype(np.int64)
     splits = {}
-    for part, (split, count) in zip(parts, wanted.items(), strict=True):
+    for part, (split, count) in zip((order[:-360], order[-360:]), wanted.items(), strict=True):
         rows = part[_subset(split, len(part), count, seed)]
         splits[split] = Split(images[rows], labels[rows])
     return Dataset("digits", splits["train"], splits["test"], tuple("0123456789"))
