@@ -30,10 +30,9 @@ import numpy as np
 import tyro
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec as P
-from script import table_of
-from tabulate import tabulate
+from script import finish, table_of
 
-from jfed import files, provenance
+from jfed import provenance
 from jfed.benchmark.timing import interleaved, timed
 from jfed.errors import ConfigError
 from jfed.models.convolutions.convolution import FORMS, choose_form, conv
@@ -259,9 +258,7 @@ def main(
         if layer.kind in kinds:
             rows.append(measure(layer, batch, repeats))
             print(" ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
-    print(tabulate(rows, headers="keys"))
-    if output:
-        files.write_csv([row | about for row in rows], output)
+    finish(rows, about, output)
 
 
 if __name__ == "__main__":

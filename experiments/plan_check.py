@@ -24,13 +24,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import tyro
-from script import table_of
-from tabulate import tabulate
+from script import finish, table_of
 
-from jfed import files, provenance
+from jfed import provenance
 from jfed.benchmark.matmul import XlaProducts, product_flops
 from jfed.benchmark.tasks import Task
 from jfed.benchmark.timing import interleaved, timed
+from jfed.benchmark.workers import resident
 from jfed.engine.devices import EngineConfig
 from jfed.models.ode_nets import ODENetConfig
 from jfed.planning.compiling import plan_federation
@@ -42,8 +42,9 @@ ODE = Task(
 )
 WIDE = dataclasses.replace(ODE, network=ODENetConfig(widths=(64, 128, 256)), iterations=(4,))
 SMOKE = Task(4, 10, 2, size=8, batch_size=10, conv="transposed")
-# Networks by name, the last one for accelerators; and how a device runs its lanes.
-TASKS = {"small CNN": CNN, "ODENet 16/32/64": ODE, "ODENet 64/128/256": WIDE}
+# Networks by name, those for accelerators alone, and how a device runs its lanes.
+TASKS = {"small CNN": CNN, "ODENet 16/32/64": ODE}
+LARGE = {"ODENet 64/128/256": WIDE}
 ENGINES = {"1 lane": ("map", 1), "4 lanes, map": ("map", 4), "4 lanes, vmap": ("vmap", 4)}
 
 
@@ -107,19 +108,14 @@ class Stream:
 
 
 def growth(run: Callable[[], None]) -> int | None:
-    """By how many bytes the process grows at most while something runs on a CPU."""
-    if jax.default_backend() != "cpu":  # whose peaks never begin anew
-        return None
+    """By how many bytes the process grows at most while something runs on a CPU, under Linux."""
+    if jax.default_backend() != "cpu" or resident("VmRSS") is None:
+        return None  # accelerators' peaks never begin anew
     ctypes.CDLL(None).malloc_trim(0)  # what the program before has given back
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _resident("VmRSS")
+    before = resident("VmRSS") or 0
     run()
-    return _resident("VmHWM") - before
-
-
-def _resident(name: str) -> int:
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    return (resident("VmHWM") or 0) - before
 
 
 def main(
@@ -143,18 +139,15 @@ def main(
     about = {name: hardware[name] for name in ("machine", "jax", "commit")}
     about["command"] = f"python experiments/plan_check.py --dtype {dtype} --repeats {repeats}"
     rows: list[dict[str, Any]] = []
-    tasks = {"smoke": SMOKE} if small else dict(TASKS)
-    if jax.default_backend() == "cpu":
-        tasks.pop("ODENet 64/128/256", None)
+    large = {} if jax.default_backend() == "cpu" else LARGE
+    tasks = {"smoke": SMOKE} if small else TASKS | large
     for name, task in tasks.items():
         for lanes, (mapping, count) in ENGINES.items():
             engine = EngineConfig(devices=1, lanes=count, mapping=mapping)
             found = measure(dataclasses.replace(task, dtype=dtype), engine, repeats, small=small)
             rows.append({"network": name, "lanes": lanes, **found})
             print(" ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
-    print(tabulate(rows, headers="keys"))
-    if output:
-        files.write_csv([row | about for row in rows], output)
+    finish(rows, about, output)
 
 
 if __name__ == "__main__":

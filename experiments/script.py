@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from tabulate import tabulate
+
 from jfed import files
 from jfed.cli import flags
 from jfed.errors import ConfigError, JfedError, RunFolderError, one_of
@@ -27,6 +29,15 @@ def table_of(script: str, scale: str, output: pathlib.Path | None) -> pathlib.Pa
         output = own.parent / "results" / f"{own.stem}_{scale}.csv"
     output.parent.mkdir(parents=True, exist_ok=True)
     return output
+
+
+def finish(
+    rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], output: pathlib.Path | None
+) -> None:
+    """Prints what was measured, and writes it with what it was measured by."""
+    print(tabulate(rows, headers="keys"))
+    if output:
+        files.write_csv([{**row, **about} for row in rows], output)
 
 
 @dataclasses.dataclass(frozen=True)

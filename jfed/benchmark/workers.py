@@ -177,13 +177,19 @@ def peak_memory() -> Memory:
 
 def _peak_resident() -> int:
     # On Linux `ru_maxrss` starts at what the parent had; the kernel's other count does not.
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if (peak := resident("VmHWM")) is not None:
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident(name: str) -> int | None:
+    """Bytes of this process by Linux's name, "VmRSS" now or "VmHWM" at most; else None."""
+    status = pathlib.Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
 
 
 def hardware() -> dict[str, Any]:

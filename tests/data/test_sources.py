@@ -68,7 +68,23 @@ def test_digits_are_those_of_sklearn():
     dataset = load("digits")
     assert (len(dataset.train), len(dataset.test)) == (1437, 360)
     assert dataset.image_shape == (8, 8, 1)
+    images = np.concatenate([dataset.train.images, dataset.test.images])[..., 0]
+    labels = np.concatenate([dataset.train.labels, dataset.test.labels])
     digits = datasets.load_digits()
+
+    # The split shuffles, so compare what does not depend on the order.
+    def rows(images, labels):
+        return sorted(
+            map(bytes, np.column_stack([images.reshape(-1, 64), labels]).astype(np.uint8))
+        )
+
+    assert rows(np.round(images / (255 / 16)), labels) == rows(digits.images, digits.target)
+    share = np.bincount(dataset.test.labels) / np.bincount(digits.target)
+    np.testing.assert_allclose(share, 0.2, atol=0.01)  # stratified
+
+
+def test_digits_are_split_as_sklearn_does():
+    dataset, digits = load("digits"), datasets.load_digits()
     parts = model_selection.train_test_split(
         digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0
     )
